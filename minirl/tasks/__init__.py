@@ -1,0 +1,64 @@
+"""Tasks: problems, the prompt they are put as, and the verifier that scores an answer.
+
+Invariant: a task is a pure function of its recipe and the seed, and no held-out problem is ever among the training ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from minirl import recipe
+from minirl.episode import Problem, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """What SFT imitates on one problem: a right answer, and optionally a failed attempt with a reflection that leads to it."""
+
+    answer: str
+    attempt: str
+    reflection: str
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """verify: (problem, text of an attempt) -> Verdict, pure. stop: strings that end an attempt (they stay in it).
+
+    demonstrate: (problem, rng) -> Demonstration; None where the task has no gold solutions to show.
+    notes: what the user should know once, e.g. how many rows were left out.
+    """
+
+    name: str
+    train: Sequence[Problem]
+    held_out: Sequence[Problem]
+    verify: Callable[[Problem, str], Verdict]
+    stop: tuple[str, ...] = ()
+    demonstrate: Callable[[Problem, Random], Demonstration] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def open_task(node: recipe.Countdown | recipe.FunctionCalling, seed: int) -> Task:
+    """The task a recipe names. Raises UserError for data that cannot be had or read."""
+    if isinstance(node, recipe.Countdown):
+        from minirl.tasks import countdown
+
+        return countdown.open_task(node, seed)
+    from minirl.tasks import function_calling
+
+    return function_calling.open_task(node, seed)
+
+
+def draw(problems: Sequence[Problem], count: int, position: int, seed: int) -> list[Problem]:
+    """`count` problems from `position` on in an endless sequence of epochs, each its own seeded shuffle.
+
+    A pure function of its arguments: a resumed run needs no cursor but the step it is at.
+    """
+    drawn: list[Problem] = []
+    while len(drawn) < count:
+        epoch, offset = divmod(position + len(drawn), len(problems))
+        order = list(range(len(problems)))
+        Random(f"epoch/{seed}/{epoch}").shuffle(order)
+        drawn += [problems[i] for i in order[offset : offset + count - len(drawn)]]
+    return drawn
