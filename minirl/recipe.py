@@ -140,8 +140,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dapo": {"aggregate": "token", "clip_high": 0.28, "beta": 0.0, "drop_overlong": True},
     # arXiv 2507.18071: sequence-level ratio with its far smaller clip range.
     "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
-    # arXiv 2402.14740: leave-one-out baseline, whole sequence as one action.
-    "rloo": {"baseline": "leave_one_out", "scale": "none", "ratio": "sequence"},
+    # arXiv 2402.14740: leave-one-out baseline; the sequence is one action, so its token gradients are summed, not averaged.
+    "rloo": {"baseline": "leave_one_out", "scale": "none", "aggregate": "constant"},
     # Williams 1992: the reward is the advantage, no clipping.
     "reinforce": {"baseline": "none", "scale": "none", "clip_low": None, "clip_high": None, "beta": 0.0},
     # Negative log-likelihood of the trained tokens (SFT): episodes need no reward.
@@ -238,6 +238,8 @@ class Train(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.learner.loss != "nll" and self.learner.baseline != "none" and self.group < 2:
+            raise ValueError(f"group: got {self.group}, expected at least 2 for baseline {self.learner.baseline!r}")
         if (self.method == "demonstrate") != (self.learner.loss == "nll"):
             raise ValueError(f"method {self.method!r} cannot take loss {self.learner.loss!r}; demonstrate goes with nll, and only it does")
         return self
@@ -262,6 +264,12 @@ class Eval(Frozen):
     start: bool = True
     """Evaluate before the first stage."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(f"samples: got {self.samples} at temperature 0, where all are equal; set temperature or expected samples 1")
+        return self
+
 
 class Save(Frozen):
     """Checkpoints inside the run folder."""
@@ -272,6 +280,8 @@ class Save(Frozen):
     """How many of the newest checkpoints stay."""
     keep_best: bool = True
     """Keep the checkpoint with the best evaluation as well."""
+    episodes: int = Field(8, ge=0)
+    """How many episodes of each step go to episodes.jsonl."""
 
 
 class Recipe(Frozen):
@@ -291,6 +301,20 @@ class Recipe(Frozen):
     def dump(self) -> str:
         """The resolved recipe as YAML, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def plan(self) -> str:
+        """What a run will do, a line a stage."""
+        lines = [f"plan: {self.model.name} on {self.task.name}, seed {self.seed}"]
+        for number, stage in enumerate(self.stages):
+            if isinstance(stage, Collect):
+                made = f"{stage.problems} problems x {stage.samples} attempts, keep {stage.keep} (at most {stage.keep_each} of each)"
+                lines.append(f"  {number}  collect  {stage.method}: {made}")
+            else:
+                made = f"{stage.steps} steps of {stage.batch} groups x {stage.group} episodes, loss {stage.learner.loss}, lr {stage.learner.lr:g}"
+                lines.append(f"  {number}  train    {stage.method}: {made}")
+        when = [*(["before"] if self.eval.start else []), "after each train stage", *([f"every {self.eval.every} steps"] if self.eval.every else [])]
+        tries = f"{self.eval.problems} held-out problems x {self.eval.samples}, {self.eval.tries} tries, temperature {self.eval.temperature:g}"
+        return "\n".join([*lines, f"  evaluation {', '.join(when)}: {tries}"])
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, on_cpu: bool = False) -> Recipe:

@@ -1,0 +1,34 @@
+"""demonstrate: gold solutions as episodes that nobody sampled, for SFT (loss nll).
+
+A share of them shows the whole R3 shape: a failed attempt (given), a reflection and a right retry (both trained). A model too small to
+reflect by itself needs to have seen it: R3 is known to fail below 1.5B without such a warm-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from random import Random
+
+from minirl.episode import Ask, Completion, Episode, Verdict
+from minirl.errors import UserError
+from minirl.methods.reflect import REFLECT, RETRY
+from minirl.rollout import Talk
+from minirl.tasks import Task
+
+
+def demonstrate(talk: Talk, task: Task, *, share: float) -> Generator[Ask, Completion, Episode]:
+    """Prompt and a right answer; or prompt, wrong attempt, reflection, right retry, in `share` of the cases."""
+    if task.demonstrate is None:
+        raise UserError(f"task {task.name!r} has no demonstrations; expected a task with gold solutions for method demonstrate")
+    rng = Random(talk.seed)
+    shown = task.demonstrate(talk.problem, rng)
+    if rng.random() < share:
+        talk.reply("attempt", shown.attempt, trained=False)
+        talk.tell("request", REFLECT)
+        talk.reply("reflection", shown.reflection, trained=True)
+        talk.tell("request", RETRY)
+        talk.reply("retry", shown.answer, trained=True)
+    else:
+        talk.reply("attempt", shown.answer, trained=True)
+    return talk.end(Verdict(1.0, True))
+    yield  # a generator like its siblings, though it asks nothing

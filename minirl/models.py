@@ -1,0 +1,313 @@
+"""Loading: a chat model (plain, NF4 or INT8), its tokenizer, and one LoRA adapter to train.
+
+Invariant: the base weights are frozen, and the adapter's are float32 masters whatever dtype the model computes in. No code from a model
+folder is ever run, and no pickle is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.utils import enable_progress_bars
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from minirl import recipe
+from minirl.embedded import public_name, resolve
+from minirl.errors import UserError
+
+# peft imports bitsandbytes, which warns at import about an optional kernel.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict  # noqa: E402
+from peft.tuners.lora import LoraLayer  # noqa: E402
+
+ADAPTER = "default"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What a folder that cannot be loaded makes transformers raise: files missing or torn, an unknown architecture, a package it would need.
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """model: base with one trainable adapter named "default", in eval mode (train mode computes the same: every dropout is zero, but
+    gradient checkpointing is at work in train mode only, and key-value caches in eval mode only). node: the recipe it came from."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    node: recipe.Model
+
+
+def quiet() -> None:
+    """Keep transformers from writing over a live display; errors and the bars of real downloads stay."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # this hides the hub's bars as well
+    enable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+
+
+def pick_device() -> torch.device:
+    """The current CUDA device, else the CPU. Apple's MPS is passed over: bitsandbytes and the dtype rules are untested there."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """What to compute in: the recipe's word, or for "auto" the fastest type the device does in hardware.
+
+    CUDA: bf16 from compute capability 8 (Ampere) on, else fp16 (a T4 has no bf16). CPU: bf16 with AVX512-BF16 or AMX, else fp32.
+    """
+    if wanted != "auto":
+        return DTYPES[wanted]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    has = torch.cpu.get_capabilities()
+    return torch.bfloat16 if device.type == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16")) else torch.float32
+
+
+def load_tokenizer(path: str, name: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id, with a pad token. `name` is what the user called it. UserError without a chat template."""
+    quiet()
+    name = name or path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise UserError(f"model {name}: its tokenizer cannot be loaded ({_first_line(error)}); check model.name") from error
+    if not tokenizer.chat_template:
+        raise UserError(f"model {name}: its tokenizer has no chat template, expected a chat model; take its -Instruct or -chat variant")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(node: recipe.Model, seed: int = 0, device: torch.device | None = None) -> LoadedModel:
+    """The recipe's model with its adapter, on `device` (default: `pick_device()`). `seed` draws a fresh adapter's A; B starts at zero.
+
+    A model that cannot be had, has no chat template or cannot be quantised here, and an adapter that does not fit, raise UserError.
+    """
+    quiet()
+    device = device or pick_device()
+    dtype = pick_dtype(node.dtype, device)
+    path = resolve(node.name)
+    tokenizer = load_tokenizer(path, node.name)
+    base = _load_base(path, node, device, dtype)
+    model = _load_adapter(base, node) if node.adapter else _fresh_adapter(base, node, seed)
+    model.peft_config[ADAPTER].base_model_name_or_path = public_name(node.name)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            # peft promotes half-precision adapters by itself; here it is a promise, and optimisers rely on it.
+            module.lora_A.float(), module.lora_B.float()
+    lean_lora(model)
+    if node.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    return LoadedModel(model.eval(), tokenizer, device, dtype, node)
+
+
+def lean_lora(model: nn.Module) -> int:
+    """Let every plain LoRA layer compute in the dtype of its input, from float32 masters; returns how many layers were changed.
+
+    peft casts the input up to the adapter's float32, which on a bf16 CPU makes a training step 1.2 to 1.3 times as long. Gradients on A and B stay
+    float32. Disabled, switched and merged adapters behave as in peft; layers with DoRA, a LoRA bias or dropout keep peft's forward.
+    """
+    changed = 0
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and _is_plain(module):
+            module.forward = MethodType(_lean_forward, module)
+            changed += 1
+    return changed
+
+
+def adapter_state(model: PeftModel) -> dict[str, Tensor]:
+    """Copies of the adapter's weights, float32 on the CPU, under the names of peft's own file."""
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    return {name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous() for name, tensor in sorted(state.items())}
+
+
+def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
+    """Put the weights of `adapter_state` back. ValueError unless every adapter weight is there, and nothing else."""
+    names = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False).keys()
+    if names != state.keys():
+        raise ValueError(f"adapter state: expected the model's {len(names)} weights, these differ: {sorted(names ^ state.keys())[:4]}")
+    set_peft_model_state_dict(model, dict(state), adapter_name=ADAPTER)
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Write the adapter so that plain `peft.PeftModel.from_pretrained(base, folder)` loads it.
+
+    The same weights give the same bytes: peft's own save_pretrained lists target modules in hash order and may ask the hub about the base.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(adapter_state(model), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = copy.copy(model.peft_config[ADAPTER])
+    config.inference_mode = True
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)
+    config.save_pretrained(folder)
+
+
+def describe(loaded: LoadedModel) -> str:
+    """One line: model, parameters, trained parameters, quantisation, compute dtype, device."""
+    trained, total = loaded.model.get_nb_trainable_parameters()
+    lora, node = loaded.model.peft_config[ADAPTER], loaded.node
+    dtype = next(name for name, value in DTYPES.items() if value is loaded.dtype)
+    base = "base not quantised" if node.quantize == "none" else f"base in {node.quantize}"
+    device = torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else loaded.device.type
+    return (
+        f"{public_name(node.name)} · {(total - trained) / 1e6:,.1f} M parameters, {base} · "
+        f"LoRA rank {lora.r}, alpha {lora.lora_alpha:g}, {trained / 1e6:,.2f} M trained in fp32 · computes in {dtype} on {device}"
+    )
+
+
+def _load_base(path: str, node: recipe.Model, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    if node.quantize != "none" and device.type not in ("cuda", "cpu"):
+        raise UserError(f"model.quantize: got {node.quantize} on {device.type}, which bitsandbytes is untested on; set model.quantize=none")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        text = config.get_text_config()
+        for key, value in text.to_dict().items():
+            if key.endswith(("dropout", "pdrop")) and value:
+                setattr(text, key, 0.0)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=_quantization(node.quantize, dtype),
+            # sdpa has no soft-cap on attention scores (Gemma 2) and refuses such models.
+            attn_implementation="eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except LOAD_ERRORS as error:
+        raise UserError(
+            f"model {node.name}: cannot be loaded ({_first_line(error)}); expected a causal language model with safetensors weights that "
+            "transformers knows without code of its own; check model.name"
+        ) from error
+    if report["missing_keys"]:
+        raise UserError(f"model {node.name}: its files lack weights ({', '.join(sorted(report['missing_keys'])[:3])}, ...); fetch it again")
+    _keep_4bit_layout(model)
+    return model.requires_grad_(False)
+
+
+def _quantization(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantize == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if quantize == "int8" else None
+
+
+def _keep_4bit_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes 0.50 from repacking 4-bit weights at the first eval-mode forward on a CPU with AVX512-BF16.
+
+    The packed layout has no backward: afterwards no gradient flows through a layer, silently, and a biased layer crashes.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _fresh_adapter(base: PreTrainedModel, node: recipe.Model, seed: int) -> PeftModel:
+    targets = node.lora.targets
+    settings: dict[str, Any] = {
+        "r": node.lora.rank,
+        "lora_alpha": node.lora.alpha,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(base, LoraConfig(**settings), adapter_name=ADAPTER)
+        except ValueError as error:
+            known = ", ".join(sorted(_last_names(_linear_names(base))))
+            raise UserError(f"model.lora.targets: got {targets!r}, expected all-linear or some of {known}") from error
+
+
+def _load_adapter(base: PreTrainedModel, node: recipe.Model) -> PeftModel:
+    """The adapter in a folder. Its rank, alpha and targets must be the recipe's: the recipe is where a run's numbers stand."""
+    folder = Path(str(node.adapter)).expanduser()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise UserError(f"model.adapter: {folder} has no {file}, expected a folder that peft saved; check the path")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        if not isinstance(config, LoraConfig):
+            raise UserError(f"model.adapter: {folder} is of type {config.peft_type}, expected LORA; start from another adapter")
+        if (config.r, config.lora_alpha) != (node.lora.rank, node.lora.alpha):
+            raise UserError(
+                f"model.adapter: {folder} has rank {config.r}, alpha {config.lora_alpha:g}, the recipe {node.lora.rank}, {node.lora.alpha:g}; "
+                f"add --set model.lora.rank={config.r} --set model.lora.alpha={config.lora_alpha:g}"
+            )
+        config.lora_dropout = 0.0
+        model = PeftModel.from_pretrained(base, str(folder), adapter_name=ADAPTER, is_trainable=True, config=config)
+    except (*LOAD_ERRORS, RuntimeError) as error:  # RuntimeError: shapes that do not fit
+        raise UserError(f"model.adapter: {folder} does not fit {node.name} ({_first_line(error)}); use the model it was trained on") from error
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        # peft passes over weights whose layer the model lacks, and starts afresh those that the file lacks.
+        if set(file.keys()) != set(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)):
+            raise UserError(f"model.adapter: {folder} does not fit the layers of {node.name}; use the model it was trained on")
+    _check_targets(model, node, folder)
+    return model
+
+
+def _check_targets(model: PeftModel, node: recipe.Model, folder: Path) -> None:
+    base, targets = model.get_base_model(), node.lora.targets
+    adapted = {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    linear = {name for name in _linear_names(base) if ".lora_" not in name}
+    linear = {name.removesuffix(".base_layer") for name in linear}
+    wanted = linear if isinstance(targets, str) else {name for name in linear if name.endswith(targets)}
+    if adapted != wanted:
+        raise UserError(
+            f"model.adapter: {folder} adapts {len(adapted)} layers, the recipe's lora.targets {len(wanted)}; "
+            f"set model.lora.targets=[{', '.join(sorted(_last_names(adapted)))}]"
+        )
+
+
+def _linear_names(base: nn.Module) -> list[str]:
+    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+    return [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+def _last_names(names: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[2] for name in names}
+
+
+def _is_plain(layer: LoraLayer) -> bool:
+    has_dropout = any(isinstance(dropout, nn.Dropout) and dropout.p > 0 for dropout in layer.lora_dropout.values())
+    has_bias = any(linear.bias is not None for linear in layer.lora_B.values())
+    return isinstance(layer.get_base_layer(), nn.Linear) and not (layer.lora_variant or has_dropout or has_bias)
+
+
+def _lean_forward(self: Any, x: Tensor) -> Tensor:
+    """peft's LoRA forward, (..., in) -> (..., out), with the two small products in the dtype of x."""
+    result: Tensor = self.base_layer(x)
+    if self.disable_adapters or self.merged:
+        return result
+    for name in self.active_adapters:
+        if name in self.lora_A:
+            a, b = self.lora_A[name].weight, self.lora_B[name].weight
+            result = torch.add(result, F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)), alpha=self.scaling[name])
+    return result
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,97 @@
+"""Policy: the model with its adapter, the log-probabilities it gives, and the frozen reference it is held to.
+
+Invariant: the reference is a snapshot of the adapter's weights, not "adapter off": after a warm-up the bare model is the wrong anchor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from minirl.batch import Batch
+from minirl.errors import UserError
+
+WEIGHTS = "policy.safetensors"
+CHUNK = 1024  # positions whose logits are alive at once: 200 MB in float32 at a vocabulary of 49k
+
+
+class Policy:
+    """model: a peft model with one adapter, on `device`, computing in `dtype`; only the adapter's parameters require a gradient."""
+
+    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.model = model
+        self.device = device
+        self.dtype = dtype
+        base = model.get_base_model()
+        self._decoder, self._head = base.get_decoder(), base.get_output_embeddings()
+        config = base.config.get_text_config()
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        self._scale: float = getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0)  # Cohere, Granite
+        self.trainable: dict[str, torch.nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._reference: dict[str, Tensor] | None = None
+
+    def logprobs(self, batch: Batch, *, temperature: float, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Log-probability of each trained token under logits / temperature, (N,) float32; and the entropy there, (N,), where asked.
+
+        The vocabulary projection runs on trained positions alone, in chunks that are computed again in the backward pass.
+        """
+        hidden = self._decoder(input_ids=batch.tokens, attention_mask=batch.present, use_cache=False).last_hidden_state
+        # What is seen at t - 1 predicts the token at t.
+        seen = hidden[:, :-1][batch.mask[:, 1:]]  # (N, D)
+        target = batch.tokens[:, 1:][batch.mask[:, 1:]]  # (N,)
+        parts = [self._project(h, t, temperature, entropy) for h, t in zip(seen.split(CHUNK), target.split(CHUNK), strict=True)]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy else None
+
+    def _project(self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
+        def compute(hidden: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self._head(hidden).float() * self._scale  # (n, V)
+            if self._softcap is not None:
+                logits = self._softcap * torch.tanh(logits / self._softcap)
+            logprobs = torch.log_softmax(logits / temperature, dim=-1)
+            chosen = logprobs.gather(-1, target[:, None]).squeeze(-1)
+            return chosen, -(logprobs.exp() * logprobs).sum(-1) if entropy else chosen
+
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            result: tuple[Tensor, Tensor] = checkpoint(compute, hidden, use_reentrant=False)
+            return result
+        return compute(hidden)
+
+    def freeze_reference(self) -> None:
+        """Take the adapter's present weights as the reference of KL terms."""
+        self._reference = {name: p.detach().clone() for name, p in self.trainable.items()}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the model computes with the reference's weights and without gradients."""
+        if self._reference is None:
+            raise RuntimeError("expected freeze_reference() before reference()")
+        live = {name: p.data for name, p in self.trainable.items()}
+        try:
+            for name, p in self.trainable.items():
+                p.data = self._reference[name]
+            with torch.no_grad():
+                yield
+        finally:
+            for name, p in self.trainable.items():
+                p.data = live[name]
+
+    def save(self, folder: Path) -> None:
+        """The trainable weights, float32, as one safetensors file."""
+        save_file({name: p.detach().cpu().contiguous() for name, p in self.trainable.items()}, folder / WEIGHTS)
+
+    def load(self, folder: Path) -> None:
+        """Weights that `save` wrote. Raises UserError where they are another adapter's."""
+        stored = load_file(folder / WEIGHTS)
+        wrong = [n for n, p in self.trainable.items() if n not in stored or stored[n].shape != p.shape]
+        if wrong or len(stored) != len(self.trainable):
+            raise UserError(f"{folder / WEIGHTS}: not the weights of this adapter (first difference: {(wrong or sorted(stored))[0]})")
+        with torch.no_grad():
+            for name, p in self.trainable.items():
+                p.copy_(stored[name])

@@ -1,0 +1,176 @@
+"""What a run shows while it runs: a live panel on a terminal, else one plain line a step.
+
+Invariant: display only. Nothing here feeds back into the run, a missing or odd number is left out rather than an error, and the plain
+lines are flushed as they come, so that a log file or a notebook shows them at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from math import isfinite
+from types import TracebackType
+from typing import Any, Self, TypeGuard
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+QUIET_S = 20.0
+"""Without a terminal, sampling is reported when nothing was printed for this long."""
+RECENT_STEPS = 20
+"""The time left is reckoned from the mean of this many last steps."""
+
+FIELDS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("reward", "reward", lambda x: f"{x:.3f}"),
+    ("first", "first", lambda x: f"{x:.3f}"),
+    ("second", "second", lambda x: f"{x:.3f}"),
+    ("kept", "kept", lambda x: f"{x:,.0f}"),
+    ("dead", "dead", lambda x: f"{x:.0f}"),
+    ("length", "length", lambda x: f"{x:.0f}"),
+    ("loss", "loss", lambda x: f"{x:.4f}"),
+    ("kl", "KL", lambda x: f"{x:.2g}"),
+    ("entropy", "entropy", lambda x: f"{x:.3f}"),
+    ("clip", "clipped", lambda x: f"{x:.1%}"),
+    ("grad_norm", "grad", lambda x: f"{x:.3g}"),
+    ("lr", "lr", lambda x: f"{x:.2g}"),
+    ("mismatch_kl", "mismatch", lambda x: f"{x:.1g}"),
+    ("sample_tps", "sampling tok/s", lambda x: f"{x:,.0f}"),
+    ("learn_tps", "learning tok/s", lambda x: f"{x:,.0f}"),
+    ("skipped", "skipped steps", lambda x: f"{x:.0f}"),
+)
+"""What is shown of a step, in this order: key of a metrics or timings row, label, format."""
+
+
+class Progress:
+    """Shows a run. `step` takes the rows that go to metrics.jsonl and timings.jsonl and counts one step done.
+
+    console: where to; live only on a terminal. quiet (for the other processes of one run) shows nothing. clock: seconds, monotonic.
+    """
+
+    def __init__(self, console: Console | None = None, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console or Console()
+        self._quiet = quiet
+        self._clock = clock
+        self._live: Live | None = None
+        self._name, self._steps, self._done = "", 0, 0
+        self._shown: dict[str, str] = {}
+        self._sampling: tuple[int, int] | None = None
+        self._durations: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._last_step = self._last_line = clock()
+
+    def __enter__(self) -> Self:
+        if not self._quiet and self._console.is_terminal:
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._sampling = None
+            self._live.stop()
+            self._live = None
+
+    def stage(self, name: str, steps: int, done: int = 0) -> None:
+        """A stage begins or is taken up: `done` of its `steps` are behind it."""
+        self._name, self._steps, self._done = name, steps, done
+        self._shown, self._sampling = {}, None
+        self._durations.clear()
+        self._last_step = self._clock()
+        if self._live is None:
+            self._line(f"{name}: {steps} steps" + (f", {done} already done" if done else ""))
+
+    def sampling(self, done: int, total: int) -> None:
+        """Episodes of the running step that are complete; cheap enough to call for each."""
+        self._sampling = (done, total) if done < total else None
+        if self._live is None and done < total and self._clock() - self._last_line >= QUIET_S:
+            self._line(f"{self._place(self._done + 1)}  sampling: {done} of {total} episodes")
+
+    def step(self, row: Mapping[str, Any], times: Mapping[str, Any] | None = None) -> None:
+        """One step (or collect chunk) is done. Row and times may lack any key."""
+        now = self._clock()
+        self._durations.append(now - self._last_step)
+        self._last_step = now
+        self._done += 1
+        self._sampling = None
+        self._shown = _format({**row, **(times or {}), "skipped": row.get("skipped") or None})
+        if _is_number(groups := row.get("groups")) and "dead" in self._shown:
+            self._shown["dead"] += f"/{groups:.0f}"
+        if self._live is None:
+            left = self._eta_s()
+            parts = [f"{label} {text}" for label, text in self._shown.items()]
+            self._line("  ".join([self._place(self._done), *parts, *([f"eta {_clock_text(left)}"] if left else [])]))
+
+    def say(self, text: str) -> None:
+        """A line that stays: a notice, a warning, an evaluation."""
+        if self._live is None:
+            self._line(text)
+        else:
+            self._console.print(Text(text))
+
+    def evaluation(self, label: str, summary: Mapping[str, Any]) -> None:
+        """A line with the shares of an evaluation, as `statistics.summarise` gives them."""
+        names = (("first", "1st try"), ("second", "within 2 tries"), ("fixed", "failures fixed"))
+        shares = [f"{name} {i.value:.1%} [{i.low:.1%}, {i.high:.1%}]" for key, name in names if (i := summary.get(key)) is not None]
+        self.say(f"evaluation {label} on {summary.get('problems')} problems: {', '.join(shares)}")
+
+    def _line(self, text: str) -> None:
+        self._last_line = self._clock()
+        if not self._quiet:
+            self._console.file.write(text + "\n")
+            self._console.file.flush()
+
+    def _place(self, number: int) -> str:
+        return f"{self._name} {number}/{self._steps}"
+
+    def _eta_s(self) -> float | None:
+        """Seconds that the rest of the stage will take; None before the first step."""
+        if not self._durations:
+            return None
+        return (self._steps - self._done) * sum(self._durations) / len(self._durations)
+
+    def _render(self) -> RenderableType:
+        if not self._name:
+            return Text("starting ...", style="dim")
+        head = Table.grid(padding=(0, 2))
+        left = self._eta_s()
+        bar = ProgressBar(total=max(1, self._steps), completed=self._done, width=30)
+        eta = f"{_clock_text(left)} left" if left is not None else "time left unknown"
+        head.add_row(Text(self._name, style="bold"), f"step {self._done}/{self._steps}", bar, Text(eta, style="dim"))
+        width = max(1, (self._console.width - 4) // 26)
+        numbers = Table.grid(padding=(0, 3))
+        cells = [Text.assemble((f"{label} ", "dim"), (text, "bold")) for label, text in self._shown.items()]
+        for start in range(0, len(cells), width):
+            numbers.add_row(*cells[start : start + width])
+        now = self._clock() - self._last_step
+        if self._sampling:
+            done, total = self._sampling
+            status = Text(f"sampling {done} of {total} episodes, {_clock_text(now)} into this step", style="cyan")
+        else:
+            status = Text(f"working, {_clock_text(now)} into this step" if self._done < self._steps else "stage done", style="dim")
+        return Panel(Group(head, numbers, status), title="minirl", title_align="left", border_style="dim")
+
+
+def _format(values: Mapping[str, Any]) -> dict[str, str]:
+    """{label: text} of what can be shown; booleans, text, None and NaN are left out."""
+    shown = {}
+    for key, label, text in FIELDS:
+        value = values.get(key)
+        if _is_number(value):
+            shown[label] = text(value)
+    return shown
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _clock_text(seconds: float) -> str:
+    """75 -> "1:15", 4000 -> "1:06:40"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,173 @@
+"""The Countdown task: generated problems that can be solved, or the hub's set, or a local file of the same columns.
+
+Invariant: a problem's key is its multiset of numbers with its target; no key is in both splits, and every generated one has a solution.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
+from random import Random
+
+from minirl import recipe
+from minirl.episode import Problem, Verdict
+from minirl.errors import UserError
+from minirl.tasks import Demonstration, Task
+from minirl.tasks.rows import read_rows
+from minirl.verify import countdown as verifier
+
+Key = tuple[tuple[int, ...], int]
+
+OPERATORS = "+-*/"
+MAX_TRIES = 200  # draws a wanted problem before a recipe is called too narrow
+
+
+def open_task(node: recipe.Countdown, seed: int) -> Task:
+    """The task; its problems are a function of `node` alone, so that runs with different seeds share their held-out set.
+
+    Raises UserError where the recipe allows too few different problems or the data is malformed.
+    """
+    _check_operators(node)
+    wanted = node.train + node.held_out
+    keys = _generated(node, wanted) if node.source == "generate" else _read(node, wanted)
+    problems = [_problem(numbers, target, node.operators) for numbers, target in keys]
+    return Task(
+        name="countdown",
+        train=tuple(problems[node.held_out :]),
+        held_out=tuple(problems[: node.held_out]),
+        verify=partial(_verify, node),
+        stop=(verifier.CLOSE,),
+        demonstrate=partial(demonstrate, operators=node.operators),
+    )
+
+
+def _verify(node: recipe.Countdown, problem: Problem, text: str) -> Verdict:
+    return verifier.verify(problem.answer["numbers"], problem.answer["target"], text, node.credit, node.operators)
+
+
+def _check_operators(node: recipe.Countdown) -> None:
+    if not node.operators or set(node.operators) - set(OPERATORS):
+        raise UserError(f"task.operators: got {node.operators!r}, expected some of + - * /")
+    if not node.numbers or min(node.numbers) < 2 or max(node.numbers) > 6:
+        raise UserError(f"task.numbers: got {list(node.numbers)}, expected counts between 2 and 6")
+
+
+def _problem(numbers: Sequence[int], target: int, operators: str) -> Problem:
+    listed = ", ".join(map(str, numbers))
+    prompt = (
+        f"Make {target} from the numbers {listed}. Use each number exactly once, with {' '.join(operators)} and brackets. "
+        f"End with the expression inside {verifier.OPEN} {verifier.CLOSE} tags."
+    )
+    identity = "countdown/" + "-".join(map(str, sorted(numbers))) + f"={target}"
+    return Problem(identity, prompt, {"numbers": list(numbers), "target": target})
+
+
+def _generated(node: recipe.Countdown, wanted: int) -> list[Key]:
+    rng = Random(f"countdown/{node.numbers}/{node.high}/{node.target_high}/{node.operators}")
+    found: dict[Key, Key] = {}
+    for attempt in itertools.count():
+        if len(found) == wanted:
+            return list(found.values())
+        if attempt >= wanted * MAX_TRIES:
+            raise UserError(
+                f"task: numbers up to {node.high} and targets up to {node.target_high} gave {len(found)} different problems, "
+                f"expected {wanted} (train + held_out); raise task.high or lower task.train"
+            )
+        numbers = tuple(rng.randint(1, node.high) for _ in range(rng.choice(node.numbers)))
+        _, target = random_expression(numbers, node.operators, rng)
+        if target is not None and 1 <= target <= node.target_high:
+            found.setdefault((tuple(sorted(numbers)), target), (numbers, target))
+    raise AssertionError("unreachable")
+
+
+def _read(node: recipe.Countdown, wanted: int) -> list[Key]:
+    found: dict[Key, Key] = {}
+    for where, row in read_rows(node.source, ("nums", "target")):
+        numbers, target = row["nums"], row["target"]
+        if not isinstance(target, int) or not isinstance(numbers, list) or not numbers or not all(type(n) is int for n in numbers):
+            raise UserError(f"{where}: got nums={numbers!r}, target={target!r}, expected a list of whole numbers and a whole number")
+        found.setdefault((tuple(sorted(numbers)), target), (tuple(numbers), target))
+        if len(found) == wanted:
+            break
+    if len(found) <= node.held_out:
+        raise UserError(f"{node.source}: got {len(found)} different problems, expected more than task.held_out = {node.held_out}")
+    return list(found.values())
+
+
+def random_expression(numbers: Sequence[int], operators: str, rng: Random) -> tuple[list[str], int | None]:
+    """A random expression over all `numbers` in random order, as its steps ("3 * 4 = 12", ...), and its value.
+
+    The value is None where an intermediate is negative or not whole: such problems are needlessly unlike what people solve.
+    """
+    pool = [(str(n), n) for n in numbers]
+    rng.shuffle(pool)
+    steps: list[str] = []
+    while len(pool) > 1:
+        (a, x), (b, y) = pool.pop(), pool.pop()
+        op = rng.choice(operators)
+        value = _apply(x, op, y)
+        if value is None:
+            return [], None
+        steps.append(f"{x} {op} {y} = {value}")
+        pool.insert(rng.randrange(len(pool) + 1), (f"({a} {op} {b})", value))
+    return [*steps, pool[0][0]], pool[0][1]
+
+
+def _apply(x: int, op: str, y: int) -> int | None:
+    if op == "+":
+        return x + y
+    if op == "*":
+        return x * y
+    if op == "-":
+        return x - y if x >= y else None
+    return x // y if y and x % y == 0 else None
+
+
+def solutions(numbers: Sequence[int], target: int, operators: str) -> Iterator[tuple[str, ...]]:
+    """Every way to reach the target, as steps that end with the expression; brute force, for at most 4 numbers or so."""
+
+    def search(pool: tuple[tuple[str, int], ...], steps: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        if len(pool) == 1:
+            if pool[0][1] == target:
+                yield (*steps, pool[0][0])
+            return
+        for i, j in itertools.permutations(range(len(pool)), 2):
+            (a, x), (b, y) = pool[i], pool[j]
+            rest = tuple(item for k, item in enumerate(pool) if k not in (i, j))
+            for op in operators:
+                if op in "+*" and i > j:
+                    continue
+                value = _apply(x, op, y)
+                if value is not None:
+                    yield from search((*rest, (f"({a} {op} {b})", value)), (*steps, f"{x} {op} {y} = {value}"))
+
+    yield from search(tuple((str(n), n) for n in numbers), ())
+
+
+def demonstrate(problem: Problem, rng: Random, *, operators: str) -> Demonstration:
+    """A right answer, a well-formed wrong attempt, and a reflection that values the attempt and works out a better way."""
+    numbers, target = problem.answer["numbers"], problem.answer["target"]
+    ways = list(solutions(numbers, target, operators))
+    if not ways:
+        raise UserError(f"{problem.id}: no solution with {operators}; demonstrations need problems that can be solved")
+    *steps, expression = rng.choice(ways)
+    wrong, value = _wrong_attempt(numbers, target, operators, rng)
+    reflection = f"{_strip(wrong)} is {value}, not {target}. Better: {', '.join(steps)}."
+    return Demonstration(_answer(expression), _answer(wrong), reflection)
+
+
+def _wrong_attempt(numbers: Sequence[int], target: int, operators: str, rng: Random) -> tuple[str, int]:
+    while True:
+        steps, value = random_expression(numbers, operators, rng)
+        if value is not None and value != target:
+            return steps[-1], value
+
+
+def _answer(expression: str) -> str:
+    return f"{verifier.OPEN}{_strip(expression)}{verifier.CLOSE}"
+
+
+def _strip(expression: str) -> str:
+    """Without the outermost brackets, which every built expression has."""
+    return expression[1:-1] if expression.startswith("(") else expression

@@ -1,0 +1,92 @@
+"""Countdown: does an expression use each number once and reach the target?
+
+Invariant: nothing is ever executed. The text is parsed to an AST of whole numbers, + - * / and brackets, bounded in length and depth, and
+valued with exact fractions. Error kinds are those of R3 (arXiv 2505.24726): invalid_equation, wrong_numbers, missed_target.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+
+from minirl.episode import Verdict
+from minirl.recipe import CountdownCredit
+
+MAX_CHARS = 200
+MAX_DIGITS = 9
+OPEN, CLOSE = "<answer>", "</answer>"
+_ALLOWED = re.compile(r"[0-9+\-*/() ]+")
+_SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
+
+
+class InvalidEquation(ValueError):
+    """The text is not an expression of whole numbers, the allowed operators and brackets, or divides by zero."""
+
+
+def extract(text: str) -> str | None:
+    """The text inside the last complete <answer> pair, None where there is none; an `= value` at its end is dropped."""
+    end = text.rfind(CLOSE)
+    start = text.rfind(OPEN, 0, end) if end >= 0 else -1
+    if start < 0:
+        return None
+    return text[start + len(OPEN) : end].split("=")[0].strip()
+
+
+def evaluate(expression: str, operators: str = "+-*/") -> tuple[Fraction, list[int]]:
+    """The exact value and the numbers used, left to right. Raises InvalidEquation for anything else than such an expression."""
+    expression = expression.translate(_SIGNS)
+    # `**` and `//` are Python, not arithmetic on paper; refusing them by eye keeps the tree small and the numbers bounded.
+    if len(expression) > MAX_CHARS or not _ALLOWED.fullmatch(expression) or "**" in expression or "//" in expression:
+        raise InvalidEquation(f"not an expression of whole numbers, {operators} and brackets")
+    if re.search(rf"\d{{{MAX_DIGITS + 1}}}", expression):
+        raise InvalidEquation(f"a number of more than {MAX_DIGITS} digits")
+    try:
+        tree = ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise InvalidEquation("does not parse") from error
+    used: list[int] = []
+    try:
+        return _value(tree, operators, used), used
+    except ZeroDivisionError as error:
+        raise InvalidEquation("divides by zero") from error
+
+
+def verify(numbers: Sequence[int], target: int, text: str, credit: CountdownCredit, operators: str = "+-*/") -> Verdict:
+    """Score `text` against a problem: 1 for a right answer, else `credit` of its error kind."""
+    expression = extract(text)
+    if expression is None:
+        return _wrong("invalid_equation", credit)
+    try:
+        value, used = evaluate(expression, operators)
+    except InvalidEquation:
+        return _wrong("invalid_equation", credit)
+    if sorted(used) != sorted(numbers):
+        return _wrong("wrong_numbers", credit)
+    if value != target:
+        return _wrong("missed_target", credit)
+    return Verdict(1.0, True, {"error_kind": None})
+
+
+def _wrong(kind: str, credit: CountdownCredit) -> Verdict:
+    return Verdict(float(getattr(credit, kind)), False, {"error_kind": kind})
+
+
+def _value(node: ast.expr, operators: str, used: list[int]) -> Fraction:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        used.append(node.value)
+        return Fraction(node.value)
+    if not isinstance(node, ast.BinOp):
+        raise InvalidEquation("only numbers and two-sided operators")
+    left, right = _value(node.left, operators, used), _value(node.right, operators, used)
+    match node.op:
+        case ast.Add() if "+" in operators:
+            return left + right
+        case ast.Sub() if "-" in operators:
+            return left - right
+        case ast.Mult() if "*" in operators:
+            return left * right
+        case ast.Div() if "/" in operators:
+            return left / right
+    raise InvalidEquation(f"an operator outside {operators}")

@@ -1,0 +1,176 @@
+"""Intervals, paired tests and pass@k against numbers worked out by hand."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+from random import Random
+from typing import Any
+
+import pytest
+
+from minirl.errors import UserError
+from minirl.statistics import cluster_interval, compare, paired, pass_at_k, ratio_interval, summarise, wilson
+
+
+def test_wilson_against_textbook_values() -> None:
+    assert wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    assert wilson(50, 100) == pytest.approx((0.4038315, 0.5961685), abs=1e-6)
+    # At 0 of n the upper bound is z^2 / (n + z^2).
+    assert wilson(0, 20) == pytest.approx((0.0, 3.841459 / 23.841459), abs=1e-7)
+    assert wilson(20, 20) == pytest.approx((1 - 3.841459 / 23.841459, 1.0), abs=1e-7)
+    assert wilson(0, 0) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="3 successes of 2"):
+        wilson(3, 2)
+
+
+def test_cluster_interval_is_wilson_for_single_samples() -> None:
+    assert cluster_interval([1.0] * 8 + [0.0] * 2)[1:] == pytest.approx(wilson(8, 10))
+    assert cluster_interval([0.0] * 20) == (0.0, *wilson(0, 20))
+
+
+def test_clusters_count_as_much_as_they_tell() -> None:
+    # 4 samples of each of 10 problems that go all one way are worth 10 samples, not 40 ...
+    assert cluster_interval([1.0] * 6 + [0.0] * 4, samples=4)[1:] == pytest.approx(wilson(6, 10))
+    # ... samples that scatter within problems alone are worth all 40 and no more ...
+    assert cluster_interval([0.5] * 10, samples=4)[1:] == pytest.approx(wilson(20, 40))
+    assert cluster_interval([0.5] * 8 + [0.25, 0.75], samples=4)[1:] == pytest.approx(wilson(20, 40))
+    # ... and where all passed, each problem counts once.
+    assert cluster_interval([1.0] * 10, samples=4)[1:] == pytest.approx(wilson(10, 10))
+    # By hand: means 1, .5, .5, 0 have variance 0.125; 0.25 / (0.125 / 4) = 8 effective samples.
+    assert cluster_interval([1.0, 0.5, 0.5, 0.0], samples=4)[1:] == pytest.approx(wilson(4, 8))
+
+
+def test_ratio_weighs_by_trials() -> None:
+    assert ratio_interval([1, 0], [1, 3]).value == 0.25
+    # By hand: residuals 1 - 0.25 and 0 - 0.75, variance 2 * 0.5625 / 16; size 0.1875 / 0.0703125 = 8/3.
+    assert ratio_interval([1, 0], [1, 3])[1:] == pytest.approx(wilson(0.25 * 8 / 3, 8 / 3))
+    with pytest.raises(ValueError, match="no trials"):
+        ratio_interval([], [])
+
+
+def test_interval_covers_the_truth() -> None:
+    """Clustered data with a wide spread between problems: about 95 % of the intervals must hold the true mean."""
+    rng, hits = Random(7), 0
+    for _ in range(400):
+        chances = [rng.betavariate(0.5, 1.0) for _ in range(60)]  # mean 1/3
+        found = cluster_interval([sum(rng.random() < c for _ in range(4)) / 4 for c in chances], 4)
+        hits += found.low <= 1 / 3 <= found.high
+    assert 0.92 <= hits / 400 <= 0.98
+
+
+def test_paired_is_mcnemar_for_single_samples() -> None:
+    result = paired([0] * 5 + [1, 0, 1, 1], [1] * 5 + [0, 0, 1, 1])
+    assert result.value == pytest.approx(4 / 9)
+    assert result.problems == 9
+    # 5 better, 1 worse of 6 discordant: 2 * (C(6,0) + C(6,1)) / 2^6.
+    assert result.p == pytest.approx(14 / 64)
+    # Agresti-Min: centre 4 / 11, variance (6 + 1) / 11 - (4 / 11)^2.
+    half = 1.959963984540054 * ((7 / 11 - 16 / 121) / 11) ** 0.5
+    assert result[1:3] == pytest.approx((4 / 11 - half, 4 / 11 + half))
+
+
+def test_paired_without_change_is_not_certain() -> None:
+    result = paired([1, 0, 1], [1, 0, 1])
+    assert (result.value, result.p) == (0.0, 1.0)
+    assert result.low == pytest.approx(-result.high)
+    assert result.high > 0.3
+
+
+def test_sign_flip_equals_enumeration() -> None:
+    rng = Random(3)
+    before = [rng.randrange(9) / 8 for _ in range(10)]
+    after = [min(1.0, b + rng.randrange(3) / 8) for b in before]
+    changes = [round(8 * (b - a)) for a, b in zip(before, after, strict=True)]
+    far = sum(abs(sum(s * d for s, d in zip(signs, changes, strict=True))) >= abs(sum(changes)) for signs in product((1, -1), repeat=10))
+    assert paired(before, after).p == pytest.approx(far / 2**10)
+
+
+def test_sign_flip_by_chance_agrees_with_the_exact_one() -> None:
+    before, after = [0.0] * 9 + [1.0] * 3, [1.0] * 9 + [0.0] * 3
+    # 9 against 3: |sum| >= 6 in 2 * (1 + 12 + 66 + 220) of 2^12 patterns, |sum| = 6 in 2 * 220 of them.
+    assert paired(before, after).p == pytest.approx(598 / 4096)
+    # A thirteenth change of 1/997 lies on no coarse grid, so flips are drawn; it halves the ties.
+    drawn = paired([*before, 0.0], [*after, 1 / 997])
+    assert drawn.p == pytest.approx((158 + 220) / 4096, abs=0.006)
+    assert drawn == paired([*before, 0.0], [*after, 1 / 997])
+
+
+def test_sign_flip_holds_its_level() -> None:
+    rng = Random(5)
+    draws = [paired([rng.randrange(2) for _ in range(40)], [rng.randrange(2) for _ in range(40)]).p for _ in range(400)]
+    assert sum(p <= 0.05 for p in draws) / 400 <= 0.07
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_success() -> None:
+    for n, c, k in [(5, 2, 3), (6, 1, 2), (4, 0, 2), (4, 4, 1), (5, 3, 5), (5, 3, 3)]:
+        subsets = list(combinations([1] * c + [0] * (n - c), k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
+    assert pass_at_k(10, 3, 1) == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="n 3, c 1, k 4"):
+        pass_at_k(3, 1, 4)
+
+
+def evaluation(first: list[list[int]], second: list[list[int | None]], tries: int = 2, **more: Any) -> dict[str, Any]:
+    problems = [
+        {
+            "id": f"p{i}",
+            "first": f,
+            "second": s,
+            "first_error": [None if x else "missed_target" for x in f],
+            "second_error": [None if x else "wrong_numbers" for x in s],
+        }
+        for i, (f, s) in enumerate(zip(first, second, strict=True))
+    ]
+    row = {"label": "start", "stage": 0, "step": 0, "tries": tries, "samples": len(first[0]), "temperature": 0.0}
+    return row | {"problems": problems} | more
+
+
+def test_summary_of_two_tries() -> None:
+    row = evaluation([[1, 0], [0, 0], [1, 1]], [[1, 1], [0, 0], [1, 1]])
+    said = summarise(row)
+    assert said["first"].value == pytest.approx(3 / 6)
+    assert said["second"].value == pytest.approx(4 / 6)
+    assert said["fixed"].value == pytest.approx(1 / 3)
+    assert said["pass_at_k"][1] == pytest.approx(said["first"])
+    assert said["pass_at_k"][2].value == pytest.approx(2 / 3)  # the first problem passes with one of its two samples
+    assert said["first_errors"] == {"missed_target": 3}
+    assert said["second_errors"] == {"wrong_numbers": 2}
+    assert (said["problems"], said["samples"], said["label"]) == (3, 2, "start")
+
+
+def test_summary_of_a_single_try_and_of_no_failure() -> None:
+    said = summarise(evaluation([[1], [0]], [[None], [None]], tries=1))
+    assert said["second"] is None
+    assert said["fixed"] is None
+    assert said["first"].value == 0.5
+    assert summarise(evaluation([[1], [1]], [[1], [1]]))["fixed"] is None
+
+
+def test_second_null_after_a_pass_counts_as_passed() -> None:
+    said = summarise(evaluation([[1], [0]], [[None], [None]]))
+    assert said["second"].value == 0.5
+    assert said["fixed"].value == 0.0
+
+
+def test_compare_pairs_by_id() -> None:
+    before = evaluation([[0], [0], [1], [0]], [[0], [1], [1], [0]])
+    after = evaluation([[0], [1], [1], [0]], [[1], [1], [1], [1]])
+    after["problems"] = after["problems"][::-1]
+    result = compare(before, after)
+    assert result["first"] is not None
+    assert result["first"].value == 0.25
+    assert result["second"] is not None
+    assert result["second"].value == 0.5
+    assert result["second"].p == 0.5
+    # Only p0 and p3 failed in both: neither was fixed before, both are after.
+    assert result["fixed"] is not None
+    assert (result["fixed"].value, result["fixed"].problems) == (1.0, 2)
+    assert compare(before, evaluation([[1]], [[None]], tries=1))["second"] is None
+    after["problems"] = [{**p, "id": "x" + p["id"]} for p in after["problems"]]
+    assert compare(before, after) == {"first": None, "second": None, "fixed": None}
+
+
+@pytest.mark.parametrize("problems", [[], [{"id": "a"}], [{"id": "a", "first": []}], [3], [{"id": "a", "first": [1]}] * 2, None])
+def test_rows_that_are_no_evaluation(problems: Any) -> None:
+    with pytest.raises(UserError, match="evaluation 'start': not a row of evals"):
+        summarise({"label": "start", "tries": 1, "problems": problems})
