@@ -15,7 +15,7 @@ import typer
 
 from minirl.errors import UserError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0] if __doc__ else "")
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/r3_countdown.yaml")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a number: --set model.lora.rank=32", metavar="A.B=VALUE")]
@@ -29,7 +29,12 @@ def main() -> None:
 
 
 @app.command()
-def run(recipe: RecipeArgument, set_: SetOption = None, out: OutOption = None, dry: Annotated[bool, typer.Option("--dry", help="Only print the resolved recipe and the plan")] = False) -> None:
+def run(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    out: OutOption = None,
+    dry: Annotated[bool, typer.Option("--dry", help="Only print the resolved recipe and the plan")] = False,
+) -> None:
     """Run a recipe, or take up its run folder where it stands."""
     with _one_line():
         from minirl import recipe as recipes
@@ -62,8 +67,11 @@ def eval_(
     with _one_line():
         from minirl.train import evaluate_run
 
-        for line in evaluate_run(folder, set_ or (), base=base):
-            typer.echo(line)
+        summary = evaluate_run(folder, set_ or (), base=base)
+        for k, share in summary["pass_at_k"].items():
+            typer.echo(f"pass@{k} {share.value:.1%} [{share.low:.1%}, {share.high:.1%}]")
+        for name in ("first_errors", "second_errors"):
+            typer.echo(f"{name.replace('_', ' ')}: " + (", ".join(f"{kind} {n}" for kind, n in summary[name].items()) or "none"))
 
 
 @app.command()

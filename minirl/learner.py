@@ -97,8 +97,11 @@ class Learner:
         tokens, loss, kl, entropy, clipped, mismatch, compared = self.accelerator.reduce(sums.vector(), "sum").tolist()
         made = self.node.passes * self.node.minibatches
         per_token = max(tokens, 1.0)
-        stats = {"loss": loss / made, "kl": kl / per_token, "entropy": entropy / per_token, "clip": clipped / per_token}
-        stats |= {"mismatch_kl": mismatch / max(compared, 1.0), "grad_norm": sum(norms) / made, "lr": self.learning_rate(self.updates - 1)}
+        stats = {"loss": loss / made, "grad_norm": sum(norms) / made, "lr": self.learning_rate(self.updates - 1)}
+        if self.node.loss != "nll":
+            stats |= {"entropy": entropy / per_token, "clip": clipped / per_token, "mismatch_kl": mismatch / max(compared, 1.0)}
+        if self.node.beta > 0:
+            stats["kl"] = kl / per_token
         stats |= {"trained_tokens": tokens / self.node.passes, "skipped": float(self.skipped)}
         return stats
 
@@ -128,15 +131,16 @@ class Learner:
 
     def _rows(self, chunk: Sequence[tuple[Group, list[float | None]]]) -> list[Row]:
         """The live episodes of a minibatch, each with its token weight; dead groups count in the denominators and cost nothing else."""
-        counted = [(e, a) for group, credit in chunk for e, a in zip(group.episodes, credit, strict=True) if a is not None]
-        local = torch.tensor([len(counted), sum(e.trained_tokens for e, _ in counted)], dtype=torch.float64)
+        counted = [(e, a, is_dead(credit)) for group, credit in chunk for e, a in zip(group.episodes, credit, strict=True) if a is not None]
+        local = torch.tensor([len(counted), sum(e.trained_tokens for e, _, _ in counted)], dtype=torch.float64)
         episodes, tokens = self.accelerator.reduce(local.to(self.policy.device), "sum").tolist()
-        live = [(e, a) for group, credit in chunk if not is_dead(credit) for e, a in zip(group.episodes, credit, strict=True) if a is not None]
-        weight = {
-            "sequence": lambda n: 1.0 / (episodes * n),
-            "token": lambda n: 1.0 / tokens,
-            "constant": lambda n: 1.0 / (episodes * self.limit_tokens),
-        }[self.node.aggregate]
+
+        def weight(trained_tokens: int) -> float:
+            if self.node.aggregate == "token":
+                return float(1.0 / tokens)
+            return float(1.0 / (episodes * (trained_tokens if self.node.aggregate == "sequence" else self.limit_tokens)))
+
+        live = [(e, a) for e, a, dead in counted if not dead]
         return [row(e, advantage=a, weight=weight(e.trained_tokens), number=i) for i, (e, a) in enumerate(live)]
 
     def _one_update(self, rows: list[Row], sums: Sums, *, measure_mismatch: bool) -> float:
@@ -190,7 +194,7 @@ class Learner:
             sums.entropy += entropy.detach().double().sum()
             if node.entropy:
                 loss = loss - node.entropy * (batch.weights * entropy).sum()
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         sums.loss += loss.detach().double()
         sums.clipped += clipped.double().sum()
         sums.tokens += batch.old.numel()

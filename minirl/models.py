@@ -7,19 +7,19 @@ folder is ever run, and no pickle is read.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from huggingface_hub.utils import enable_progress_bars
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from huggingface_hub.utils.tqdm import enable_progress_bars
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -31,7 +31,7 @@ from minirl.errors import UserError
 # peft imports bitsandbytes, which warns at import about an optional kernel.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict  # noqa: E402
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
 
 ADAPTER = "default"
@@ -104,12 +104,15 @@ def load_model(node: recipe.Model, seed: int = 0, device: torch.device | None = 
     path = resolve(node.name)
     tokenizer = load_tokenizer(path, node.name)
     base = _load_base(path, node, device, dtype)
-    model = _load_adapter(base, node) if node.adapter else _fresh_adapter(base, node, seed)
+    model = _fresh_adapter(base, node, seed)
+    if node.adapter is not None:
+        _start_from(model, node)
     model.peft_config[ADAPTER].base_model_name_or_path = public_name(node.name)
     for module in model.modules():
         if isinstance(module, LoraLayer):
             # peft promotes half-precision adapters by itself; here it is a promise, and optimisers rely on it.
-            module.lora_A.float(), module.lora_B.float()
+            module.lora_A.float()
+            module.lora_B.float()
     lean_lora(model)
     if node.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -120,8 +123,8 @@ def load_model(node: recipe.Model, seed: int = 0, device: torch.device | None = 
 def lean_lora(model: nn.Module) -> int:
     """Let every plain LoRA layer compute in the dtype of its input, from float32 masters; returns how many layers were changed.
 
-    peft casts the input up to the adapter's float32, which on a bf16 CPU makes a training step 1.2 to 1.3 times as long. Gradients on A and B stay
-    float32. Disabled, switched and merged adapters behave as in peft; layers with DoRA, a LoRA bias or dropout keep peft's forward.
+    peft casts the input up to the adapter's float32, which on a bf16 CPU makes a training step 1.2 to 1.3 times as long. Gradients on A
+    and B stay float32. Disabled, switched and merged adapters behave as in peft; layers with DoRA, a LoRA bias or dropout keep peft's own.
     """
     changed = 0
     for module in model.modules():
@@ -133,15 +136,15 @@ def lean_lora(model: nn.Module) -> int:
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
     """Copies of the adapter's weights, float32 on the CPU, under the names of peft's own file."""
-    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    return {name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous() for name, tensor in sorted(state.items())}
+    return {name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous() for name, tensor in _peft_state(model).items()}
 
 
 def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
-    """Put the weights of `adapter_state` back. ValueError unless every adapter weight is there, and nothing else."""
-    names = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False).keys()
-    if names != state.keys():
-        raise ValueError(f"adapter state: expected the model's {len(names)} weights, these differ: {sorted(names ^ state.keys())[:4]}")
+    """Put the weights of `adapter_state` back. ValueError unless these are the adapter's names and shapes, all of them."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in _peft_state(model).items()}
+    wrong = shapes.items() ^ {name: tuple(tensor.shape) for name, tensor in state.items()}.items()
+    if wrong:
+        raise ValueError(f"expected {len(shapes)} adapter weights, got {len(state)}; the first that differs is {min(wrong)}")
     set_peft_model_state_dict(model, dict(state), adapter_name=ADAPTER)
 
 
@@ -220,14 +223,14 @@ def _keep_4bit_layout(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def _fresh_adapter(base: PreTrainedModel, node: recipe.Model, seed: int) -> PeftModel:
-    targets = node.lora.targets
+    targets, alpha = node.lora.targets, node.lora.alpha
     settings: dict[str, Any] = {
         "r": node.lora.rank,
-        "lora_alpha": node.lora.alpha,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,  # readers of adapter_config.json expect a whole number
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -238,57 +241,37 @@ def _fresh_adapter(base: PreTrainedModel, node: recipe.Model, seed: int) -> Peft
         try:
             return get_peft_model(base, LoraConfig(**settings), adapter_name=ADAPTER)
         except ValueError as error:
-            known = ", ".join(sorted(_last_names(_linear_names(base))))
-            raise UserError(f"model.lora.targets: got {targets!r}, expected all-linear or some of {known}") from error
+            known = sorted({name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
+            raise UserError(f"model.lora.targets: got {targets!r}, expected all-linear or some of {', '.join(known)}") from error
 
 
-def _load_adapter(base: PreTrainedModel, node: recipe.Model) -> PeftModel:
-    """The adapter in a folder. Its rank, alpha and targets must be the recipe's: the recipe is where a run's numbers stand."""
-    folder = Path(str(node.adapter)).expanduser()
+def _start_from(model: PeftModel, node: recipe.Model) -> None:
+    """Load the adapter of a folder into the fresh one. Its rank, alpha and targets must be the recipe's: there a run's numbers stand."""
+    folder, lora = Path(str(node.adapter)).expanduser(), node.lora
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / file).is_file():
             raise UserError(f"model.adapter: {folder} has no {file}, expected a folder that peft saved; check the path")
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-        if not isinstance(config, LoraConfig):
-            raise UserError(f"model.adapter: {folder} is of type {config.peft_type}, expected LORA; start from another adapter")
-        if (config.r, config.lora_alpha) != (node.lora.rank, node.lora.alpha):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        if (rank, alpha) != (lora.rank, lora.alpha):
             raise UserError(
-                f"model.adapter: {folder} has rank {config.r}, alpha {config.lora_alpha:g}, the recipe {node.lora.rank}, {node.lora.alpha:g}; "
-                f"add --set model.lora.rank={config.r} --set model.lora.alpha={config.lora_alpha:g}"
+                f"model.adapter: {folder} has rank {rank}, alpha {alpha}, the recipe {lora.rank}, {lora.alpha:g}; "
+                f"add --set model.lora.rank={rank} --set model.lora.alpha={alpha}"
             )
-        config.lora_dropout = 0.0
-        model = PeftModel.from_pretrained(base, str(folder), adapter_name=ADAPTER, is_trainable=True, config=config)
-    except (*LOAD_ERRORS, RuntimeError) as error:  # RuntimeError: shapes that do not fit
-        raise UserError(f"model.adapter: {folder} does not fit {node.name} ({_first_line(error)}); use the model it was trained on") from error
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        # peft passes over weights whose layer the model lacks, and starts afresh those that the file lacks.
-        if set(file.keys()) != set(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)):
-            raise UserError(f"model.adapter: {folder} does not fit the layers of {node.name}; use the model it was trained on")
-    _check_targets(model, node, folder)
-    return model
-
-
-def _check_targets(model: PeftModel, node: recipe.Model, folder: Path) -> None:
-    base, targets = model.get_base_model(), node.lora.targets
-    adapted = {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    linear = {name for name in _linear_names(base) if ".lora_" not in name}
-    linear = {name.removesuffix(".base_layer") for name in linear}
-    wanted = linear if isinstance(targets, str) else {name for name in linear if name.endswith(targets)}
-    if adapted != wanted:
+        if config.get("use_rslora") or config.get("alpha_pattern"):
+            raise ValueError("it scales its layers otherwise than by alpha / rank")
+        load_adapter_state(model, load_file(folder / "adapter_model.safetensors"))
+    except LOAD_ERRORS as error:
         raise UserError(
-            f"model.adapter: {folder} adapts {len(adapted)} layers, the recipe's lora.targets {len(wanted)}; "
-            f"set model.lora.targets=[{', '.join(sorted(_last_names(adapted)))}]"
-        )
+            f"model.adapter: {folder} does not fit {node.name} with model.lora.targets={lora.targets} ({_first_line(error)}); "
+            "use the model and the targets it was trained with"
+        ) from error
 
 
-def _linear_names(base: nn.Module) -> list[str]:
-    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
-    return [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not head]
-
-
-def _last_names(names: Iterable[str]) -> set[str]:
-    return {name.rpartition(".")[2] for name in names}
+def _peft_state(model: PeftModel) -> dict[str, Tensor]:
+    # save_embedding_layers=False: to decide it by itself, peft would ask the hub about the base model.
+    return dict(sorted(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False).items()))
 
 
 def _is_plain(layer: LoraLayer) -> bool:
@@ -299,13 +282,14 @@ def _is_plain(layer: LoraLayer) -> bool:
 
 def _lean_forward(self: Any, x: Tensor) -> Tensor:
     """peft's LoRA forward, (..., in) -> (..., out), with the two small products in the dtype of x."""
+    linear = nn.functional.linear
     result: Tensor = self.base_layer(x)
     if self.disable_adapters or self.merged:
         return result
     for name in self.active_adapters:
         if name in self.lora_A:
             a, b = self.lora_A[name].weight, self.lora_B[name].weight
-            result = torch.add(result, F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)), alpha=self.scaling[name])
+            result = torch.add(result, linear(linear(x, a.to(x.dtype)), b.to(x.dtype)), alpha=self.scaling[name])
     return result
 
 

@@ -20,7 +20,11 @@ def build(node: Learner, parameters: list[torch.nn.Parameter], device: torch.dev
         raise UserError(f"learner.optimizer: got {node.optimizer!r}, which needs a CUDA GPU; on {device.type} expected 'adamw'")
     import bitsandbytes as bnb
 
-    kinds = {"adamw_8bit": bnb.optim.AdamW8bit, "paged_adamw_8bit": bnb.optim.PagedAdamW8bit, "paged_adamw_32bit": bnb.optim.PagedAdamW32bit}
+    kinds = {
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+        "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+    }
     optimizer: torch.optim.Optimizer = kinds[node.optimizer](parameters, **common)
     return optimizer
 

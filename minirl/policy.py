@@ -46,7 +46,8 @@ class Policy:
         # What is seen at t - 1 predicts the token at t.
         seen = hidden[:, :-1][batch.mask[:, 1:]]  # (N, D)
         target = batch.tokens[:, 1:][batch.mask[:, 1:]]  # (N,)
-        parts = [self._project(h, t, temperature, entropy) for h, t in zip(seen.split(CHUNK), target.split(CHUNK), strict=True)]
+        chunks = zip(torch.split(seen, CHUNK), torch.split(target, CHUNK), strict=True)
+        parts = [self._project(h, t, temperature, entropy) for h, t in chunks]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy else None
 
     def _project(self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:

