@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from minirl import losses, optim
-from minirl.batch import Batch, Row, collate, pack, row
+from minirl.batch import Batch, Row, row
 from minirl.credit import advantages, is_dead
 from minirl.episode import Group
 from minirl.policy import Policy
@@ -131,7 +131,12 @@ class Learner:
 
     def _rows(self, chunk: Sequence[tuple[Group, list[float | None]]]) -> list[Row]:
         """The live episodes of a minibatch, each with its token weight; dead groups count in the denominators and cost nothing else."""
-        counted = [(e, a, is_dead(credit)) for group, credit in chunk for e, a in zip(group.episodes, credit, strict=True) if a is not None]
+        counted = [
+            (e, a, None if is_dead(credit) else number)
+            for number, (group, credit) in enumerate(chunk)
+            for e, a in zip(group.episodes, credit, strict=True)
+            if a is not None
+        ]
         local = torch.tensor([len(counted), sum(e.trained_tokens for e, _, _ in counted)], dtype=torch.float64)
         episodes, tokens = self.accelerator.reduce(local.to(self.policy.device), "sum").tolist()
 
@@ -140,8 +145,11 @@ class Learner:
                 return float(1.0 / tokens)
             return float(1.0 / (episodes * (trained_tokens if self.node.aggregate == "sequence" else self.limit_tokens)))
 
-        live = [(e, a) for e, a, dead in counted if not dead]
-        return [row(e, advantage=a, weight=weight(e.trained_tokens), number=i) for i, (e, a) in enumerate(live)]
+        return [
+            row(e, advantage=a, weight=weight(e.trained_tokens), number=number, group=group)
+            for number, (e, a, group) in enumerate(counted)
+            if group is not None
+        ]
 
     def _one_update(self, rows: list[Row], sums: Sums, *, measure_mismatch: bool) -> float:
         """Accumulate the gradient of all rows and apply it; its norm before clipping (0.0 when there was nothing to learn)."""
@@ -151,8 +159,8 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=False)
             attempt = Sums.zero(self.policy.device)
             try:
-                for chunk in pack(rows, self.micro_tokens):
-                    self._backward(collate(chunk, pad=self.pad, device=self.policy.device), attempt, measure_mismatch)
+                for batch in self.policy.batches(rows, self.micro_tokens, pad=self.pad):
+                    self._backward(batch, attempt, measure_mismatch)
                 break
             except torch.OutOfMemoryError:
                 if self.micro_tokens <= MIN_MICRO_TOKENS:

@@ -5,7 +5,7 @@ Invariant: the reference is a snapshot of the adapter's weights, not "adapter of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from minirl.batch import Batch
+from minirl import attention
+from minirl.attention import Cached, Layout
+from minirl.batch import Batch, Row, collate, collate_plain, pack, pack_plain
 from minirl.errors import UserError
 
 WEIGHTS = "policy.safetensors"
@@ -31,6 +33,11 @@ class Policy:
         self.dtype = dtype
         base = model.get_base_model()
         self._decoder, self._head = base.get_decoder(), base.get_output_embeddings()
+        self.shares_prefixes = attention.supports(base.config)
+        if self.shares_prefixes:
+            attention.install(base)
+        # A mask of four dimensions is handed through as it is: the layout alone says who sees whom.
+        self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         config = base.config.get_text_config()
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         self._scale: float = getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0)  # Cohere, Granite
@@ -42,20 +49,15 @@ class Policy:
 
         The vocabulary projection runs on trained positions alone, in chunks that are computed again in the backward pass.
         """
-        hidden = self._decoder(input_ids=batch.tokens, attention_mask=batch.present, use_cache=False).last_hidden_state
-        # What is seen at t - 1 predicts the token at t.
-        seen = hidden[:, :-1][batch.mask[:, 1:]]  # (N, D)
-        target = batch.tokens[:, 1:][batch.mask[:, 1:]]  # (N,)
-        chunks = zip(torch.split(seen, CHUNK), torch.split(target, CHUNK), strict=True)
+        hidden = self.hidden(batch.tokens, batch.positions, batch.layout or batch.present)
+        seen = hidden.flatten(0, 1).index_select(0, batch.seen)  # (N, D)
+        chunks = zip(torch.split(seen, CHUNK), torch.split(batch.target, CHUNK), strict=True)
         parts = [self._project(h, t, temperature, entropy) for h, t in chunks]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy else None
 
     def _project(self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
         def compute(hidden: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self._head(hidden).float() * self._scale  # (n, V)
-            if self._softcap is not None:
-                logits = self._softcap * torch.tanh(logits / self._softcap)
-            logprobs = torch.log_softmax(logits / temperature, dim=-1)
+            logprobs = torch.log_softmax(self.logits(hidden) / temperature, dim=-1)  # (n, V)
             chosen = logprobs.gather(-1, target[:, None]).squeeze(-1)
             return chosen, -(logprobs.exp() * logprobs).sum(-1) if entropy else chosen
 
@@ -63,6 +65,26 @@ class Policy:
             result: tuple[Tensor, Tensor] = checkpoint(compute, hidden, use_reentrant=False)
             return result
         return compute(hidden)
+
+    def hidden(self, tokens: Tensor, positions: Tensor, sight: Layout | Cached | Tensor | None, cache: Any = None) -> Tensor:
+        """Last hidden states (B, T, D) of tokens and positions (B, T); `sight` says who sees whom, as a layout or a padding mask."""
+        mask, extra = (sight, {}) if sight is None or isinstance(sight, Tensor) else (self._no_mask, {"layout": sight})
+        out = self._decoder(
+            input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **extra
+        )
+        result: Tensor = out.last_hidden_state
+        return result
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits in float32, (..., V), of hidden states (..., D)."""
+        logits: Tensor = self._head(hidden).float() * self._scale
+        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+
+    def batches(self, rows: Sequence[Row], budget_tokens: int, *, pad: int) -> Iterator[Batch]:
+        """Micro-batches of at most `budget_tokens` computed tokens: packed with shared prefixes where the model can, else plain rows."""
+        if self.shares_prefixes:
+            return (collate(bundles, self.device) for bundles in pack(rows, budget_tokens))
+        return (collate_plain(chunk, pad=pad, device=self.device) for chunk in pack_plain(rows, budget_tokens))
 
     def freeze_reference(self) -> None:
         """Take the adapter's present weights as the reference of KL terms."""

@@ -1,159 +1,175 @@
-"""Sampler: asks in, completions out, with the log-probability of every token under the weights that will be trained.
+"""The live sampler: asks in, completions out, with the log-probability of every token under the weights that will be trained.
 
-This is the plain one over transformers' `generate`, which works for any architecture. Invariant: a completion is a function of the
-weights, the ask's tokens and its seed alone (given the same logits), and sampling is exact: temperature, no top-k, no top-p.
+It keeps the keys and values of live conversations in slots, so that every token is computed once. Invariant: a completion is a function
+of the weights, the ask's tokens and its seed alone (given the same logits), whatever it was batched with.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from minirl.attention import Cached
 from minirl.chat import Chat
-from minirl.episode import Ask, Completion
+from minirl.episode import Ask, Completion, Finish
+from minirl.plain import PlainSampler
 from minirl.policy import Policy
+from minirl.sampling import pick, stops, uniforms
+from minirl.slots import Slots
 
-TAIL_TOKENS = 12  # how far back a stop string is looked for: it ends at the newest token and has at least a byte a token
+ADMIT_TOGETHER = 8  # asks that wait for each other while others decode: a prefill costs about as much as a decode step
+PREFILL_TOKENS = 4096  # most padded tokens of one prefill pass
 
 
-class PlainSampler:
-    """Decodes up to `rows` asks together, left-padded, and gives them all back when the last has ended."""
+def open_sampler(policy: Policy, chat: Chat, *, rows: int) -> LiveSampler | PlainSampler:
+    """The live sampler where the model's attention allows it, else the plain one."""
+    return (LiveSampler if policy.shares_prefixes else PlainSampler)(policy, chat, rows=rows)
 
-    def __init__(self, policy: Policy, chat: Chat, *, rows: int, on_progress: Callable[[int], None] | None = None) -> None:
+
+@dataclass(slots=True)
+class Live:
+    """An ask that is being answered; picked and logprobs grow together."""
+
+    key: int
+    ask: Ask
+    uniforms: list[float]
+    picked: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: Finish | None = None
+
+    def append(self, token: int, logprob: float, chat: Chat) -> None:
+        self.picked.append(token)
+        self.logprobs.append(logprob)
+        if token in chat.eos or (self.ask.stop and stops(chat, self.picked, self.ask.stop)):
+            self.finish = "stop"
+        elif len(self.picked) >= self.ask.max_tokens:
+            self.finish = "length"
+
+
+class LiveSampler:
+    """Continuous decoding: rows that end leave at once, and waiting asks take their places.
+
+    Asks with equal tokens are prefilled once and forked; an ask that extends a conversation still in a slot prefills its new tokens only.
+    Row i decodes in slot i, so the rows' keys are read in place; the slots behind them hold conversations that may go on.
+    """
+
+    def __init__(self, policy: Policy, chat: Chat, *, rows: int) -> None:
         self.policy = policy
         self.chat = chat
         self.rows = rows
         self.tokens = 0  # sampled since the start, for tokens/s
-        self._on_progress = on_progress
+        self.prefilled = 0  # prompt tokens computed since the start
         self._queue: deque[tuple[int, Ask]] = deque()
+        self._live: list[Live] = []
+        self._ended: list[tuple[int, Completion]] = []
+        config = policy.model.get_base_model().config.get_text_config()
+        self._slots = Slots(config.num_hidden_layers, rows, policy.device)
 
     def add(self, key: int, ask: Ask) -> None:
         """Queue an ask."""
         self._queue.append((key, ask))
 
+    def reset(self) -> None:
+        """Forget every conversation: the weights have changed, or a run must not depend on what came before."""
+        if self._queue or self._live:
+            raise RuntimeError(f"expected an idle sampler, got {len(self._queue)} waiting and {len(self._live)} running asks")
+        self._slots.clear()
+
+    @torch.no_grad()
     def poll(self) -> list[tuple[int, Completion]]:
-        """The completions of the next asks, those of like length together."""
-        # Longest first: an out-of-memory error, if there is to be one, comes at once and not at the end.
-        waiting = sorted(self._queue, key=lambda item: (-len(item[1].tokens), item[0]))
-        chosen, self._queue = waiting[: self.rows], deque(waiting[self.rows :])
-        completions = self._generate([ask for _, ask in chosen])
-        self.tokens += sum(len(c.tokens) for c in completions)
-        if self._on_progress is not None:
-            self._on_progress(self.tokens)
-        return [(key, completion) for (key, _), completion in zip(chosen, completions, strict=True)]
+        """Decode until at least one ask is answered; the answers since the last call."""
+        while not self._ended:
+            fit = min(len(self._queue), self.rows - len(self._live))
+            if fit and (fit >= ADMIT_TOGETHER or len(self._live) <= self.rows // 2):
+                self._admit([self._queue.popleft() for _ in range(fit)])
+            elif self._live:
+                self._step()
+            else:
+                raise RuntimeError("poll: expected at least one ask")
+        ended, self._ended = self._ended, []
+        return ended
 
-    def _generate(self, asks: Sequence[Ask]) -> list[Completion]:
-        longest = max(len(ask.tokens) for ask in asks)
-        pad = self.chat.tokenizer.pad_token_id
-        tokens = torch.full((len(asks), longest), pad)
-        present = torch.zeros_like(tokens)
-        for i, ask in enumerate(asks):
-            tokens[i, longest - len(ask.tokens) :] = torch.tensor(ask.tokens)
-            present[i, longest - len(ask.tokens) :] = 1
-        picker = Picker(asks, self.chat, self.policy.device)
-        base = self.policy.model.get_base_model()
-        # The model's own generation config may hold a repetition penalty or other warpers: they would bias every ratio.
-        kept, base.generation_config = base.generation_config, GenerationConfig()
-        try:
-            with torch.no_grad():
-                base.generate(
-                    input_ids=tokens.to(self.policy.device),
-                    attention_mask=present.to(self.policy.device),
-                    generation_config=GenerationConfig(
-                        do_sample=False, use_cache=True, pad_token_id=pad, max_new_tokens=max(ask.max_tokens for ask in asks)
-                    ),
-                    logits_processor=LogitsProcessorList([picker]),
-                    stopping_criteria=StoppingCriteriaList([Ended(picker)]),
-                )
-        finally:
-            base.generation_config = kept
-        return picker.completions()
+    def _admit(self, asks: Sequence[tuple[int, Ask]]) -> None:
+        """Give each ask a row, compute what no slot holds of it, and draw its first token."""
+        self._slots.reserve(max(len(ask.tokens) + ask.max_tokens for _, ask in asks))
+        start = len(self._live)
+        leaders: dict[tuple[int, ...], int] = {}
+        # Conversations that go on come first: they sit in slots which the others might be given.
+        for key, ask in sorted(asks, key=lambda item: -self._slots.longest_prefix(item[1].tokens)[1]):
+            row = len(self._live)
+            if ask.tokens in leaders:
+                self._slots.vacate(row)
+            else:
+                leaders[ask.tokens] = row
+                self._slots.bring(ask.tokens, row)
+            self._live.append(Live(key, ask, uniforms(ask)))
+        first = self._prefill(list(leaders.items()))
+        place = {tokens: i for i, tokens in enumerate(leaders)}
+        for row in range(start, len(self._live)):
+            tokens = self._live[row].ask.tokens
+            self._slots.copy(leaders[tokens], row, len(tokens))
+        self._draw(start, first[[place[live.ask.tokens] for live in self._live[start:]]])
 
+    def _prefill(self, leaders: Sequence[tuple[tuple[int, ...], int]]) -> Tensor:
+        """Compute the tokens that the leaders' slots lack; the logits after each leader's last token, (leaders, V)."""
+        missing = [len(tokens) - len(self._slots.tokens[row]) for tokens, row in leaders]
+        out: dict[int, Tensor] = {}
+        chunk: list[int] = []
+        for i in sorted(range(len(leaders)), key=lambda i: missing[i]):
+            if chunk and missing[i] * (len(chunk) + 1) > PREFILL_TOKENS:
+                out |= self._prefill_chunk(leaders, chunk, missing)
+                chunk = []
+            chunk.append(i)
+        out |= self._prefill_chunk(leaders, chunk, missing)
+        return torch.stack([out[i] for i in range(len(leaders))])
 
-class Picker(LogitsProcessor):  # type: ignore[misc]
-    """Draws each row's next token from its own stream of uniforms, and writes down its log-probability.
+    def _prefill_chunk(self, leaders: Sequence[tuple[tuple[int, ...], int]], chunk: list[int], missing: list[int]) -> dict[int, Tensor]:
+        device, width = self.policy.device, max(missing[i] for i in chunk)
+        rows = [leaders[i][1] for i in chunk]
+        held = [len(self._slots.tokens[row]) for row in rows]
+        tokens = torch.tensor([[*leaders[i][0][h:], *[0] * (width - missing[i])] for i, h in zip(chunk, held, strict=True)], device=device)
+        positions = torch.tensor(held, device=device)[:, None] + torch.arange(width, device=device)
+        reach = max(held) + width  # padded tokens are written too, behind what the slot holds
+        self._slots.reserve(reach)
+        self._slots.aim(torch.tensor(rows, device=device), positions, reach)
+        hidden = self.policy.hidden(tokens, positions, Cached(positions, reach), cache=self._slots)
+        last = hidden[torch.arange(len(chunk)), torch.tensor([missing[i] - 1 for i in chunk])]
+        for i, row in zip(chunk, rows, strict=True):
+            self._slots.tokens[row] = list(leaders[i][0])
+            self.prefilled += missing[i]
+        return dict(zip(chunk, self.policy.logits(last), strict=True))
 
-    `generate` is told to be greedy and is handed logits in which the drawn token alone is finite.
-    """
+    def _step(self) -> None:
+        """One token for every row."""
+        device, count = self.policy.device, len(self._live)
+        lengths = [len(self._slots.tokens[row]) for row in range(count)]
+        tokens = torch.tensor([[live.picked[-1]] for live in self._live], device=device)
+        positions = torch.tensor(lengths, device=device)[:, None]
+        width = max(lengths) + 1
+        self._slots.aim(slice(0, count), positions, width)
+        hidden = self.policy.hidden(tokens, positions, Cached(positions, width), cache=self._slots)
+        for row, live in enumerate(self._live):
+            self._slots.tokens[row].append(live.picked[-1])
+        self._draw(0, self.policy.logits(hidden[:, 0]))
 
-    def __init__(self, asks: Sequence[Ask], chat: Chat, device: torch.device) -> None:
-        self.asks = asks
-        self.chat = chat
-        self.running = [True] * len(asks)
-        self._picked: list[list[int]] = [[] for _ in asks]
-        self._logprobs: list[list[float]] = [[] for _ in asks]
-        self._finish: list[Any] = ["length"] * len(asks)
-        self._uniforms = uniforms(asks).to(device)  # (B, most tokens)
-        self._temperature = torch.tensor([ask.temperature for ask in asks], device=device)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, T), (B, V) -> (B, V)
-        step = max(len(picked) for picked in self._picked)
-        chosen, logprobs = pick(scores.float(), self._temperature, self._uniforms[:, step])
-        for i, (token, logprob) in enumerate(zip(chosen.tolist(), logprobs.tolist(), strict=True)):
-            if self.running[i]:
-                self._append(i, token, logprob)
-        return torch.full_like(scores, float("-inf")).scatter_(1, chosen[:, None], 0.0)
-
-    def _append(self, i: int, token: int, logprob: float) -> None:
-        ask, picked = self.asks[i], self._picked[i]
-        picked.append(token)
-        self._logprobs[i].append(logprob)
-        if token in self.chat.eos or (ask.stop and stops(self.chat, picked, ask.stop)):
-            self._finish[i] = "stop"
-            self.running[i] = False
-        elif len(picked) >= ask.max_tokens:
-            self.running[i] = False
-
-    def completions(self) -> list[Completion]:
-        return [
-            Completion(tuple(tokens), tuple(logprobs), self.chat.text(tokens), finish)
-            for tokens, logprobs, finish in zip(self._picked, self._logprobs, self._finish, strict=True)
-        ]
-
-
-class Ended(StoppingCriteria):  # type: ignore[misc]
-    """Tells `generate` which rows have ended."""
-
-    def __init__(self, picker: Picker) -> None:
-        self.picker = picker
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        return torch.tensor([not running for running in self.picker.running], device=input_ids.device)
-
-
-def uniforms(asks: Sequence[Ask]) -> Tensor:
-    """Each ask's stream of uniform numbers in [0, 1), (B, most tokens), from its own seed."""
-    drawn = torch.zeros(len(asks), max(ask.max_tokens for ask in asks))
-    for i, ask in enumerate(asks):
-        drawn[i, : ask.max_tokens] = torch.rand(ask.max_tokens, generator=torch.Generator().manual_seed(ask.seed))
-    return drawn
-
-
-def pick(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens drawn from softmax(logits / temperature) by inverting its distribution function, and their log-probabilities.
-
-    logits (B, V) float32, temperature (B,) where 0 is greedy, uniform (B,) in [0, 1); returns (B,) int64 and (B,) float32.
-    A greedy token's log-probability is that at temperature 1.
-    """
-    greedy = temperature == 0
-    logprobs = torch.log_softmax(logits / torch.where(greedy, 1.0, temperature)[:, None], dim=-1)
-    cumulative = logprobs.exp().cumsum(-1)
-    total = cumulative[:, -1:]
-    # Strictly below the total, else a rounded-up draw would fall off the end onto a token of probability zero.
-    point = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    drawn = torch.searchsorted(cumulative, point, right=True).squeeze(-1)
-    chosen = torch.where(greedy, logits.argmax(-1), drawn)
-    return chosen, logprobs.gather(-1, chosen[:, None]).squeeze(-1)
-
-
-def stops(chat: Chat, tokens: Sequence[int], stop: Sequence[str]) -> bool:
-    """Whether the newest token completes a stop string. Text is only looked at: the ids stay as they were sampled."""
-    width = max(TAIL_TOKENS, *(len(text.encode()) for text in stop))
-    tail = chat.text(tokens[-width:], special=True)
-    before = chat.text(tokens[-width:-1], special=True)
-    return any(tail.count(text) > before.count(text) for text in stop)
+    def _draw(self, start: int, logits: Tensor) -> None:
+        """Draw the next token of the rows from `start` on, and let those that have ended go."""
+        rows = self._live[start:]
+        temperature = torch.tensor([live.ask.temperature for live in rows], device=logits.device)
+        uniform = torch.tensor([live.uniforms[len(live.picked)] for live in rows], device=logits.device)
+        chosen, logprobs = pick(logits, temperature, uniform)
+        for live, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True):
+            live.append(token, logprob, self.chat)
+        self.tokens += len(rows)
+        for row in reversed(range(start, len(self._live))):
+            live = self._live[row]
+            if live.finish is not None:
+                completion = Completion(tuple(live.picked), tuple(live.logprobs), self.chat.text(live.picked), live.finish)
+                self._ended.append((live.key, completion))
+                self._live[row] = self._live[-1]
+                self._slots.swap(row, len(self._live) - 1)
+                self._live.pop()

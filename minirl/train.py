@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
@@ -27,16 +28,19 @@ from minirl.chat import Chat
 from minirl.episode import Episode, Group, Problem, regroup
 from minirl.errors import UserError
 from minirl.evaluate import evaluate
+from minirl.files import write_folder
 from minirl.learner import Learner
 from minirl.methods import method_of
 from minirl.methods.reflect import failed
 from minirl.methods.single import single
+from minirl.plain import PlainSampler
 from minirl.policy import Policy
 from minirl.progress import Progress
 from minirl.report import write_report
 from minirl.rollout import Play, Talk, play, seed_of
-from minirl.rundir import Position, Run, write_file, write_folder
-from minirl.sampler import PlainSampler
+from minirl.rundir import Run, add_later_eval
+from minirl.sampler import LiveSampler, open_sampler
+from minirl.state import Position
 from minirl.statistics import summarise
 from minirl.tasks import Task, draw, open_task
 
@@ -58,7 +62,7 @@ class Session:
     policy: Policy
     chat: Chat
     task: Task
-    sampler: PlainSampler
+    sampler: LiveSampler | PlainSampler
     progress: Progress
     stop: bool = field(default=False)
 
@@ -73,6 +77,13 @@ class Session:
         rounds = zip_longest(*gather_object([list(items)]), fillvalue=_NOTHING)
         return [item for dealt in rounds for item in dealt if item is not _NOTHING]
 
+    def asked_to_stop(self) -> bool:
+        """Whether anybody was asked to; all processes of a run learn it at the same step, or the others would wait for ever."""
+        if self.accelerator.num_processes > 1:
+            asked = torch.tensor(float(self.stop), device=self.accelerator.device)
+            self.stop = self.accelerator.reduce(asked, "sum").item() > 0
+        return self.stop
+
     def talk(self, problem: Problem, seed: str, *, temperature: float | None = None) -> Talk:
         sampling = self.recipe.sampling
         temperature = sampling.temperature if temperature is None else temperature
@@ -80,6 +91,7 @@ class Session:
 
     def play(self, plays: Sequence[Play]) -> list[Episode]:
         done = 0
+        self.sampler.reset()  # so that a step does not depend on what was sampled before it
 
         def count(_: Episode) -> None:
             nonlocal done
@@ -94,6 +106,8 @@ def train(node: recipe.Recipe, folder: Path, progress: Progress | None = None) -
 
     Raises UserError for what the user can mend, Interrupted after a Ctrl-C once the step in hand is saved.
     """
+    if missing := sorted(set(node.track) - {str(name) for name in get_available_trackers()}):  # accelerate would leave it out silently
+        raise UserError(f"track: got {missing[0]!r}, which is not installed; `pip install {missing[0]}` or take it out of the list")
     accelerator = Accelerator(log_with=list(node.track) or None, project_dir=str(folder))
     if accelerator.is_main_process:
         run = Run.open(folder, node)
@@ -105,14 +119,17 @@ def train(node: recipe.Recipe, folder: Path, progress: Progress | None = None) -
             shown.say(f"{folder}: finished already; use another --out to run again")
             return folder / "adapter"
         session = _session(node, run, accelerator, shown)
-        with _interruptible(session):
-            _run_stages(session)
-        _finish(session)
+        try:
+            with _interruptible(session):
+                _run_stages(session)
+            _finish(session)
+        finally:
+            accelerator.end_training()  # trackers write out what they still hold
     return folder / "adapter"
 
 
 def evaluate_run(folder: Path, overrides: Sequence[str] = (), *, base: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """Evaluate a run's final adapter, or with `base` its model as it was at the start, and write the result to eval-*.json beside it.
+    """Evaluate a run's final adapter, or with `base` its model as it was at the start, and keep the result beside it.
 
     overrides: `eval.samples=8` and the like, laid over the run's own recipe; the model's shape cannot change. Returns the summary.
     """
@@ -128,13 +145,14 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = (), *, base: bool = Fa
     task = open_task(node.task, node.seed)
     with progress or Progress() as shown:
         shown.say(models.describe(loaded))
-        sampler = PlainSampler(policy, chat, rows=node.sampling.rows)
+        sampler = open_sampler(policy, chat, rows=node.sampling.rows)
         label = "base" if base else "adapter"
         rows, _ = evaluate(task.held_out[: node.eval.problems], task, chat, sampler, node.sampling, node.eval, node.seed)
-        row = {"label": label, "stage": len(node.stages), "step": 0} | _eval_settings(node.eval) | {"problems": rows}
-        write_file(folder / f"eval-{label}.json", json.dumps(row))
+        row = {"label": label, "stage": len(node.stages), "step": 0} | _eval_settings(node.eval)
+        row |= {"changed": [text for text in overrides if not text.startswith("eval.")], "problems": rows}
         summary = summarise(row)
         shown.evaluation(label, summary)
+        add_later_eval(folder, row)
     return summary
 
 
@@ -155,7 +173,7 @@ def _session(node: recipe.Recipe, run: Run, accelerator: Accelerator, progress: 
         progress.say(f"resuming at stage {run.position.stage}, step {run.position.step}")
     if node.track:
         accelerator.init_trackers("minirl", config={"recipe": node.dump()})
-    sampler = PlainSampler(policy, chat, rows=node.sampling.rows)
+    sampler = open_sampler(policy, chat, rows=node.sampling.rows)
     return Session(node, run, accelerator, policy, chat, task, sampler, progress)
 
 
@@ -169,6 +187,8 @@ def _run_stages(s: Session) -> None:
     if s.run.position == Position(0, 0) and s.recipe.eval.start and s.run.weights() is None:
         score = _evaluate(s, "start", stage=0, step=0)
         s.run.checkpoint(Position(0, 0), s.policy.save, score=score)
+        if s.asked_to_stop():
+            raise Interrupted
     for index in range(s.run.position.stage, len(s.recipe.stages)):
         stage = s.recipe.stages[index]
         if isinstance(stage, recipe.Collect):
@@ -194,7 +214,9 @@ def _collect(s: Session, index: int, stage: recipe.Collect) -> None:
         _log(s, row, {"sample_s": time.monotonic() - began, "sample_tps": (s.sampler.tokens - before) / (time.monotonic() - began)})
         done = chunk + 1 == chunks
         s.run.advance(Position(index + 1, 0) if done else Position(index, chunk + 1))
-        _stop_if_asked(s)
+        if s.asked_to_stop():
+            raise Interrupted
+    s.accelerator.wait_for_everyone()  # the next stage reads what the main process has just written
 
 
 def _keep(episodes: Sequence[Episode], stage: recipe.Collect) -> list[Episode]:
@@ -228,11 +250,13 @@ def _train(s: Session, index: int, stage: recipe.Train) -> None:
         score = None
         if last or (s.recipe.eval.every and (step + 1) % s.recipe.eval.every == 0):
             score = _evaluate(s, label if last else f"{label}@{step + 1}", stage=index, step=step + 1)
+        stop = s.asked_to_stop()
         if last:
             s.run.checkpoint(Position(index + 1, 0), s.policy.save, score=score)
-        elif s.stop or score is not None or (step + 1) % s.recipe.save.every == 0:
+        elif stop or score is not None or (step + 1) % s.recipe.save.every == 0:
             s.run.checkpoint(Position(index, step + 1), lambda folder: _save(s.policy, learner, folder), score=score)
-        _stop_if_asked(s)
+        if stop:
+            raise Interrupted
 
 
 def _learner(s: Session, index: int, stage: recipe.Train) -> Learner:
@@ -334,6 +358,7 @@ def _evaluate(s: Session, label: str, *, stage: int, step: int) -> float:
     node, began = s.recipe.eval, time.monotonic()
     problems = s.task.held_out[: node.problems]
     s.progress.say(f"evaluating ({label}): {len(problems)} held-out problems x {node.samples}, {node.tries} tries")
+    s.sampler.reset()
     rows, episodes = evaluate(s.mine(problems), s.task, s.chat, s.sampler, s.recipe.sampling, node, s.recipe.seed)
     rows = s.gather(rows)
     row = {"label": label, "stage": stage, "step": step} | _eval_settings(node) | {"problems": rows}
@@ -365,13 +390,6 @@ def _finish(s: Session) -> None:
         write_folder(s.run.folder / "adapter", lambda folder: models.save_adapter(s.policy.model, folder))
         s.progress.say(f"report: {write_report(s.run.folder)}")
     s.run.advance(Position(len(s.recipe.stages), 0), finished=True)
-    if s.recipe.track:
-        s.accelerator.end_training()
-
-
-def _stop_if_asked(s: Session) -> None:
-    if s.stop:
-        raise Interrupted
 
 
 @contextmanager

@@ -1,0 +1,133 @@
+"""Slots: the keys and values of live conversations, one slot each, in one preallocated tensor.
+
+Plugged into stock transformers models as their cache. Invariant: slot s holds the keys and values of exactly `tokens[s]`, at positions
+0 .. len - 1; what stands behind is garbage that no mask shows. Whoever updates the weights must call `clear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+ROUND = 64  # capacities are multiples of this many tokens
+
+
+class Slots(Cache):  # type: ignore[misc]
+    """`count` slots that grow as long as they are asked to be. Set `rows` and `positions` (by `aim`) before a forward pass."""
+
+    def __init__(self, layers: int, count: int, device: torch.device) -> None:
+        super().__init__(layers=[])
+        self.count = count
+        self.device = device
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self._used = [0] * count  # when each slot was last given away or left, for evicting the oldest
+        self._clock = 0
+        self._layers = layers
+        self._capacity = 0
+        self._kv: Tensor | None = None  # (layers, 2, slots, key heads, capacity, head size)
+        self._rows: slice | Tensor = slice(0, 0)
+        self._positions = torch.zeros(0, 0, dtype=torch.int64)
+        self._width = 0
+
+    def clear(self) -> None:
+        """Forget every conversation; the memory stays."""
+        self.tokens = [[] for _ in range(self.count)]
+
+    def reserve(self, length: int) -> None:
+        """Make every slot hold at least `length` tokens."""
+        if length > self._capacity:
+            self._capacity = -(-length // ROUND) * ROUND
+            if self._kv is not None:
+                old = self._kv
+                self._kv = old.new_zeros(*old.shape[:4], self._capacity, old.shape[5])
+                self._kv[..., : old.shape[4], :] = old
+
+    def aim(self, rows: slice | Tensor, positions: Tensor, width: int) -> None:
+        """Where the next forward pass writes, positions (B, T) of slots `rows` (B), and how many keys it reads."""
+        self._rows, self._positions, self._width = rows, positions, width
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """transformers' hook: stores (B, K, T, D) and returns all keys and values of these rows, (B, K, width, D)."""
+        if self._kv is None:
+            _, heads, _, size = key_states.shape
+            self._kv = key_states.new_zeros(self._layers, 2, self.count, heads, self._capacity, size)
+        keys, values = self._kv[layer_idx]
+        rows = torch.arange(self._rows.start, self._rows.stop, device=self.device) if isinstance(self._rows, slice) else self._rows
+        keys[rows[:, None], :, self._positions] = key_states.transpose(1, 2)
+        values[rows[:, None], :, self._positions] = value_states.transpose(1, 2)
+        return keys[self._rows, :, : self._width], values[self._rows, :, : self._width]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Never used for positions, which are always given; models ask all the same."""
+        return 0
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Fork: `target` becomes the first `length` tokens of `source`."""
+        if source != target and self._kv is not None:
+            self._kv[:, :, target, :, :length] = self._kv[:, :, source, :, :length]
+        self.tokens[target] = self.tokens[source][:length]
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchange two slots."""
+        if a != b and self._kv is not None:
+            length = max(len(self.tokens[a]), len(self.tokens[b]))
+            kept = self._kv[:, :, a, :, :length].clone()
+            self._kv[:, :, a, :, :length] = self._kv[:, :, b, :, :length]
+            self._kv[:, :, b, :, :length] = kept
+        self.tokens[a], self.tokens[b] = self.tokens[b], self.tokens[a]
+        self._clock += 1
+        self._used[a], self._used[b] = self._used[b], self._clock
+
+    def bring(self, tokens: Sequence[int], row: int) -> None:
+        """Make slot `row`, the first that is not being decoded, hold the longest prefix of `tokens` that any slot holds.
+
+        At most all tokens but the last, which must be computed for its logits.
+        """
+        source, length = self.longest_prefix(tokens)
+        if source >= row and length == len(self.tokens[source]):
+            self.swap(source, row)  # the conversation itself goes on
+        else:
+            moved = self.vacate(row, keep=source)
+            self.copy(moved, row, length)
+        del self.tokens[row][len(tokens) - 1 :]
+
+    def vacate(self, row: int, keep: int = -1) -> int:
+        """Empty slot `row` by moving the least recently used conversation behind it there and forgetting that.
+
+        Slot `keep` is spared where another can be had; returns where its conversation then is.
+        """
+        idle = range(row, self.count)
+        victim = min(idle, key=lambda s: (s == keep, bool(self.tokens[s]), self._used[s]))
+        self.swap(victim, row)
+        moved = {row: victim, victim: row}.get(keep, keep)
+        if moved != row:
+            self.tokens[row] = []
+        return moved
+
+    def longest_prefix(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """The slot that shares the longest prefix with `tokens`, and its length; the lowest slot among equals."""
+        best, slot = 0, 0
+        for s, held in enumerate(self.tokens):
+            # Cheap refusals first: most slots differ early or cannot beat the best.
+            if len(held) <= best or held[best] != tokens[min(best, len(tokens) - 1)] or held[0] != tokens[0]:
+                continue
+            length = _common(held, tokens)
+            if length > best:
+                best, slot = length, s
+        return slot, best
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common prefix, by halving: slices compare in C."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
