@@ -18,6 +18,7 @@ from minirl.attention import Bundle, Layout
 from minirl.episode import Episode
 
 MIN_SHARED = 16  # tokens; a shorter common prefix is not worth an attention call of its own
+ROUND = 64  # packed rows are filled up to multiples of this: every new length costs matrix kernels built anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +134,12 @@ def collate(bundles: Sequence[Shared], device: torch.device) -> Batch:
             # Token t is predicted at t - 1, which stands in the prefix for the first token of a completion.
             seen += [(start if t <= prefix else shift) + t - 1 for t, trained in enumerate(r.mask) if trained]
             rows.append(r)
-    layout = Layout(tuple(Bundle.of(b.prefix, [r.length - b.prefix for r in b.rows], device) for b in bundles))
-    return _batch(torch.tensor([tokens]), torch.tensor([positions]), None, layout, seen, rows, device)
+    layout = [Bundle.of(b.prefix, [r.length - b.prefix for r in b.rows], device) for b in bundles]
+    if filler := -len(tokens) % ROUND:
+        layout.append(Bundle.of(0, [filler], device))  # a row of its own that nobody sees and that nothing is read from
+        tokens += [0] * filler
+        positions += range(filler)
+    return _batch(torch.tensor([tokens]), torch.tensor([positions]), None, Layout(tuple(layout)), seen, rows, device)
 
 
 def collate_plain(rows: Sequence[Row], *, pad: int, device: torch.device) -> Batch:

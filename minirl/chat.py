@@ -6,19 +6,23 @@ template once, because chat templates are not prefix-preserving (some drop earli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from minirl.episode import Problem
 from minirl.errors import UserError
 
-_USER, _REPLY = "\u2402user\u2403", "\u2402reply\u2403"  # marks that no template contains
+# Marks that no template contains.
+_SYSTEM, _USER, _REPLY, _TOOL = "\u2402system\u2403", "\u2402user\u2403", "\u2402reply\u2403", "a_tool_that_no_template_has"
+_TOOLS = [{"type": "function", "function": {"name": _TOOL, "description": "", "parameters": {"type": "object", "properties": {}}}}]
 
 
 class Chat:
     """A tokenizer with its role markers.
 
-    end: the id that ends an assistant turn; eos: every id that ends a completion.
+    end: the id that ends an assistant turn; eos: every id that ends a completion. renders_system, renders_tools: whether the template
+    shows a system message and tools to the model; what it does not show is written into the first message that it does.
     """
 
     def __init__(self, tokenizer: Any, eos: Sequence[int] = ()) -> None:
@@ -29,6 +33,9 @@ class Chat:
             )
         self.tokenizer = tokenizer
         self.end, self._before_user, self._after_user = self._markers()
+        user = {"role": "user", "content": _USER}
+        self.renders_system = self._shows(_SYSTEM, [{"role": "system", "content": _SYSTEM}, user])
+        self.renders_tools = self._shows(_TOOL, [user], _TOOLS)
         self.eos: frozenset[int] = frozenset({self.end, *eos, tokenizer.eos_token_id} - {None})
 
     @classmethod
@@ -40,19 +47,14 @@ class Chat:
 
     def prompt(self, problem: Problem) -> tuple[int, ...]:
         """The rendered first prompt, up to and with the marker that opens the assistant's turn."""
-        messages = [{"role": "system", "content": problem.system}] if problem.system else []
-        messages.append({"role": "user", "content": problem.prompt})
+        system = [problem.system] if problem.system else []
         if problem.tools and not self.renders_tools:
-            raise UserError(
-                f"{problem.id}: the chat template of {self.tokenizer.name_or_path!r} has no place for tools; "
-                "the task should have listed them in the prompt"
-            )
-        return self._encode(self._render(messages, tools=list(problem.tools) or None))
-
-    @property
-    def renders_tools(self) -> bool:
-        """Whether the template shows tools to the model."""
-        return "tools" in str(self.tokenizer.chat_template)
+            system.append(tools_text(problem.tools))
+        if system and self.renders_system:
+            messages = [{"role": "system", "content": "\n\n".join(system)}, {"role": "user", "content": problem.prompt}]
+        else:
+            messages = [{"role": "user", "content": "\n\n".join([*system, problem.prompt])}]
+        return self._encode(self._render(messages, list(problem.tools) if self.renders_tools else []))
 
     def user(self, text: str, *, after: Sequence[int]) -> tuple[int, ...]:
         """A user message to append after an assistant turn whose last sampled ids are `after`.
@@ -72,22 +74,50 @@ class Chat:
 
     def _markers(self) -> tuple[int, str, str]:
         """The id that ends an assistant message, the text before a user message, and the text from its end to the assistant's opening."""
-        name = getattr(self.tokenizer, "name_or_path", "?")
+        name = self._name
         user, reply = {"role": "user", "content": _USER}, {"role": "assistant", "content": _REPLY}
         rendered = self._render([{"role": "user", "content": "a"}, reply, user])
         if rendered.count(_USER) != 1 or rendered.count(_REPLY) != 1:
             raise UserError(f"model {name!r}: its chat template does not show each message once; use a model with another template")
         between, after_user = rendered.split(_REPLY)[1].split(_USER)
-        first = self._encode(between)[0]
-        if first not in self.tokenizer.all_special_ids:
+        first = next(iter(self._encode(between)), None)
+        if first is None or not self._special(first):
             raise UserError(
                 f"model {name!r}: its chat template ends a reply with {between!r}, expected a special token; use another template"
             )
         end = str(self.tokenizer.decode([first], clean_up_tokenization_spaces=False))
         return first, between.removeprefix(end), after_user
 
-    def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False))
+    def _special(self, token: int) -> bool:
+        # Some models (Phi-3) mark the end of a turn with a special token that they do not list among `all_special_ids`.
+        added = self.tokenizer.added_tokens_decoder.get(token)
+        return token in self.tokenizer.all_special_ids or bool(added and added.special)
+
+    def _shows(self, mark: str, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> bool:
+        """Whether the template shows `mark`; some refuse what they have no place for, others leave it out."""
+        try:
+            return mark in self._render(messages, tools)
+        except UserError:
+            return False
+
+    def _render(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tools=list(tools) or None, add_generation_prompt=True, tokenize=False))
+        except (TemplateError, TypeError) as error:  # TypeError: a template that adds text to what is none
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(f"model {self._name!r}: its chat template does not take {roles} ({error}); use another template") from error
+
+    @property
+    def _name(self) -> str:
+        return str(getattr(self.tokenizer, "name_or_path", "?"))
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def tools_text(tools: Sequence[Mapping[str, Any]]) -> str:
+    """The tools as text, one JSON object a line, for a chat template that has no place for them. `tools`: as in `Problem.tools`."""
+    lines = [json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools]
+    return "\n".join(["These are the tools that you can call, one JSON object a line:", *lines])

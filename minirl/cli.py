@@ -5,6 +5,7 @@ Invariant: a user's mistake ends in one line on standard error and exit code 2, 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,8 +42,9 @@ def run(
 
         on_cpu = not _has_accelerator()
         node = recipes.load(recipe, set_ or (), on_cpu=on_cpu)
-        if on_cpu:
-            typer.echo("no accelerator found: the recipe's on_cpu part, if it has one, is laid over it", err=True)
+        main = os.environ.get("RANK", "0") == "0"  # under `accelerate launch` the others keep quiet
+        if on_cpu and main:
+            typer.echo("# no accelerator found: the recipe's on_cpu part, if it has one, is laid over it")
         if dry:
             typer.echo(node.dump() + "\n" + node.plan())
             return
@@ -52,9 +54,11 @@ def run(
         try:
             adapter = train(node, folder)
         except Interrupted:
-            typer.echo(f"stopped; the same command takes {folder} up again", err=True)
+            if main:
+                typer.echo(f"stopped; the same command takes {folder} up again", err=True)
             raise typer.Exit(130) from None
-        typer.echo(f"adapter: {adapter}")
+        if main:
+            typer.echo(f"adapter: {adapter}")
 
 
 @app.command("eval")
@@ -63,7 +67,7 @@ def eval_(
     set_: SetOption = None,
     base: Annotated[bool, typer.Option("--base", help="Evaluate the model without the run's adapter")] = False,
 ) -> None:
-    """Evaluate a run's adapter on its held-out problems; --set eval.samples=8 eval.temperature=1 gives pass@k."""
+    """Evaluate a run's adapter on its held-out problems; --set eval.samples=8 --set eval.temperature=1 gives pass@k."""
     with _one_line():
         from minirl.train import evaluate_run
 
@@ -94,7 +98,7 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        typer.echo(f"minirl: {error}", err=True)
+        typer.echo(f"minirl: {' '.join(str(error).split())}", err=True)  # what libraries say may have many lines
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("minirl: stopped at once; the same command goes on from the last save", err=True)

@@ -122,10 +122,14 @@ class Episode:
             turns = tuple(_turn_from_json(turn) for turn in row["turns"])
             fields = dict(row["problem"])
             # A context is always the head of the turns, so it is stored as a length and never twice.
-            fields["context"] = turns[: fields["context"]]
-            fields["tools"] = tuple(fields["tools"])
-            return cls(Problem(**fields), turns, row["reward"], dict(row["parts"]), row["finish"])
-        except (KeyError, TypeError, ValueError) as error:
+            head = _whole(fields["context"])
+            if not 0 <= head <= len(turns):
+                raise ValueError(f"a context of {head} turns among {len(turns)}")
+            fields["context"] = turns[:head]
+            fields["tools"] = tuple(dict(tool) for tool in fields["tools"])
+            reward = None if row["reward"] is None else float(row["reward"])
+            return cls(Problem(**fields), turns, reward, dict(row["parts"]), str(row["finish"]))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{where}: not an episode ({type(error).__name__}: {error}); delete the row or collect again") from error
 
     def show(self, decode: Any) -> str:
@@ -194,4 +198,13 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
 
 def _turn_from_json(row: dict[str, Any]) -> Turn:
     logprobs = None if row["logprobs"] is None else tuple(float(x) for x in row["logprobs"])
-    return Turn(str(row["kind"]), tuple(int(x) for x in row["tokens"]), logprobs, bool(row["trained"]))
+    if not isinstance(row["trained"], bool):
+        raise TypeError(f"trained: got {row['trained']!r}, expected true or false")
+    return Turn(str(row["kind"]), tuple(_whole(x) for x in row["tokens"]), logprobs, row["trained"])
+
+
+def _whole(value: Any) -> int:
+    """`int()` would read 1.5 as 1 and the text "12" as two tokens."""
+    if type(value) is not int:
+        raise TypeError(f"got {value!r}, expected a whole number")
+    return value

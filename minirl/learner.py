@@ -107,7 +107,7 @@ class Learner:
 
     def learning_rate(self, update: int) -> float:
         """That of an update, counted from 0: a pure function, so that resuming needs no scheduler state."""
-        rising = math.ceil(self.node.warmup * self.updates_planned)
+        rising = math.ceil(round(self.node.warmup * self.updates_planned, 9))  # 0.07 * 100 is a little more than 7
         if update < rising:
             return self.node.lr * (update + 1) / rising
         progress = (update - rising) / max(1, self.updates_planned - rising)
@@ -166,7 +166,7 @@ class Learner:
                 if self.micro_tokens <= MIN_MICRO_TOKENS:
                     raise
                 self.micro_tokens //= 2
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # here, where the failed forward's tensors are no longer held by the traceback
         for name in Sums.__slots__:
             setattr(sums, name, getattr(sums, name) + getattr(attempt, name))
         return self._apply(bool(rows))

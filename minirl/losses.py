@@ -39,7 +39,8 @@ def policy_loss(
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(policy || reference) at each token, (N,): exp(d) - d - 1 with d = reference - policy; never negative."""
     difference = reference - logprobs
-    return difference.exp() - difference - 1.0
+    # exp(d) - d - 1 would round to +-1e-7 in float32, and that is more than the KL of two nearly equal policies.
+    return torch.expm1(difference) - difference
 
 
 def nll(logprobs: Tensor, weights: Tensor) -> Tensor:
@@ -50,6 +51,5 @@ def nll(logprobs: Tensor, weights: Tensor) -> Tensor:
 def _episode_mean(values: Tensor, episode: Tensor) -> Tensor:
     """Each token's value replaced by its episode's mean, (N,); gradients flow to all of them."""
     _, where = torch.unique(episode, return_inverse=True)
-    count = torch.zeros(int(where.max()) + 1, device=values.device).index_add_(0, where, torch.ones_like(values))
-    total = torch.zeros_like(count).index_add(0, where, values)
-    return (total / count)[where]
+    total = values.new_zeros(int(where.max()) + 1).index_add(0, where, values)
+    return (total / torch.bincount(where))[where]

@@ -7,7 +7,7 @@ refused with its path and the nearest known key, never ignored.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,7 +23,7 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 class Frozen(BaseModel):
     """Base of every node: immutable, and unknown keys are refused with the nearest known one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -57,6 +57,7 @@ class Model(Frozen):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """What the model computes in; auto takes the fastest that the device does well."""
     lora: Lora = Lora()
+    """The adapter that is trained."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     adapter: str | None = None
@@ -67,14 +68,18 @@ class CountdownCredit(Frozen):
     """Score of a wrong Countdown answer by error kind; a right one scores 1 (TinyZero gives 0.1 to the last two)."""
 
     invalid_equation: Probability = 0.0
+    """No answer, or one that is no expression of whole numbers, the allowed operators and brackets."""
     wrong_numbers: Probability = 0.0
+    """An expression that does not use each given number exactly once."""
     missed_target: Probability = 0.0
+    """The right numbers with another value than the target."""
 
 
 class Countdown(Frozen):
     """Reach a target with each given number exactly once."""
 
     name: Literal["countdown"]
+    """Names this task."""
     source: str = "generate"
     """`generate` makes seeded problems; else a hub id (`Jiayi-Pan/Countdown-Tasks-3to4`) or a local file with columns `nums, target`."""
     numbers: tuple[PositiveInt, ...] = (3, 4)
@@ -90,20 +95,25 @@ class Countdown(Frozen):
     held_out: PositiveInt = 200
     """How many problems are kept for evaluation; disjoint from training as multisets of numbers + target."""
     credit: CountdownCredit = CountdownCredit()
+    """Partial credit by error kind."""
 
 
 class FunctionCallingCredit(Frozen):
     """Score of a wrong function call by error kind; a right one scores 1."""
 
     format: Probability = 0.0
+    """No call that can be read."""
     tool: Probability = 0.0
+    """Calls of other tools than the right ones, or too few or too many."""
     parameter: Probability = 0.0
+    """The right tools with a wrong parameter name or value."""
 
 
 class FunctionCalling(Frozen):
     """Call the right tools with the right arguments; rows in the xLAM schema (`query, tools, answers`)."""
 
     name: Literal["function_calling"]
+    """Names this task."""
     source: str = "Salesforce/xlam-function-calling-60k"
     """A hub id, or a local JSON, JSONL or Parquet file with the columns `query, tools, answers`."""
     train: PositiveInt = 48_000
@@ -113,6 +123,7 @@ class FunctionCalling(Frozen):
     max_tools: PositiveInt = 20
     """Rows that offer more tools than this are left out and counted."""
     credit: FunctionCallingCredit = FunctionCallingCredit()
+    """Partial credit by error kind."""
 
 
 Task = Annotated[Countdown | FunctionCalling, Field(discriminator="name")]
@@ -153,6 +164,7 @@ class Learner(Frozen):
     """One loss with switches. `loss` names a preset; any number written beside it overrides the preset's."""
 
     loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce", "nll"] = "grpo"
+    """The preset; nll is SFT's."""
     baseline: Literal["mean", "leave_one_out", "none"] = "mean"
     """What is subtracted from a reward: the group's mean, the mean of the others, nothing."""
     scale: Literal["std", "none"] = "std"
@@ -174,11 +186,13 @@ class Learner(Frozen):
     lr: PositiveFloat = 1e-5
     """Peak learning rate of the adapter."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """How the learning rate goes on after the warm-up: as it is, or down to 0."""
     warmup: Probability = 0.03
     """Share of the stage's optimizer steps over which the learning rate rises from 0."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
     """torch's AdamW, or bitsandbytes' 8-bit and paged ones."""
     weight_decay: NonNegative = 0.0
+    """AdamW's, decoupled from the gradient."""
     betas: tuple[Probability, Probability] = (0.9, 0.99)
     """AdamW's decay rates."""
     grad_clip: PositiveFloat = 1.0
@@ -202,7 +216,9 @@ class Collect(Frozen):
     """Play problems with frozen weights and keep some episodes: they are the next stage's problems."""
 
     kind: Literal["collect"]
+    """Names this kind of stage."""
     method: Literal["single"] = "single"
+    """single: one attempt."""
     problems: PositiveInt = 1024
     """How many training problems to play."""
     samples: PositiveInt = 1
@@ -221,9 +237,11 @@ class Train(Frozen):
     """Play groups, score them, update the adapter."""
 
     kind: Literal["train"]
+    """Names this kind of stage."""
     method: Literal["single", "reflect", "demonstrate"]
     """single: one attempt. reflect: a reflection on a failed attempt, then a retry. demonstrate: gold solutions (SFT)."""
     steps: PositiveInt
+    """Steps: each plays `batch` groups and updates the adapter."""
     group: PositiveInt = 8
     """Episodes that share a problem (and, for reflect, one failed attempt)."""
     batch: PositiveInt = 16
@@ -235,11 +253,14 @@ class Train(Frozen):
     reflections: Probability = 0.0
     """demonstrate: share of the examples that show a failed attempt, a reflection and a right retry."""
     learner: Learner = Learner()
+    """The loss and the optimizer."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.learner.loss != "nll" and self.learner.baseline != "none" and self.group < 2:
             raise ValueError(f"group: got {self.group}, expected at least 2 for baseline {self.learner.baseline!r}")
+        if self.learner.loss == "nll" and self.learner.entropy:
+            raise ValueError(f"learner.entropy: got {self.learner.entropy} with loss 'nll', which has no entropy bonus; expected 0")
         if (self.method == "demonstrate") != (self.learner.loss == "nll"):
             raise ValueError(f"method {self.method!r} cannot take loss {self.learner.loss!r}; demonstrate goes with nll, and only it does")
         return self
@@ -290,11 +311,17 @@ class Recipe(Frozen):
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice of a run is drawn from this."""
     model: Model
+    """The language model and its adapter."""
     task: Task
+    """What is to be solved: problems and a verifier."""
     sampling: Sampling = Sampling()
+    """How the model writes."""
     stages: tuple[Stage, ...] = Field(min_length=1)
+    """What is done, in this order, with one adapter."""
     eval: Eval = Eval()
+    """When and how the held-out problems are played."""
     save: Save = Save()
+    """What the run folder keeps."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Trackers that get the metrics too, through accelerate."""
 
@@ -322,21 +349,24 @@ class Recipe(Frozen):
 def load(path: str | Path, overrides: Sequence[str] = (), *, on_cpu: bool = False) -> Recipe:
     """Read a recipe, lay `on_cpu` over it where asked, then the `a.b=value` overrides.
 
-    Raises UserError for a file that cannot be read, YAML that does not parse, an unknown key or a wrong value.
+    Raises UserError for a file that cannot be read, YAML that does not parse, an unknown key or a wrong value, in the `on_cpu` part too.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = _read_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read the recipe ({error}); expected a YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML ({error})") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: got {type(data).__name__}, expected a mapping with the keys model, task, stages")
     cpu_part = data.pop("on_cpu", None)
     if cpu_part is not None and not isinstance(cpu_part, dict):
         raise UserError(f"{path}: on_cpu: got {type(cpu_part).__name__}, expected a mapping")
-    if on_cpu and cpu_part:
-        data = overlay(data, cpu_part)
+    if cpu_part:
+        laid_over = overlay(data, cpu_part)
+        # Also where it is not used: a mistake in it would else come out on another machine.
+        parse(laid_over, f"{path} with on_cpu")
+        data = laid_over if on_cpu else data
     for text in overrides:
         data = override(data, text)
     return parse(data, str(path))
@@ -365,10 +395,26 @@ def override(data: Mapping[str, Any], text: str) -> dict[str, Any]:
     if not equals or not path:
         raise UserError(f"--set {text}: expected a.b=value")
     try:
-        changed: dict[str, Any] = _set(data, path.split("."), yaml.safe_load(value), text)
+        changed: dict[str, Any] = _set(data, path.split("."), _read_yaml(value), text)
         return changed
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--set {text}: the value is not valid YAML ({error})") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Builds plain data only, and refuses a key that is written twice: the first would be dropped without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is written twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def _set(node: Any, keys: list[str], value: Any, text: str) -> Any:
@@ -400,4 +446,8 @@ def _explain(error: ValidationError, data: Any) -> str:
             node = node.get(key) if isinstance(node, Mapping) else None
     message = first["msg"].removeprefix("Value error, ")
     got = "" if first["type"] in ("missing", "value_error") else f" (got {str(first['input'])[:80]!r})"
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        context = first["ctx"]
+        path, got = f"{path}.{context['discriminator'].strip(chr(39))}", ""
+        message = "got {tag!r}, expected one of {expected_tags}".format(**context) if "tag" in context else "Field required"
     return f"{path or 'recipe'}: {message}{got}"

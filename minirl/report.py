@@ -8,37 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from itertools import groupby, pairwise
-from math import ceil, floor, isfinite, log10
+from itertools import groupby
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from minirl import recipe as recipes
+from minirl.chart import curves, is_number
 from minirl.errors import UserError
-from minirl.rundir import read_rows, standing, write_file
+from minirl.files import read_rows, write_file
+from minirl.rundir import LATER, standing
 from minirl.statistics import Difference, Interval, compare, summarise
 
 Rows = Sequence[Mapping[str, Any]]
-Point = tuple[float, float]
 
 SHARES = (("first", "First try"), ("second", "Within two tries"), ("fixed", "Failures fixed by the retry"))
-CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
-    ("metrics", "Reward", (("reward", "mean"),)),
-    ("metrics", "Solved in training", (("first", "first try"), ("second", "second try"))),
-    ("metrics", "KL to the reference", (("kl", "KL"),)),
-    ("metrics", "Entropy", (("entropy", "nats a token"),)),
-    ("metrics", "Groups without signal", (("dead_share", "share"),)),
-    ("metrics", "Trained tokens an episode", (("length", "tokens"),)),
-    ("metrics", "Loss", (("loss", "loss"),)),
-    ("metrics", "Gradient norm", (("grad_norm", "before clipping"),)),
-    ("metrics", "Clipped tokens", (("clip", "share"),)),
-    ("metrics", "Sampler against learner", (("mismatch_kl", "KL"),)),
-    ("timings", "Tokens a second", (("sample_tps", "sampling"), ("learn_tps", "learning"))),
-    ("timings", "Seconds a step", (("sample_s", "sampling"), ("learn_s", "learning"))),
-)
-"""Which file, title, and up to three columns with their names; a chart without numbers is left out."""
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 44, 10, 12, 22
 EPISODES_EACH = 3
 
 
@@ -56,7 +40,8 @@ def write_report(folder: str | Path) -> Path:
     facts = [("model", recipe.model.name), ("task", recipe.task.name), ("seed", str(recipe.seed)), ("state", where)]
     body = [
         _evaluations(rows["evals"]),
-        _curves(rows),
+        _later_evaluations(rows["evals"], read_rows(folder / LATER)),
+        curves(rows),
         _episodes(rows["episodes"]),
         _totals(rows),
         _about((folder / "recipe.yaml").read_text(encoding="utf-8"), versions),
@@ -68,7 +53,10 @@ def write_report(folder: str | Path) -> Path:
         facts=" · ".join(f"{name} <b>{_text(value)}</b>" for name, value in facts),
         body="\n".join(part for part in body if part),
     )
-    write_file(folder / "report.html", page)
+    try:
+        write_file(folder / "report.html", page)
+    except OSError as error:
+        raise UserError(f"{folder / 'report.html'}: cannot be written ({error}); copy the folder to where you can write") from error
     return folder / "report.html"
 
 
@@ -133,8 +121,7 @@ def _evaluations(evals: Rows) -> str:
     note = "Each share with its 95 % interval (Wilson, at the effective sample size of problems). "
     note += "Greedy decoding." if temperature == 0 else f"Sampled at temperature {_text(temperature)}."
     parts = [_cards(evals, said, start, last), "<h2>Held-out problems</h2>", table, f'<p class="note">{note}</p>']
-    pairs = [(i, last) for i in dict.fromkeys((before, start)) if i != last]
-    parts += [_differences(evals, pairs)] if pairs else []
+    parts += [_differences([(evals[i], evals[last]) for i in dict.fromkeys((before, start)) if i != last])]
     parts += [_errors([said[i] for i in shown]), _pass_at_k([said[i] for i in shown])]
     return "<section>" + "\n".join(part for part in parts if part) + "</section>"
 
@@ -152,16 +139,44 @@ def _cards(evals: Rows, said: Sequence[dict[str, Any]], start: int, last: int) -
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
-def _differences(evals: Rows, pairs: Sequence[tuple[int, int]]) -> str:
+def _differences(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:
+    """Older and newer rows of evals.jsonl, problem by problem; nothing without a pair."""
     lines = []
     for old, new in pairs:
-        changes = compare(evals[old], evals[new])
+        changes = compare(old, new)
         found = [changes[key] for key, _ in SHARES]
         cells = ["" if c is None else f"{_points(c)}<br><small>{_p(c)}, {c.problems} problems</small>" for c in found]
-        lines.append([f"{_text(evals[new].get('label'))} against {_text(evals[old].get('label'))}", *cells])
+        lines.append([f"{_text(new.get('label'))} against {_text(old.get('label'))}", *cells])
     note = "Paired over problems: 95 % interval, and p of a sign-flip test (McNemar's exact test for single samples). "
     note += "“Fixed” is compared on the problems whose first try failed in both evaluations."
-    return f'<h3>What changed</h3>{_table(["", *(title for _, title in SHARES)], lines)}<p class="note">{note}</p>'
+    table = _table(["", *(title for _, title in SHARES)], lines)
+    return f'<h3>What changed</h3>{table}<p class="note">{note}</p>' if lines else ""
+
+
+def _later_evaluations(evals: Rows, later: Rows) -> str:
+    """What `minirl eval` found: its base against its adapter, else against what the run itself measured in the same way."""
+    if not later:
+        return ""
+    lines, pairs = [], []
+    for row in later:
+        s = summarise(row)
+        made = [f"temperature {_text(s['temperature'])}", *map(_text, row.get("changed") or [])]
+        cells = [f"{s['problems']} <small>x {s['samples']}</small>", ", ".join(made), *(_share(s[key]) for key, _ in SHARES)]
+        lines.append([_text(s["label"]), *cells])
+    for way in dict.fromkeys(map(_way, later)):
+        own = [row for row in evals if _way(row) == way]
+        found = {"base": own[0], "adapter": own[-1]} if own and own[0].get("label") == "start" else {}
+        found |= {str(row.get("label")): row for row in later if _way(row) == way}
+        if len(found) == 2 and found["base"] is not found["adapter"]:
+            pairs.append((found["base"], found["adapter"]))
+    table = _table(["Evaluation", "Problems", "How", *(title for _, title in SHARES)], lines)
+    note = "By `minirl eval`: base is the model as the run found it, adapter the run's final one. Compared only where all settings agree."
+    return f'<section><h2>Evaluated afterwards</h2>{table}<p class="note">{note}</p>{_differences(pairs)}</section>'
+
+
+def _way(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """How an evaluation was made; `changed` lists the overrides that `minirl eval` was given."""
+    return row.get("tries", 1), row.get("samples", 1), row.get("temperature"), tuple(row.get("changed") or ())
 
 
 def _errors(said: Sequence[dict[str, Any]]) -> str:
@@ -180,120 +195,6 @@ def _pass_at_k(said: Sequence[dict[str, Any]]) -> str:
     ks = sorted({2**i for i in range(most.bit_length())} | {most})
     lines = [[_text(s["label"]), *(_share(s["pass_at_k"][k]) for k in ks)] for s in said]
     return f"<h3>pass@k, first tries</h3>{_table(['Evaluation', *(f'k = {k}' for k in ks)], lines)}"
-
-
-def _curves(rows: Mapping[str, Rows]) -> str:
-    """Small charts over all steps of all stages, in the order they were made."""
-    metrics = [{**row, **_dead_share(row)} for row in rows["metrics"]]
-    place = {(row.get("stage"), row.get("step")): number for number, row in enumerate(metrics, start=1)}
-    borders = [number for number, (a, b) in enumerate(pairwise(metrics), start=1) if a.get("stage") != b.get("stage")]
-    charts = [_held_out_chart(rows["evals"], metrics, borders)]
-    for source, title, columns in CURVES:
-        placed = [(place.get((row.get("stage"), row.get("step"))), row) for row in (metrics if source == "metrics" else rows["timings"])]
-        lines = []
-        for key, name in columns:
-            found = [(row.get("stage"), (float(x), float(row[key]))) for x, row in placed if x and _finite(row.get(key))]
-            lines.append((name, [[point for _, point in run] for _, run in groupby(found, key=lambda pair: pair[0])]))
-        charts.append(_chart(title, lines, len(metrics), borders))
-    drawn = "".join(charts)
-    note = "Over all steps; dotted lines stand between stages, thick lines are running means."
-    return f'<section><h2>Curves</h2><div class="charts">{drawn}</div><p class="note">{note}</p></section>' if drawn else ""
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and isfinite(value)
-
-
-def _dead_share(row: Mapping[str, Any]) -> dict[str, float]:
-    dead, groups = row.get("dead"), row.get("groups")
-    return {"dead_share": dead / groups} if _finite(dead) and _finite(groups) and groups else {}
-
-
-def _held_out_chart(evals: Rows, metrics: Rows, borders: Sequence[int]) -> str:
-    """The evaluations over the steps that came before each, with their intervals."""
-    lines, bands = [], []
-    said = [summarise(row) for row in evals]
-    for key, name in (("first", "first try"), ("second", "two tries"), ("fixed", "fixed")):
-        points, band = [], []
-        for row, summary in zip(evals, said, strict=True):
-            done = (row.get("stage", 0), row.get("step", 0))
-            x = float(sum((m.get("stage", 0), m.get("step", 0)) < done for m in metrics))
-            if (found := summary[key]) is not None:
-                points.append((x, found.value))
-                band.append((x, found.low, found.high))
-        lines.append((name, [points] if points else []))
-        bands.append(band)
-    return _chart("Held-out", lines, len(metrics), borders, bands=bands, top=1.0)
-
-
-def _chart(
-    title: str,
-    lines: Sequence[tuple[str, list[list[Point]]]],
-    steps: int,
-    borders: Sequence[int],
-    *,
-    bands: Sequence[Sequence[tuple[float, float, float]]] = (),
-    top: float | None = None,
-) -> str:
-    """One chart as inline SVG; each line is a name and its unbroken runs of points. Empty text when there is no point."""
-    values = [y for _, runs in lines for run in runs for _, y in run]
-    if not values:
-        return ""
-    ticks = _ticks(min(0.0, *values), max(*values, *(h for band in bands for *_, h in band), 0.0) if top is None else top)
-    low, high = ticks[0], ticks[-1]
-
-    def at(x: float, y: float) -> str:
-        across = LEFT + (WIDTH - LEFT - RIGHT) * x / max(1, steps)
-        return f"{across:.1f},{HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - low) / (high - low):.1f}"
-
-    marks = []
-    for tick in ticks:
-        x, y = at(0, tick).split(",")
-        marks.append(f'<line class="grid" x1="{x}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        marks.append(f'<text x="{LEFT - 6}" y="{float(y) + 3.5:.1f}" text-anchor="end">{tick:.4g}</text>')
-    for border in borders:
-        x = at(border + 0.5, low).split(",")[0]
-        marks.append(f'<line class="border" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    for step in {0, steps // 2, steps} if steps > 1 else {0, steps}:
-        marks.append(f'<text x="{at(step, low).split(",")[0]}" y="{HEIGHT - 6}" text-anchor="middle">{step}</text>')
-    for number, band in enumerate(bands, start=1):
-        outline = [at(x, h) for x, _, h in band] + [at(x, lo) for x, lo, _ in reversed(band)]
-        marks += [f'<polygon class="band s{number}" points="{" ".join(outline)}"/>'] if len(band) > 1 else []
-    for number, (_, runs) in enumerate(lines, start=1):
-        marks += [mark for run in runs for mark in _run(run, number, at, dots=bool(bands))]
-    key = "".join(f'<i class="s{n}"></i>{name}' for n, (name, runs) in enumerate(lines, start=1) if runs)
-    picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(marks)}</svg>'
-    return f'<figure class="chart"><figcaption>{title}<span class="key">{key}</span></figcaption>{picture}</figure>'
-
-
-def _run(points: Sequence[Point], number: int, at: Any, *, dots: bool) -> list[str]:
-    """A line; over 30 points a faint one under its running mean; points as dots where they are few."""
-    marks = []
-    path = " ".join(at(x, y) for x, y in points)
-    if len(points) > 30 and not dots:
-        marks.append(f'<polyline class="curve raw s{number}" points="{path}"/>')
-        mean, keep, smooth = points[0][1], 1 - 20 / len(points), []
-        for x, y in points:
-            mean = keep * mean + (1 - keep) * y
-            smooth.append(at(x, mean))
-        path = " ".join(smooth)
-    if len(points) > 1:
-        marks.append(f'<polyline class="curve s{number}" points="{path}"/>')
-    if dots or len(points) == 1:
-        for x, y in points:
-            cx, cy = at(x, y).split(",")
-            marks.append(f'<circle class="point s{number}" cx="{cx}" cy="{cy}" r="3"><title>{y:.4g}</title></circle>')
-    return marks
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers that enclose both ends."""
-    high = high if high > low else low + (abs(low) or 1.0)
-    span = high - low
-    unit = 10.0 ** floor(log10(span / 4))
-    step = next(unit * m for m in (1, 2, 2.5, 5, 10) if span / (unit * m) <= 5)
-    first, last = floor(low / step + 1e-9), ceil(high / step - 1e-9)
-    return [step * i for i in range(first, last + 1)]
 
 
 def _episodes(episodes: Rows) -> str:
@@ -345,11 +246,11 @@ def _totals(rows: Mapping[str, Rows]) -> str:
     """What the run has cost so far."""
 
     def total(name: str, key: str) -> float:
-        return float(sum(row[key] for row in rows[name] if _finite(row.get(key))))
+        return float(sum(row[key] for row in rows[name] if is_number(row.get(key))))
 
     hours = [(title, total("timings", key)) for key, title in (("sample_s", "sampling"), ("learn_s", "learning"), ("eval_s", "evaluating"))]
     counts = [(title, total("metrics", key)) for key, title in (("sampled", "tokens sampled"), ("trained_tokens", "tokens trained"))]
-    last = {row.get("stage"): row["skipped"] for row in rows["metrics"] if _finite(row.get("skipped"))}
+    last = {row.get("stage"): row["skipped"] for row in rows["metrics"] if is_number(row.get("skipped"))}
     lines = [[title, f"{seconds / 60:,.1f} min"] for title, seconds in hours if seconds]
     lines += [[title, f"{count:,.0f}"] for title, count in counts if count]
     lines += [["steps skipped (gradient not finite)", f"{sum(last.values()):,.0f}"]] if last else []

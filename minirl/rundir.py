@@ -4,26 +4,22 @@
     metrics.jsonl  numbers a step, no clocks      timings.jsonl   seconds and tokens/s a step
     episodes.jsonl sample episodes                evals.jsonl     evaluations, problem by problem
     kept/N.jsonl   what collect stage N kept      checkpoints/    weights, named <stage>-<step>
-    versions.jsonl what it ran on
+    versions.jsonl what it ran on                 report.html     all of it on one page
+    adapter/       for plain peft, at the end     later_evals.jsonl   what `minirl eval` found afterwards
 
-Invariant: `state.json` is replaced in one rename and names only what is already on the disk. Opening a folder cuts every append-only
-file back to the length it records and drops whatever it does not name, so a kill at any moment is undone, and the steps after it are
-played again to the same bytes.
+Invariant: `state.json` is replaced in one rename, and only after what it names is on the disk; opening a folder undoes the rest (see
+`state`). So a kill at any moment costs the steps since the last save, and these are played again to the same bytes.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
-import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import filelock
 import yaml
@@ -32,51 +28,12 @@ import minirl
 from minirl import recipe as recipes
 from minirl.episode import Episode
 from minirl.errors import UserError
+from minirl.files import Journal, lock_folder, read_rows, remove_folder, write_file, write_folder, write_rows
 from minirl.recipe import Recipe
+from minirl.state import NAMES, Position, State, append_only, check_files, read_state, restore
 
-NAMES = ("metrics", "timings", "episodes", "evals")
-CHECKPOINT = re.compile(r"\d{2,}-\d{6,}b*")
+LATER = "later_evals.jsonl"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """The next thing to do: the number of a stage, and how many of its steps (or collect chunks) are done."""
-
-    stage: int = 0
-    step: int = 0
-
-
-@dataclass(slots=True)
-class _State:
-    """What state.json holds. checkpoints: those that stay, oldest first; best: the name and score of the best of them."""
-
-    position: Position = Position()
-    finished: bool = False
-    weights: str | None = None
-    best: tuple[str, float] | None = None
-    checkpoints: list[str] = field(default_factory=list)
-    sizes: dict[str, int] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        position = {"stage": self.position.stage, "step": self.position.step}
-        best = None if self.best is None else {"checkpoint": self.best[0], "score": self.best[1]}
-        rest = {name: getattr(self, name) for name in ("finished", "weights", "checkpoints", "sizes")}
-        return {"position": position, "best": best, **rest}
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """UserError unless the file is one that `to_json` wrote."""
-        try:
-            row = json.loads(path.read_bytes())
-            position = Position(int(row["position"]["stage"]), int(row["position"]["step"]))
-            best = None if row["best"] is None else (str(row["best"]["checkpoint"]), float(row["best"]["score"]))
-            weights = None if row["weights"] is None else str(row["weights"])
-            sizes = {str(name): int(size) for name, size in row["sizes"].items()}
-            return cls(position, bool(row["finished"]), weights, best, [str(name) for name in row["checkpoints"]], sizes)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            message = f"{path}: not a run's state ({type(error).__name__}: {error}); restore the file, or delete the folder and run again"
-            raise UserError(message) from error
 
 
 class Run:
@@ -85,12 +42,12 @@ class Run:
     Only the main process holds the lock and writes; in the others every writing method does nothing but keep `position` in step.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, state: _State, lock: filelock.BaseFileLock | None) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, state: State, lock: filelock.BaseFileLock | None) -> None:
         self.folder = folder
         self.recipe = recipe
         self._state = state
         self._lock = lock
-        self._files: dict[str, BinaryIO] = {}
+        self._journal = Journal(folder)
 
     @classmethod
     def open(cls, folder: str | Path, recipe: Recipe, *, main: bool = True) -> Self:
@@ -102,15 +59,17 @@ class Run:
         folder = Path(folder)
         try:
             _refuse_foreign(folder)
-            lock = _take(folder) if main else None
+            lock = lock_folder(folder) if main else None
             try:
-                _check_recipe(folder / "recipe.yaml", recipe)
-                state = _State.read(folder / "state.json") if (folder / "state.json").exists() else _State()
-                _check_files(folder, state)
+                state = read_state(folder)
+                if state != State():  # where nothing was saved there is nothing to lose, and a recipe may be mended and run again
+                    _check_recipe(folder / "recipe.yaml", recipe)
+                check_files(folder, state)
                 if main:
-                    _restore(folder, state)
-                    if not (folder / "recipe.yaml").exists():
+                    restore(folder, state)
+                    if state == State():
                         write_file(folder / "recipe.yaml", recipe.dump())
+                        write_file(folder / "state.json", state.text())
                     _note_versions(folder / "versions.jsonl")
             except BaseException:
                 if lock is not None:
@@ -130,9 +89,7 @@ class Run:
 
     def close(self) -> None:
         """Let go of the files and the lock; the end of the process does the same."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        self._journal.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -199,9 +156,9 @@ class Run:
         names = [*old.checkpoints, name]
         stay = {*names[-self.recipe.save.keep_last :], *([best[0]] if best and self.recipe.save.keep_best else [])}
         names = [n for n in names if n in stay]
-        self._save(_State(position, False, name, best if best and best[0] in stay else None, names))
+        self._save(State(position, False, name, best if best and best[0] in stay else None, names))
         for gone in set(old.checkpoints) - stay:
-            _remove(self.folder / "checkpoints" / gone)
+            remove_folder(self.folder / "checkpoints" / gone)
 
     def advance(self, position: Position, *, finished: bool = False) -> None:
         """Save the position and all rows so far; the weights stay those of the last checkpoint."""
@@ -209,7 +166,7 @@ class Run:
             self._state.position, self._state.finished = position, finished
             return
         old = self._state
-        self._save(_State(position, finished, old.weights, old.best, old.checkpoints))
+        self._save(State(position, finished, old.weights, old.best, old.checkpoints))
 
     def weights(self) -> Path | None:
         """The checkpoint to resume from; None before the first one."""
@@ -220,126 +177,37 @@ class Run:
         return self.folder / "checkpoints" / f"reference-{stage}"
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        if self._lock is None:
-            return
-        file = self._files.get(name)
-        if file is None:
-            path = self.folder / name
-            path.parent.mkdir(exist_ok=True)
-            file = self._files[name] = path.open("ab")
-        file.write(compact(row) + b"\n")
-        file.flush()  # a reader sees the row at once
+        if self._lock is not None:
+            self._journal.append(name, row)
 
-    def _save(self, state: _State) -> None:
+    def _save(self, state: State) -> None:
         """Rows reach the disk before the state that counts on them."""
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        _sync(self.folder / "kept", self.folder)
-        state.sizes = {name: (self.folder / name).stat().st_size for name in _append_only(self.folder)}
+        self._journal.sync()
+        state.sizes = {name: (self.folder / name).stat().st_size for name in append_only(self.folder)}
         self._state = state  # first, so that an interrupt inside the rename cannot leave the file ahead of what we know
-        write_file(self.folder / "state.json", compact(state.to_json()).decode() + "\n")
+        write_file(self.folder / "state.json", state.text())
 
 
 def standing(folder: Path) -> tuple[Position, bool]:
     """Where a run folder stands, and whether the run is finished, without opening it."""
-    state = _State.read(folder / "state.json") if (folder / "state.json").exists() else _State()
+    state = read_state(folder)
     return state.position, state.finished
 
 
-def compact(row: Mapping[str, Any]) -> bytes:
-    """One line of JSON: floats by repr, so equal numbers are equal bytes; NaN and infinities, which JSON lacks, become null."""
-    try:
-        return json.dumps(row, allow_nan=False, separators=(",", ":")).encode()
-    except ValueError:
-        return json.dumps(_finite(row), allow_nan=False, separators=(",", ":")).encode()
+def add_later_eval(folder: Path, row: Mapping[str, Any]) -> None:
+    """Put an evaluation that `minirl eval` made beside the run's own, in place of one of the same kind. Needs no open run.
 
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
-
-
-def read_rows(path: Path, *, growing: bool = True) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, none if it is absent. UserError names file and line of a row that is not a JSON object.
-
-    growing: another process may be writing, so an unfinished last line is left out.
+    row: as for `Run.log_eval`; with `label`, `tries`, `samples`, `temperature` and `changed` it says what kind it is.
     """
-    rows: list[dict[str, Any]] = []
+    kind = ("label", "tries", "samples", "temperature", "changed")
     try:
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        with filelock.FileLock(folder / ".evals.lock"):
+            others = [old for old in read_rows(folder / LATER) if any(old.get(key) != row.get(key) for key in kind)]
+            write_rows(folder / LATER, [*others, row])
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    if lines and (growing or not lines[-1]):
-        lines.pop()  # what follows the last newline
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not a JSON row ({error}); mend or delete the line") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: got {type(row).__name__}, expected a JSON object; mend or delete the line")
-        rows.append(row)
-    return rows
-
-
-def write_file(path: Path, text: str) -> None:
-    """Replace a file in one rename, on the disk when this returns."""
-    temp = _temp(path)
-    with temp.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temp, path)
-    _sync(path.parent)
-
-
-def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Put a folder at `path` by a rename: it is there whole, filled by `write` and on the disk, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = _temp(path)
-    if temp.exists():
-        shutil.rmtree(temp)
-    temp.mkdir()
-    write(temp)
-    for parent, _, files in os.walk(temp, topdown=False):
-        _sync(*(Path(parent) / name for name in files), Path(parent))
-    if path.exists():
-        _remove(path)
-    os.replace(temp, path)
-    _sync(path.parent)
-
-
-def _remove(path: Path) -> None:
-    """Take a folder away; a reader never sees half of it."""
-    temp = path.with_name(f".{path.name}.old.tmp")
-    if temp.exists():
-        shutil.rmtree(temp)
-    if path.exists():
-        os.replace(path, temp)
-        shutil.rmtree(temp)
-
-
-def _temp(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        if path.exists():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-
-
-def _append_only(folder: Path) -> list[str]:
-    kept = sorted(path.name for path in (folder / "kept").glob("*.jsonl"))
-    return [n for n in (f"{name}.jsonl" for name in NAMES) if (folder / n).exists()] + [f"kept/{name}" for name in kept]
+        raise UserError(
+            f"{folder / LATER}: cannot be written ({error}); the evaluation was made but not kept, mend that and repeat"
+        ) from error
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -351,17 +219,6 @@ def _refuse_foreign(folder: Path) -> None:
     strange = sorted(path.name for path in folder.iterdir() if path.name != ".lock" and not path.match(".*.tmp"))
     if strange:
         raise UserError(f"{folder}: holds {strange[0]!r} but no recipe.yaml, so it is not a run; name a new or empty folder with --out")
-
-
-def _take(folder: Path) -> filelock.BaseFileLock:
-    """A lock of the operating system's, so that it ends with the process however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise UserError(f"{folder}: another process is running in it; wait for it, stop it, or name another folder with --out") from error
-    return lock
 
 
 def _check_recipe(path: Path, recipe: Recipe) -> None:
@@ -398,30 +255,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _check_files(folder: Path, state: _State) -> None:
-    """What state.json counts on must be there."""
-    for name, size in state.sizes.items():
-        got = (folder / name).stat().st_size if (folder / name).exists() else 0
-        if got < size:
-            raise UserError(f"{folder / name}: has {got} bytes, state.json counts on {size}; restore it, or delete {folder} and run again")
-    if state.weights is not None and not (folder / "checkpoints" / state.weights).is_dir():
-        where = folder / "checkpoints" / state.weights
-        raise UserError(f"{where}: missing, state.json names it; restore it, or delete {folder} and run again")
-
-
-def _restore(folder: Path, state: _State) -> None:
-    """Undo everything that happened after state.json was written."""
-    for name in _append_only(folder):
-        if size := state.sizes.get(name, 0):
-            os.truncate(folder / name, size)
-        else:
-            (folder / name).unlink()
-    temps = [*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")]
-    unnamed = [p for p in folder.glob("checkpoints/*") if CHECKPOINT.fullmatch(p.name) and p.name not in state.checkpoints]
-    for path in temps + unnamed:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def _note_versions(path: Path) -> None:
     """Append what this process runs on, unless it is what the last one ran on."""
     now = {"minirl": minirl.__version__, "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
@@ -432,4 +265,4 @@ def _note_versions(path: Path) -> None:
             continue  # an extra that is not installed
     seen = read_rows(path)
     if not seen or seen[-1] != now:
-        write_file(path, "".join(compact(row).decode() + "\n" for row in [*seen, now]))
+        write_rows(path, [*seen, now])

@@ -70,8 +70,12 @@ class LiveSampler:
         self._slots = Slots(config.num_hidden_layers, rows, policy.device)
 
     def add(self, key: int, ask: Ask) -> None:
-        """Queue an ask."""
-        self._queue.append((key, ask))
+        """Queue an ask; one that goes on with a conversation still in a slot goes first, before that slot is given away."""
+        slot, length = self._slots.longest_prefix(ask.tokens)
+        if length and length == len(self._slots.tokens[slot]):
+            self._queue.appendleft((key, ask))
+        else:
+            self._queue.append((key, ask))
 
     def reset(self) -> None:
         """Forget every conversation: the weights have changed, or a run must not depend on what came before."""

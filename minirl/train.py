@@ -79,10 +79,9 @@ class Session:
 
     def asked_to_stop(self) -> bool:
         """Whether anybody was asked to; all processes of a run learn it at the same step, or the others would wait for ever."""
-        if self.accelerator.num_processes > 1:
-            asked = torch.tensor(float(self.stop), device=self.accelerator.device)
-            self.stop = self.accelerator.reduce(asked, "sum").item() > 0
-        return self.stop
+        asked = torch.tensor(float(self.stop), device=self.accelerator.device)
+        # Not written back to `stop`: a signal that comes while this waits for the others would be lost.
+        return bool(self.accelerator.reduce(asked, "sum").item())
 
     def talk(self, problem: Problem, seed: str, *, temperature: float | None = None) -> Talk:
         sampling = self.recipe.sampling
@@ -400,7 +399,9 @@ def _interruptible(s: Session) -> Iterator[None]:
         if s.stop:
             raise KeyboardInterrupt
         s.stop = True
-        s.progress.say("stopping after this step, which will be saved; Ctrl-C again to stop at once (loses the steps since the last save)")
+        text = "stopping after this step, which will be saved; Ctrl-C again to stop at once (loses the steps since the last save)"
+        # A handler must not wait for the display, which the interrupted code may hold; a thread may.
+        threading.Thread(target=s.progress.say, args=(text,)).start()
 
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread alone

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import byte_tokenizer
 
 from minirl import recipe
+from minirl.chat import Chat
 from minirl.episode import Problem
 from minirl.errors import UserError
 from minirl.tasks import Task, open_task
-from minirl.tasks.function_calling import calls_text, demonstrate, tool_schemas, tools_text, type_schema
+from minirl.tasks.function_calling import calls_text, demonstrate, tool_schemas, type_schema
 from minirl.verify.function_calling import MAX_CALLS, MAX_CHARS, MAX_DEPTH, MAX_DIGITS, error_kind, same, verify
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "function_calling" / "toolalpaca_xlam_schema_114.json"
@@ -350,14 +352,23 @@ def test_the_task_over_real_rows() -> None:
 
 
 @needs_data
-def test_the_split_is_disjoint_and_a_function_of_the_seed() -> None:
-    task, again, other = local(0), local(0), local(1)
-    assert task.train == again.train
-    assert task.held_out == again.held_out
-    assert [p.id for p in task.held_out] != [p.id for p in other.held_out]
-    ids = {p.id for p in task.train} | {p.id for p in task.held_out}
-    assert len(ids) == 108
-    assert ids == {p.id for p in other.train} | {p.id for p in other.held_out}
+def test_the_split_is_disjoint_and_a_function_of_the_data_alone() -> None:
+    task, other = local(0), local(1)
+    assert (task.train, task.held_out) == (other.train, other.held_out), "runs with different seeds share their held-out set"
+    assert len({p.id for p in task.train} | {p.id for p in task.held_out}) == 108
+    assert [p.id for p in task.held_out[:9]] == [p.id for p in local(0, held_out=9).held_out]
+    at = [int(p.id.rpartition("/")[2]) for p in (*task.held_out, *task.train)]
+    assert at != sorted(at), "shuffled: the file's order may mean something"
+    # Rows that another limit leaves out move no other row from one side to the other, but where the border moves.
+    fewer = local(0, max_tools=8, held_out=20)
+    assert not {p.id for p in fewer.held_out} & {p.id for p in task.train}
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_rows(tmp_path: Path) -> None:
+    found = [{"query": f"q{i}", "tools": [WEATHER], "answers": ROME} for i in range(40)]
+    held_out = [p.prompt for p in open_rows(tmp_path, found, held_out=10).held_out]
+    assert [p.prompt for p in open_rows(tmp_path, found[::-1], seed=3, held_out=10).held_out] == held_out
+    assert held_out != [f"q{i}" for i in range(10)]
 
 
 @needs_data
@@ -390,7 +401,9 @@ def test_a_demonstration_where_nothing_can_be_spoilt_but_the_form() -> None:
 def test_rows_with_one_query_never_stand_on_both_sides(tmp_path: Path) -> None:
     queries = ["Weather in Rome?", "weather  in rome?", " WEATHER in\nRome? ", "b", "c", "B", "d"]
     for seed in range(20):
-        task = open_rows(tmp_path, [{"query": q, "tools": [WEATHER], "answers": ROME} for q in queries], seed, held_out=2)
+        # Other words put other queries on the held-out side.
+        found = [{"query": f"{q} {seed}", "tools": [WEATHER], "answers": ROME} for q in queries]
+        task = open_rows(tmp_path, found, held_out=2)
         held_out, train = ({" ".join(p.prompt.lower().split()) for p in side} for side in (task.held_out, task.train))
         assert len(held_out) == len(task.held_out) == 2
         assert not held_out & train
@@ -503,5 +516,16 @@ def test_tools_become_json_schema() -> None:
     assert required({"type": "str"}, {"type": "str, optional"}, {"type": "Optional[int]"}, {"type": "int", "default": None}) == ["p0"]
     # Where a row marks what is required, what it does not mark is not.
     assert required({"type": "string", "required": True}, {"type": "string"}, {"type": "string", "required": False}) == ["p0"]
-    lines = tools_text(tool_schemas(TOOLS)).splitlines()
-    assert [json.loads(line)["name"] for line in lines[1:]] == ["weather", "trip"]
+
+
+def test_the_tools_reach_a_model_whose_template_has_no_place_for_them(tmp_path: Path) -> None:
+    # The embedded model's template is such a one; what it is shown is all that it needs for a right call.
+    task = open_rows(tmp_path, [{"query": q, "tools": TOOLS, "answers": ROME} for q in ("Rome?", "And in Rome?")])
+    chat = Chat(byte_tokenizer())
+    assert not chat.renders_tools
+    said = chat.text(chat.prompt(task.train[0]), special=True)
+    system, user, _ = said.split("<|im_start|>")[1:]
+    assert system.startswith("system\nYou act for the user by calling tools.")
+    listed = [json.loads(line) for line in system.removesuffix("<|im_end|>\n").splitlines()[-2:]]
+    assert listed == [tool["function"] for tool in tool_schemas(TOOLS)]
+    assert user == f"user\n{task.train[0].prompt}<|im_end|>\n"

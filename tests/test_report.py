@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from minirl import recipe as recipes
+from minirl.chart import ticks as _ticks
 from minirl.episode import Episode, Problem, Turn
 from minirl.errors import UserError
-from minirl.report import _ticks, write_report
-from minirl.rundir import Position, Run
+from minirl.report import write_report
+from minirl.rundir import Run, add_later_eval
+from minirl.state import Position
 from minirl.statistics import compare, summarise
 
 HOSTILE = "</div><script>alert('x')</script><img src=x onerror=alert(1)> ${title} & \x00\x1b[31m \ud800 \u202e done"
@@ -211,6 +213,33 @@ def test_evaluations_made_in_another_way_are_not_compared(tmp_path: Path) -> Non
     text = Page(write_report(tmp_path / "run").read_text()).text
     assert "start" in text
     assert "What changed" not in text
+
+
+def test_later_evaluations_are_listed_and_compared_in_their_own_way(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", steps=2)
+    assert "Evaluated afterwards" not in Page(write_report(tmp_path / "run").read_text()).text
+
+    def later(label: str, samples: int, first: float, changed: list[str]) -> None:
+        add_later_eval(tmp_path / "run", {**evaluation(label, 2, 0, first, 0.2, samples=samples), "changed": changed})
+
+    later("adapter", 8, 0.9, [])  # nothing to compare with: the run itself took 4 samples
+    text = Page(write_report(tmp_path / "run").read_text()).text.split("Evaluated afterwards")[1].split("Curves")[0]
+    assert "x 8" in text
+    assert "What changed" not in text
+    later("base", 8, 0.1, ["sampling.attempt_tokens=<9>"])  # other settings: still nothing
+    text = Page(write_report(tmp_path / "run").read_text()).text.split("Evaluated afterwards")[1].split("Curves")[0]
+    assert "sampling.attempt_tokens=<9>" in text
+    assert "What changed" not in text
+    later("base", 8, 0.1, [])
+    later("adapter", 4, 0.9, [])  # made as the run's own were, so it is compared with the run's start
+    text = " ".join(Page(write_report(tmp_path / "run").read_text()).text.split("Evaluated afterwards")[1].split("Curves")[0].split())
+    pairs = [(evaluation("base", 2, 0, 0.1, 0.2, samples=8), evaluation("adapter", 2, 0, 0.9, 0.2, samples=8))]
+    pairs += [(evaluation("start", 0, 0, 0.2, 0.12), evaluation("adapter", 2, 0, 0.9, 0.2))]
+    for before, after in pairs:
+        change = compare(before, after)["first"]
+        assert change is not None
+        assert f"{after['label']} against {before['label']}{100 * change.value:+.1f} points {100 * change.low:+.1f} to" in text
+    assert text.count(" against ") == 2 + text.count("base against")
 
 
 def test_episodes_without_texts(tmp_path: Path) -> None:

@@ -14,13 +14,20 @@ from typing import Any
 
 import pytest
 
+from minirl import files, rundir, state
 from minirl import recipe as recipes
-from minirl import rundir
 from minirl.episode import Episode, Problem, Turn
 from minirl.errors import UserError
-from minirl.rundir import Position, Run
+from minirl.rundir import Run
+from minirl.state import Position
 
 STEPS, CHUNKS = 7, 3
+
+
+@pytest.fixture(autouse=True)
+def _skip_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fsync guards against is a power cut, which no test here stages; hundreds of them are most of this file's time."""
+    monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
 def recipe(**changes: Any) -> recipes.Recipe:
@@ -57,7 +64,7 @@ def play(folder: Path) -> None:
             run.log({"stage": 0, "step": step, "kept": 2})
             run.advance(Position(0, step + 1) if step + 1 < CHUNKS else Position(1, 0))
         if run.position.step == 0:
-            rundir.write_folder(run.reference(1), write(-1))
+            files.write_folder(run.reference(1), write(-1))
         weights = run.weights()
         assert weights is None or (weights / "adapter.bin").read_text() == f"weights {run.position.step}"
         for step in range(run.position.step, STEPS):
@@ -67,7 +74,7 @@ def play(folder: Path) -> None:
             if (step + 1) % 2 == 0 or step + 1 == STEPS:
                 run.log_eval({"label": "1-reflect", "step": step + 1})
                 run.checkpoint(Position(1, step + 1), write(step + 1), score=[0.1, 0.7, 0.3, 0.2][step // 2])
-        rundir.write_folder(folder / "adapter", write(STEPS))
+        files.write_folder(folder / "adapter", write(STEPS))
         run.advance(Position(2, 0), finished=True)
 
 
@@ -95,7 +102,7 @@ def test_finished_run_holds_what_was_written(tmp_path: Path) -> None:
 def snapshots(folder: Path, store: Path) -> Iterator[Path]:
     """Play a run; every state that its folder passes through on the disk, as a copy: what a kill -9 at that moment would leave."""
     seen: dict[tuple[tuple[str, bytes | None], ...], Path] = {}
-    watched = {rundir.__file__, shutil.__file__, __file__}
+    watched = {rundir.__file__, files.__file__, state.__file__, shutil.__file__, __file__}
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         if frame.f_code.co_filename not in watched:
@@ -155,7 +162,7 @@ def test_lock_refuses_a_second_process_and_dies_with_the_first(tmp_path: Path) -
         assert process.stdout.readline() == "open\n"
         with pytest.raises(UserError, match="another process is running in it"):
             Run.open(folder, recipe())
-        assert rundir.read_rows(folder / "metrics.jsonl") == [{"step": 0}]  # a reader sees rows at once
+        assert files.read_rows(folder / "metrics.jsonl") == [{"step": 0}]  # a reader sees rows at once
         process.send_signal(signal.SIGKILL)
         process.wait()
         with Run.open(folder, recipe()) as run:
@@ -193,13 +200,51 @@ def test_saving_twice_at_one_position_never_touches_the_named_folder(tmp_path: P
 
 
 def test_changed_recipe_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
-    Run.open(tmp_path / "run", recipe()).close()
+    with Run.open(tmp_path / "run", recipe()) as run:
+        run.advance(Position(0, 1))
     changed = recipe(seed=5, sampling={"temperature": 0.9})
     with pytest.raises(UserError, match=r"seed: 0 -> 5, sampling\.temperature: 1\.0 -> 0\.9; name another folder with --out or delete"):
         Run.open(tmp_path / "run", changed)
     stages = [{"kind": "collect"}, {"kind": "train", "method": "reflect", "steps": 9}]
     with pytest.raises(UserError, match=r"stages\.1\.steps: 7 -> 9"):
         Run.open(tmp_path / "run", recipe(stages=stages))
+
+
+def test_recipe_may_change_while_nothing_is_saved(tmp_path: Path) -> None:
+    """A first attempt that fails on its model or its data does not lock the folder to the faulty recipe."""
+    with Run.open(tmp_path / "run", recipe()) as run:
+        run.log({"step": 0})
+    with Run.open(tmp_path / "run", recipe(seed=5)) as run:
+        assert run.rows("metrics") == []
+        run.advance(Position(0, 1))
+    assert recipes.load(tmp_path / "run/recipe.yaml") == recipe(seed=5)
+    with pytest.raises(UserError, match="seed: 5 -> 0"):
+        Run.open(tmp_path / "run", recipe())
+
+
+def test_lost_state_is_refused_and_nothing_dropped(tmp_path: Path) -> None:
+    play(tmp_path / "run")
+    (tmp_path / "run/state.json").unlink()
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError, match=r"state\.json: missing, yet metrics\.jsonl is there; restore the file, or delete"):
+        Run.open(tmp_path / "run", recipe())
+    assert contents(tmp_path / "run") == before
+
+
+def test_later_evaluations_replace_their_own_kind_only(tmp_path: Path) -> None:
+    Run.open(tmp_path / "run", recipe()).close()
+    row = {"label": "adapter", "tries": 2, "samples": 1, "temperature": 0.0, "changed": [], "problems": [1]}
+    for change in ({}, {"label": "base"}, {"samples": 8}, {"changed": ["sampling.rows=4"]}, {"problems": [2]}):
+        rundir.add_later_eval(tmp_path / "run", row | change)
+    kept = files.read_rows(tmp_path / "run" / rundir.LATER)
+    assert [(r["label"], r["samples"], r["changed"], r["problems"]) for r in kept] == [
+        ("base", 1, [], [1]),
+        ("adapter", 8, [], [1]),
+        ("adapter", 1, ["sampling.rows=4"], [1]),
+        ("adapter", 1, [], [2]),
+    ]
+    play(tmp_path / "run")  # a run that goes on leaves them alone
+    assert len(files.read_rows(tmp_path / "run" / rundir.LATER)) == 4
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
@@ -254,5 +299,5 @@ def test_malformed_rows_name_file_and_line(tmp_path: Path) -> None:
 
 def test_rows_are_compact_exact_and_free_of_nan() -> None:
     row = {"a": 0.1, "b": [float("inf"), 1 / 3], "c": {"d": float("nan")}, "text": "é\ud800\u2028"}
-    assert rundir.compact(row) == b'{"a":0.1,"b":[null,0.3333333333333333],"c":{"d":null},"text":"\\u00e9\\ud800\\u2028"}'
-    assert json.loads(rundir.compact({"x": 5e-324}))["x"] == 5e-324
+    assert files.compact(row) == b'{"a":0.1,"b":[null,0.3333333333333333],"c":{"d":null},"text":"\\u00e9\\ud800\\u2028"}'
+    assert json.loads(files.compact({"x": 5e-324}))["x"] == 5e-324

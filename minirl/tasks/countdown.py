@@ -20,7 +20,10 @@ from minirl.verify import countdown as verifier
 Key = tuple[tuple[int, ...], int]
 
 OPERATORS = "+-*/"
-MAX_TRIES = 200  # draws a wanted problem before a recipe is called too narrow
+# Draws without a new problem, and draws a wanted problem, before a recipe is called too narrow: 0.1 s, and seconds at the default size.
+MAX_MISSES, MAX_TRIES = 20_000, 500
+MAX_WAYS = 100  # solutions that a demonstration is chosen from: every one of 3 numbers, and a bounded search for 6
+WRONG_TRIES = 1000  # draws of a wrong attempt before all are taken to reach the target (as with 2 + 2 and 2 * 2)
 
 
 def open_task(node: recipe.Countdown, seed: int) -> Task:
@@ -66,27 +69,32 @@ def _problem(numbers: Sequence[int], target: int, operators: str) -> Problem:
 def _generated(node: recipe.Countdown, wanted: int) -> list[Key]:
     rng = Random(f"countdown/{node.numbers}/{node.high}/{node.target_high}/{node.operators}")
     found: dict[Key, Key] = {}
-    for attempt in itertools.count():
-        if len(found) == wanted:
-            return list(found.values())
-        if attempt >= wanted * MAX_TRIES:
-            raise UserError(
-                f"task: numbers up to {node.high} and targets up to {node.target_high} gave {len(found)} different problems, "
-                f"expected {wanted} (train + held_out); raise task.high or lower task.train"
-            )
+    misses = 0
+    for _ in range(wanted * MAX_TRIES):
         numbers = tuple(rng.randint(1, node.high) for _ in range(rng.choice(node.numbers)))
         _, target = random_expression(numbers, node.operators, rng)
+        before = len(found)
         if target is not None and 1 <= target <= node.target_high:
             found.setdefault((tuple(sorted(numbers)), target), (numbers, target))
-    raise AssertionError("unreachable")
+        if len(found) == wanted:
+            return list(found.values())
+        misses = misses + 1 if len(found) == before else 0
+        if misses == MAX_MISSES:
+            break
+    raise UserError(
+        f"task: numbers up to {node.high} and targets up to {node.target_high} gave {len(found)} different problems, "
+        f"expected {wanted} (train + held_out); raise task.high or task.target_high, or lower task.train"
+    )
 
 
 def _read(node: recipe.Countdown, wanted: int) -> list[Key]:
     found: dict[Key, Key] = {}
     for where, row in read_rows(node.source, ("nums", "target")):
         numbers, target = row["nums"], row["target"]
-        if not isinstance(target, int) or not isinstance(numbers, list) or not numbers or not all(type(n) is int for n in numbers):
-            raise UserError(f"{where}: got nums={numbers!r}, target={target!r}, expected a list of whole numbers and a whole number")
+        well_formed = isinstance(numbers, list) and 2 <= len(numbers) <= 6 and all(type(n) is int and n >= 0 for n in numbers)
+        if not well_formed or type(target) is not int:
+            got = f"nums={str(numbers)[:60]}, target={str(target)[:20]}"
+            raise UserError(f"{where}: got {got}, expected 2 to 6 whole numbers of 0 or more and a whole number; mend or delete the row")
         found.setdefault((tuple(sorted(numbers)), target), (tuple(numbers), target))
         if len(found) == wanted:
             break
@@ -125,7 +133,7 @@ def _apply(x: int, op: str, y: int) -> int | None:
 
 
 def solutions(numbers: Sequence[int], target: int, operators: str) -> Iterator[tuple[str, ...]]:
-    """Every way to reach the target, as steps that end with the expression; brute force, for at most 4 numbers or so."""
+    """Every way to reach the target, as steps that end with the expression; brute force, quick to the last for 4 numbers or so."""
 
     def search(pool: tuple[tuple[str, int], ...], steps: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         if len(pool) == 1:
@@ -146,22 +154,26 @@ def solutions(numbers: Sequence[int], target: int, operators: str) -> Iterator[t
 
 
 def demonstrate(problem: Problem, rng: Random, *, operators: str) -> Demonstration:
-    """A right answer, a well-formed wrong attempt, and a reflection that values the attempt and works out a better way."""
+    """A right answer, a well-formed wrong attempt, and a reflection that values the attempt and works out a better way.
+
+    The attempt misses the target; only where no expression over all the numbers does, it leaves one number out.
+    """
     numbers, target = problem.answer["numbers"], problem.answer["target"]
-    ways = list(solutions(numbers, target, operators))
+    ways = list(itertools.islice(solutions(numbers, target, operators), MAX_WAYS))
     if not ways:
         raise UserError(f"{problem.id}: no solution with {operators}; demonstrations need problems that can be solved")
     *steps, expression = rng.choice(ways)
-    wrong, value = _wrong_attempt(numbers, target, operators, rng)
-    reflection = f"{_strip(wrong)} is {value}, not {target}. Better: {', '.join(steps)}."
-    return Demonstration(_answer(expression), _answer(wrong), reflection)
+    wrong, fault = _wrong_attempt(numbers, target, operators, rng)
+    return Demonstration(_answer(expression), _answer(wrong), f"{_strip(wrong)} {fault}. Better: {', '.join(steps)}.")
 
 
-def _wrong_attempt(numbers: Sequence[int], target: int, operators: str, rng: Random) -> tuple[str, int]:
-    while True:
+def _wrong_attempt(numbers: Sequence[int], target: int, operators: str, rng: Random) -> tuple[str, str]:
+    """A wrong expression and what is wrong with it."""
+    for _ in range(WRONG_TRIES):
         steps, value = random_expression(numbers, operators, rng)
         if value is not None and value != target:
-            return steps[-1], value
+            return steps[-1], f"is {value}, not {target}"
+    return str(numbers[0]), f"leaves out {', '.join(map(str, numbers[1:]))}"
 
 
 def _answer(expression: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from random import Random
 from typing import Any
 
@@ -31,7 +32,10 @@ _JSON_TYPES |= {name: name for name in ("string", "integer", "number", "boolean"
 
 
 def open_task(node: recipe.FunctionCalling, seed: int) -> Task:
-    """The task over `node.source`, split by `seed`. Raises UserError for data that cannot be had or read, or for too few rows."""
+    """The task over `node.source`; split by the queries alone, so that runs with different seeds share their held-out set.
+
+    Raises UserError for data that cannot be had or read, or for too few rows.
+    """
     problems: list[Problem] = []
     left_out: Counter[str] = Counter()
     for number, (where, row) in enumerate(read_rows(node.source, ("query", "tools", "answers")), 1):
@@ -42,7 +46,6 @@ def open_task(node: recipe.FunctionCalling, seed: int) -> Task:
             continue
         answer = {"calls": calls, "tools": tools}
         problems.append(Problem(f"function_calling/{number}", query, answer, calls_text(calls), system=SYSTEM, tools=tool_schemas(tools)))
-    Random(f"function_calling/{seed}").shuffle(problems)
     train, held_out = _split(problems, node.held_out)
     if not train or len(held_out) < node.held_out:
         raise UserError(
@@ -58,12 +61,6 @@ def open_task(node: recipe.FunctionCalling, seed: int) -> Task:
 
     notes = tuple(f"{node.source}: rows left out because they {reason}: {count}" for reason, count in sorted(left_out.items()))
     return Task("function_calling", train[: node.train], held_out, check, demonstrate=demonstrate, notes=notes)
-
-
-def tools_text(tools: Sequence[Mapping[str, Any]]) -> str:
-    """The tools as text, one JSON object a line, for a chat template that has no place for them. `tools`: as in `Problem.tools`."""
-    lines = [json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools]
-    return "\n".join(["These are the tools that you can call, one JSON object a line:", *lines])
 
 
 def calls_text(calls: Sequence[Mapping[str, Any]]) -> str:
@@ -181,12 +178,16 @@ def _unusable(query: str, tools: Sequence[Mapping[str, Any]], calls: Sequence[Ma
 
 
 def _split(problems: Sequence[Problem], size: int) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
-    """(train, held out): the first `size` problems with different queries are held out, and no query of theirs stays in training."""
+    """(train, held out), shuffled: `size` problems with different queries are held out, and no query of theirs stays in training.
+
+    The order is that of the queries' digests: a row that is added or left out moves no other row to the other side, but at the border.
+    """
     held_out: dict[str, Problem] = {}
-    for problem in problems:
+    shuffled = sorted(problems, key=lambda problem: blake2b(_normal(problem.prompt).encode()).digest())
+    for problem in shuffled:
         if len(held_out) < size:
             held_out.setdefault(_normal(problem.prompt), problem)
-    return tuple(problem for problem in problems if _normal(problem.prompt) not in held_out), tuple(held_out.values())
+    return tuple(problem for problem in shuffled if _normal(problem.prompt) not in held_out), tuple(held_out.values())
 
 
 def _normal(query: str) -> str:

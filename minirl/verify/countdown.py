@@ -18,6 +18,7 @@ MAX_CHARS = 200
 MAX_DIGITS = 9
 OPEN, CLOSE = "<answer>", "</answer>"
 _ALLOWED = re.compile(r"[0-9+\-*/() ]+")
+_WHOLE = re.compile(rf"[0-9]{{1,{MAX_DIGITS}}}")
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 
 
@@ -26,19 +27,16 @@ class InvalidEquation(ValueError):  # noqa: N818 - the paper's name of an error 
 
 
 def extract(text: str) -> str | None:
-    """The text inside the last complete <answer> pair, None where there is none; an `= value` at its end is dropped."""
+    """The text inside the last complete <answer> pair, None where there is none."""
     end = text.rfind(CLOSE)
     start = text.rfind(OPEN, 0, end) if end >= 0 else -1
-    if start < 0:
-        return None
-    return text[start + len(OPEN) : end].split("=")[0].strip()
+    return None if start < 0 else text[start + len(OPEN) : end].strip()
 
 
 def evaluate(expression: str, operators: str = "+-*/") -> tuple[Fraction, list[int]]:
     """The exact value and the numbers used, left to right. Raises InvalidEquation for anything else than such an expression."""
     expression = expression.translate(_SIGNS)
-    # `**` and `//` are Python, not arithmetic on paper; refusing them by eye keeps the tree small and the numbers bounded.
-    if len(expression) > MAX_CHARS or not _ALLOWED.fullmatch(expression) or "**" in expression or "//" in expression:
+    if len(expression) > MAX_CHARS or not _ALLOWED.fullmatch(expression):
         raise InvalidEquation(f"not an expression of whole numbers, {operators} and brackets")
     if re.search(rf"\d{{{MAX_DIGITS + 1}}}", expression):
         raise InvalidEquation(f"a number of more than {MAX_DIGITS} digits")
@@ -54,18 +52,26 @@ def evaluate(expression: str, operators: str = "+-*/") -> tuple[Fraction, list[i
 
 
 def verify(numbers: Sequence[int], target: int, text: str, credit: CountdownCredit, operators: str = "+-*/") -> Verdict:
-    """Score `text` against a problem: 1 for a right answer, else `credit` of its error kind."""
-    expression = extract(text)
-    if expression is None:
+    """Score `text` against a problem: 1 for a right answer, else `credit` of its error kind.
+
+    The answer may end in `= value`, a whole number that has to be the expression's: an equation that does not hold is an invalid one.
+    """
+    answer = extract(text)
+    if answer is None:
         return _wrong("invalid_equation", credit)
+    expression, equals, stated = answer.partition("=")
     try:
         value, used = evaluate(expression, operators)
+        if equals and not _WHOLE.fullmatch(stated.strip()):
+            raise InvalidEquation("not a whole number after the equals sign")
     except InvalidEquation:
         return _wrong("invalid_equation", credit)
     if sorted(used) != sorted(numbers):
         return _wrong("wrong_numbers", credit)
     if value != target:
         return _wrong("missed_target", credit)
+    if equals and int(stated) != value:
+        return _wrong("invalid_equation", credit)
     return Verdict(1.0, True, {"error_kind": None})
 
 

@@ -1,0 +1,278 @@
+"""The command line: what a mistake says, in one line and with exit code 2, and that it costs nobody any data."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import TASK, Cli, Outcome, Start, minirl, recipe
+
+from minirl import recipe as recipes
+from minirl.rundir import Run
+
+SINGLE = {"kind": "train", "method": "single", "steps": 1, "group": 2, "batch": 2}
+COLLECT = {"kind": "collect", "problems": 4, "batch": 2}
+
+
+def refused(outcome: Outcome, *said: object) -> None:
+    assert outcome.code == 2, outcome
+    assert outcome.err.startswith("minirl: ")
+    assert outcome.err.endswith("\n")
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert "Traceback" not in outcome.out
+    for part in said:
+        assert str(part) in outcome.err, outcome.err
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(cli: Cli, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe and the folder of its finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = recipe(folder / "recipe.yaml", tiny, [COLLECT, SINGLE])
+    outcome = cli("run", path, "--out", folder / "run")
+    assert outcome.code == 0, outcome.err
+    return path, folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sede": 1}, "unknown key 'sede'; the nearest known key is 'seed'"),
+        ({"sampling": {"temprature": 1}}, "sampling: unknown key 'temprature'; the nearest known key is 'temperature'"),
+        ({"stages": [SINGLE | {"learner": {"learning_rate": 1}}]}, "stages[0].learner: unknown key 'learning_rate'"),
+        ({"seed": "twelve"}, "seed: "),
+        ({"model": {"lora": {"rank": 1.5}}}, "model.lora.rank: "),
+        ({"stages": []}, "stages: "),
+        ({"stages": [SINGLE | {"kind": "teach"}]}, "stages[0]"),
+        ({"stages": [SINGLE | {"method": "demonstrate"}]}, "demonstrate goes with nll"),
+        ({"stages": [SINGLE | {"group": 1}]}, "expected at least 2"),
+        ({"track": ["clearml"]}, "track[0]"),
+        ({"on_cpu": 3}, "on_cpu: got int"),
+    ],
+)
+def test_faulty_recipes(cli: Cli, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    path = recipe(tmp_path / "r.yaml", tmp_path, [SINGLE], **change)
+    refused(cli("run", path, "--out", tmp_path / "run"), path, said)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: {name: a\nstages: [", "not valid YAML"),
+        ("- just\n- a list\n", "got list, expected a mapping"),
+        ("", "got NoneType, expected a mapping"),
+        (b"\xff\xfe\x00", "cannot read the recipe"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_files_that_are_no_recipe(cli: Cli, tmp_path: Path, text: str | bytes | None, said: str) -> None:
+    path = tmp_path / "r.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused(cli("run", path, "--out", tmp_path / "run"), path, said)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed", "expected a.b=value"),
+        ("=3", "expected a.b=value"),
+        ("seed=[", "the value is not valid YAML"),
+        ("model.name.deeper=1", "lies under a plain value"),
+        ("stages.7.steps=1", "'7', expected the number of a list item, 0 to 0"),
+        ("stages.first.steps=1", "'first', expected the number of a list item"),
+        ("model.lora.rnak=4", "model.lora: unknown key 'rnak'; the nearest known key is 'rank'"),
+        ("seed=-1", "seed: "),
+    ],
+)
+def test_faulty_overrides(cli: Cli, tmp_path: Path, text: str, said: str) -> None:
+    refused(cli("run", recipe(tmp_path / "r.yaml", tmp_path, [SINGLE]), "--set", text, "--dry"), said)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("rows.jsonl", '{"nums": [1, 2], "target": 3}\n{"nums": [1, 2], "target"\n', "rows.jsonl, line 2: not valid JSON"),
+        ("rows.jsonl", '{"nums": [1, 2], "target": 3}\n\n{"nums": [1, 2]}\n', "rows.jsonl, line 3: no column 'target'"),
+        ("rows.jsonl", '{"nums": ["1", 2], "target": 3}\n', "rows.jsonl, line 1: "),
+        ("rows.json", '[{"nums": [1, 2], "target": 3}, 7]', "rows.json, row 2: got a number, expected an object"),
+        ("rows.parquet", "no parquet at all", "rows.parquet, row 1: not readable as Parquet"),
+        ("rows.jsonl", None, "rows.jsonl: no such file"),
+    ],
+)
+def test_malformed_data(cli: Cli, tiny: Path, tmp_path: Path, name: str, text: str | None, said: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    path = recipe(tmp_path / "r.yaml", tiny, [SINGLE], task=TASK | {"source": str(tmp_path / name)})
+    refused(cli("run", path, "--out", tmp_path / "run"), tmp_path / name, said)
+    # The mended recipe may use the same folder: nothing was saved in it.
+    good = recipe(tmp_path / "r.yaml", tiny, [SINGLE])
+    if name == "rows.parquet":
+        assert cli("run", good, "--out", tmp_path / "run").code == 0
+
+
+def test_models_that_cannot_be_had(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    mute = tmp_path / "mute"
+    shutil.copytree(tiny, mute)
+    (mute / "chat_template.jinja").unlink()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    torn = tmp_path / "torn"
+    shutil.copytree(tiny, torn)
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:1000])
+    for number, (model, said) in enumerate(
+        [
+            (mute, "has no chat template, expected a chat model"),
+            (empty, "empty"),
+            (torn, "cannot be loaded"),
+            (tmp_path / "absent", "expected a folder that exists"),
+            ("nobody/nothing", "the hub does not answer"),
+        ]
+    ):
+        path = recipe(tmp_path / "r.yaml", Path("unused"), [SINGLE], model={"name": str(model)})
+        refused(cli("run", path, "--out", tmp_path / str(number)), model, said)
+
+
+def test_what_this_machine_cannot_do(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path / "r.yaml", tiny, [SINGLE | {"learner": {"optimizer": "paged_adamw_8bit"}}])
+    refused(cli("run", path, "--out", tmp_path / "run"), "learner.optimizer: got 'paged_adamw_8bit', which needs a CUDA GPU")
+    path = recipe(tmp_path / "r.yaml", tiny, [SINGLE], model={"adapter": str(tmp_path)})
+    refused(cli("run", path, "--out", tmp_path / "other"), "model.adapter: ", "has no adapter_config.json")
+
+
+def test_run_folders_that_cannot_be_used(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path / "r.yaml", tiny, [SINGLE])
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter.txt").write_text("It was a dark and stormy night.")
+    for out, said in (
+        (thesis, "holds 'chapter.txt' but no recipe.yaml"),
+        (thesis / "chapter.txt", "is a file, expected a folder"),
+        (thesis / "chapter.txt" / "run", "cannot be used as a run folder"),
+        (Path("/proc/minirl"), "cannot be used as a run folder"),
+    ):
+        refused(cli("run", path, "--out", out), out, said, "--out")
+    assert contents(thesis) == {"chapter.txt": b"It was a dark and stormy night."}
+
+
+def test_recipe_changed_under_a_run(cli: Cli, finished: tuple[Path, Path]) -> None:
+    path, folder = finished
+    before = contents(folder)
+    outcome = cli("run", path, "--out", folder, "--set", "stages.1.steps=9", "--set", "seed=4")
+    refused(outcome, folder, "holds a run of another recipe: seed: 0 -> 4, stages.1.steps: 1 -> 9; name another folder with --out")
+    assert contents(folder) == before
+
+
+def test_run_folder_in_use(cli: Cli, finished: tuple[Path, Path]) -> None:
+    path, folder = finished
+    with Run.open(folder, recipes.load(path)):
+        before = contents(folder)
+        refused(cli("run", path, "--out", folder), folder, "another process is running in it")
+        assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("state.json", "{", "state.json: not a run's state"),
+        ("state.json", None, "state.json: missing, yet metrics.jsonl is there"),
+        ("metrics.jsonl", "", "metrics.jsonl: has 0 bytes, state.json counts on"),
+        ("recipe.yaml", "model: [", "recipe.yaml: not valid YAML"),
+        ("recipe.yaml", None, "but no recipe.yaml, so it is not a run"),
+    ],
+)
+def test_damaged_run_folders(cli: Cli, finished: tuple[Path, Path], tmp_path: Path, name: str, text: str | None, said: str) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[1], folder)
+    (folder / name).unlink()
+    if text is not None:
+        (folder / name).write_text(text)
+    before = contents(folder)
+    refused(cli("run", finished[0], "--out", folder), folder, said)
+    assert contents(folder) == before
+
+
+def test_damaged_row_of_a_collect_stage(cli: Cli, finished: tuple[Path, Path], tmp_path: Path) -> None:
+    """Taken up just after collecting, with one row of what was kept spoilt but as long as before."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished[1], folder)
+    state = json.loads((folder / "state.json").read_text())
+    state |= {"position": {"stage": 1, "step": 0}, "finished": False, "weights": None, "checkpoints": [], "best": None}
+    (folder / "state.json").write_text(json.dumps(state))
+    rows = (folder / "kept/0.jsonl").read_text().splitlines()
+    (folder / "kept/0.jsonl").write_text("\n".join([rows[0], "?" * len(rows[1]), *rows[2:], ""]))
+    refused(cli("run", finished[0], "--out", folder), "kept/0.jsonl:2: not a JSON row")
+
+
+@pytest.mark.parametrize("command", ["eval", "report"])
+def test_folders_that_hold_no_run(cli: Cli, tmp_path: Path, command: str) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        refused(cli(command, folder), folder, "no recipe.yaml")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluating_a_run_that_is_not_finished(cli: Cli, finished: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[1], folder)
+    shutil.rmtree(folder / "adapter")
+    refused(cli("eval", folder), folder, "no adapter yet", "--base")
+    refused(cli("eval", folder, "--set", "eval.tires=2"), "eval: unknown key 'tires'; the nearest known key is 'tries'")
+    assert cli("eval", folder, "--base").code == 0
+
+
+def within(folder: Path, *argv: str) -> None:
+    os.chdir(folder)
+    minirl(*argv)
+
+
+def test_dry_run_prints_and_touches_nothing(start: Start, tmp_path: Path) -> None:
+    path = recipe(tmp_path / "r.yaml", Path("some/model"), [COLLECT, SINGLE], on_cpu={"model": {"name": "tiny"}, "seed": 3})
+    outcome = start(within, tmp_path, "run", str(path), "--dry", "--set", "model.lora.rank=7").wait()
+    assert (outcome.code, outcome.err) == (0, "")
+    resolved, plan = outcome.out.split("\nplan: ")
+    node = recipes.parse(yaml.safe_load(resolved), "printed")
+    assert (node.model.name, node.seed, node.model.lora.rank) == ("tiny", 3, 7)
+    assert node == recipes.load(path, ["model.lora.rank=7"], on_cpu=True)
+    assert "on_cpu part" in resolved  # said so
+    assert plan.startswith("tiny on countdown, seed 3\n  0  collect  single: 4 problems x 1 attempts")
+    assert "\n  1  train    single: 1 steps of 2 groups x 2 episodes, loss grpo" in plan
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_second_run_says_that_all_is_done(start: Start, tiny: Path, tmp_path: Path) -> None:
+    """The default folder is runs/<recipe's name>."""
+    path = recipe(tmp_path / "r.yaml", tiny, [SINGLE])
+    first = start(within, tmp_path, "run", "r.yaml").wait()
+    assert first.code == 0, first.err
+    assert first.out.endswith("adapter: runs/r/adapter\n")
+    before = contents(tmp_path)
+    second = start(within, tmp_path, "run", str(path)).wait()
+    assert (second.code, second.err) == (0, "")
+    assert "runs/r: finished already; use another --out to run again\n" in second.out
+    assert second.out.endswith("adapter: runs/r/adapter\n")
+    assert contents(tmp_path) == before
+
+
+def as_module(*argv: str) -> None:
+    sys.argv = ["minirl", *argv]
+    runpy.run_module("minirl", run_name="__main__", alter_sys=True)
+
+
+def test_python_dash_m(start: Start, tmp_path: Path) -> None:
+    outcome = start(as_module, "--help").wait()
+    assert outcome.code == 0
+    for command in ("run", "eval", "report"):
+        assert f" {command} " in outcome.out
+    refused(start(as_module, "report", str(tmp_path)).wait(), "no recipe.yaml")

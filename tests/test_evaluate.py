@@ -1,0 +1,116 @@
+"""Evaluation: known answers give known numbers, and two evaluations of a run can be compared in pairs."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted import Scripted, at_random
+from tiny import byte_tokenizer
+
+from minirl.chat import Chat
+from minirl.episode import Ask, Episode, Problem, Verdict
+from minirl.evaluate import evaluate
+from minirl.methods.reflect import REFLECT, RETRY
+from minirl.recipe import Eval, Sampling
+from minirl.rollout import seed_of
+from minirl.statistics import summarise
+from minirl.tasks import Task
+
+CHAT = Chat(byte_tokenizer())
+# What is answered at the first and the second try of each question; digits are wrong in different ways.
+ANSWERS = {"a": ("yes", ""), "b": ("no", "yes"), "c": ("no", "perhaps"), "d": ("perhaps", "yes")}
+PROBLEMS = tuple(Problem(name, f"Question {name}?", "yes") for name in ANSWERS)
+
+
+def verify(problem: Problem, text: str) -> Verdict:
+    return Verdict(float(text == "yes"), text == "yes", {"error_kind": None if text == "yes" else text})
+
+
+TASK = Task("questions", (), PROBLEMS, verify)
+
+
+def script(text: str, ask: Ask) -> str:
+    if text.rstrip().endswith(f"{REFLECT}<|im_end|>\n<|im_start|>assistant"):
+        return "Say yes."
+    name = text.partition("Question ")[2][0]
+    return ANSWERS[name][RETRY in text]
+
+
+def evaluated(sampler: Scripted, seed: int = 0, **numbers: Any) -> tuple[list[dict[str, Any]], list[Episode]]:
+    return evaluate(PROBLEMS, TASK, CHAT, sampler, Sampling(attempt_tokens=20, reflection_tokens=10), Eval(**numbers), seed)
+
+
+def test_two_tries() -> None:
+    sampler = Scripted(CHAT, script)
+    rows, episodes = evaluated(sampler, tries=2)
+    # Tokens: "yes" and its end marker are 4; the reflection adds 9 and the second try its own.
+    assert rows == [
+        {"id": "a", "first": [1], "first_error": [None], "tokens": [4], "second": [1], "second_error": [None]},
+        {"id": "b", "first": [0], "first_error": ["no"], "tokens": [3 + 9 + 4], "second": [1], "second_error": [None]},
+        {"id": "c", "first": [0], "first_error": ["no"], "tokens": [3 + 9 + 8], "second": [0], "second_error": ["perhaps"]},
+        {"id": "d", "first": [0], "first_error": ["perhaps"], "tokens": [8 + 9 + 4], "second": [1], "second_error": [None]},
+    ]
+    assert [e.problem for e in episodes] == list(PROBLEMS)
+    assert {ask.temperature for ask in sampler.asks} == {0.0}
+    assert [ask.max_tokens for ask in sampler.asks].count(10) == 3, "three reflections"
+    summary = summarise({"label": "start", "stage": 0, "step": 0, "tries": 2, "samples": 1, "temperature": 0.0, "problems": rows})
+    assert (summary["first"].value, summary["second"].value) == (0.25, 0.75)
+    assert summary["first_errors"] == {"no": 2, "perhaps": 1}
+    assert summary["second_errors"] == {"perhaps": 1}
+
+
+def test_one_try() -> None:
+    sampler = Scripted(CHAT, script)
+    rows, _ = evaluated(sampler, tries=1)
+    assert rows == [
+        {"id": "a", "first": [1], "first_error": [None], "tokens": [4]},
+        {"id": "b", "first": [0], "first_error": ["no"], "tokens": [3]},
+        {"id": "c", "first": [0], "first_error": ["no"], "tokens": [3]},
+        {"id": "d", "first": [0], "first_error": ["perhaps"], "tokens": [8]},
+    ]
+    assert len(sampler.asks) == 4
+
+
+def test_many_samples_stand_in_one_row_a_problem() -> None:
+    def lucky(text: str, ask: Ask) -> str:
+        return "yes" if ask.seed in right else "no"
+
+    right = {seed_of(f"7/eval/{name}/{k}", 1) for name, k in (("a", 0), ("a", 2), ("c", 1))}
+    rows, episodes = evaluated(Scripted(CHAT, lucky), seed=7, tries=1, samples=3, temperature=1.0)
+    assert [row["first"] for row in rows] == [[1, 0, 1], [0, 0, 0], [0, 1, 0], [0, 0, 0]]
+    assert [row["first_error"][0] for row in rows] == [None, "no", "no", "no"]
+    assert [e.problem.id for e in episodes] == ["a", "b", "c", "d"], "the first sample of each problem is shown"
+
+
+def seeds(seed: int, **numbers: Any) -> list[int]:
+    sampler = Scripted(CHAT, script)
+    evaluated(sampler, seed, **numbers)
+    return [ask.seed for ask in sampler.asks]
+
+
+def test_the_same_seeds_at_every_evaluation_of_a_run() -> None:
+    many = {"tries": 2, "samples": 2, "temperature": 1.0}
+    assert seeds(0, **many) == seeds(0, **many)
+    assert len(set(seeds(0, **many))) == len(seeds(0, **many)) == 2 * (1 + 3 * 3)
+    assert not set(seeds(0, **many)) & set(seeds(1, **many)), "another run draws anew"
+    # A problem's first sample is the same with one sample as with more, with one try as with two, in company and alone.
+    assert set(seeds(0, tries=1)) < set(seeds(0, tries=2)) < set(seeds(0, **many))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_the_order_of_finishing_changes_nothing(rng: random.Random) -> None:
+    many = {"tries": 2, "samples": 2, "temperature": 1.0}
+    assert evaluated(Scripted(CHAT, script, at_random(rng)), **many) == evaluated(Scripted(CHAT, script), **many)
+
+
+@pytest.mark.parametrize("tries", [1, 2])
+def test_a_cut_answer_counts_as_the_verifier_says(tries: int) -> None:
+    sampler = Scripted(CHAT, lambda text, ask: "yes, " * 10)
+    rows, episodes = evaluated(sampler, tries=tries)
+    assert [row["first"] for row in rows] == [[0]] * 4
+    assert {e.finish for e in episodes} == {"length"}
