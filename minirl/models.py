@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,13 @@ from types import MethodType
 from typing import Any
 
 import torch
-from huggingface_hub.utils.tqdm import enable_progress_bars
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from minirl import recipe
-from minirl.embedded import public_name, resolve
+from minirl.embedded import public_name, quiet, resolve
 from minirl.errors import UserError
 
 # peft imports bitsandbytes, which warns at import about an optional kernel.
@@ -50,14 +47,6 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     node: recipe.Model
-
-
-def quiet() -> None:
-    """Keep transformers from writing over a live display; errors and the bars of real downloads stay."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # this hides the hub's bars as well
-    enable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
 
 
 def pick_device() -> torch.device:

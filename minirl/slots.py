@@ -53,8 +53,8 @@ class Slots(Cache):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """transformers' hook: stores (B, K, T, D) and returns all keys and values of these rows, (B, K, width, D)."""
         if self._kv is None:
-            _, heads, _, size = key_states.shape
-            self._kv = key_states.new_zeros(self._layers, 2, self.count, heads, self._capacity, size)
+            heads, head_size = key_states.shape[1], key_states.shape[3]
+            self._kv = key_states.new_zeros(self._layers, 2, self.count, heads, self._capacity, head_size)
         keys, values = self._kv[layer_idx]
         rows = torch.arange(self._rows.start, self._rows.stop, device=self.device) if isinstance(self._rows, slice) else self._rows
         keys[rows[:, None], :, self._positions] = key_states.transpose(1, 2)

@@ -198,7 +198,7 @@ def _run_stages(s: Session) -> None:
 
 def _collect(s: Session, index: int, stage: recipe.Collect) -> None:
     """Play problems chunk by chunk and keep what the stage wants; every chunk is saved."""
-    chunks = -(-stage.problems // stage.batch)
+    chunks = _length(stage)
     s.progress.stage(f"{index} collect {stage.keep}", chunks, s.run.position.step)
     problems = draw(s.task.train, stage.problems, 0, s.recipe.seed)
     for chunk in range(s.run.position.step, chunks):
@@ -216,6 +216,11 @@ def _collect(s: Session, index: int, stage: recipe.Collect) -> None:
         if s.asked_to_stop():
             raise Interrupted
     s.accelerator.wait_for_everyone()  # the next stage reads what the main process has just written
+
+
+def _length(stage: recipe.Stage) -> int:
+    """How many steps (or collect chunks) a stage has."""
+    return -(-stage.problems // stage.batch) if isinstance(stage, recipe.Collect) else stage.steps
 
 
 def _keep(episodes: Sequence[Episode], stage: recipe.Collect) -> list[Episode]:
@@ -366,6 +371,7 @@ def _evaluate(s: Session, label: str, *, stage: int, step: int) -> float:
     s.run.log_time({"stage": stage, "step": step, "label": label, "eval_s": time.monotonic() - began})
     _log_episodes(s, episodes[: s.recipe.save.episodes], stage=stage, step=step, label=label)
     s.progress.evaluation(label, summary)
+    _track(s, {f"eval/{key}": summary[key].value for key in ("first", "second", "fixed") if summary[key] is not None}, stage, step)
     return float(summary["second" if node.tries == 2 else "first"].value)
 
 
@@ -374,8 +380,13 @@ def _log(s: Session, row: dict[str, Any], times: dict[str, float], episodes: Seq
     s.run.log_time({"stage": row["stage"], "step": row["step"]} | times)
     _log_episodes(s, episodes, stage=row["stage"], step=row["step"], label="train")
     s.progress.step(row, times)
+    _track(s, {f"{row['stage']}/{name}": value for name, value in (row | times).items()}, row["stage"], row["step"])
+
+
+def _track(s: Session, values: dict[str, float], stage: int, step: int) -> None:
+    """Send numbers to the trackers, at the step counted over all stages: some of them refuse one that goes back."""
     if s.recipe.track:
-        s.accelerator.log({f"{row['stage']}/{name}": value for name, value in (row | times).items()}, step=row["step"])
+        s.accelerator.log(values, step=step + sum(_length(earlier) for earlier in s.recipe.stages[:stage]))
 
 
 def _log_episodes(s: Session, episodes: Sequence[Episode], **labels: Any) -> None:

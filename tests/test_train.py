@@ -310,24 +310,28 @@ def test_missing_tracker_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> Non
 def test_tensorboard_gets_the_metrics(start: Start, cli: Cli, tiny: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("tensorboard") is None:
         pytest.skip("tensorboard is not installed; it comes with the extra minirl[tensorboard]")
-    path = recipe(tmp_path / "r.yaml", tiny, [SINGLE], track=["tensorboard"])
+    path = recipe(tmp_path / "r.yaml", tiny, [SINGLE, SINGLE | {"learner": {"loss": "rloo"}}], track=["tensorboard"])
     outcome = cli("run", path, "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     read = start(read_events, tmp_path / "run").wait()
     assert read.code == 0, read.err
     logged = yaml.safe_load(read.out)
-    assert logged["0/reward"] == pytest.approx([row["reward"] for row in rows(tmp_path / "run", "metrics")], rel=1e-6)
-    assert len(logged["0/sample_s"]) == 2
+    rewards = [row["reward"] for row in rows(tmp_path / "run", "metrics")]
+    assert logged["0/reward"] == [[0, pytest.approx(rewards[0])], [1, pytest.approx(rewards[1])]]
+    assert logged["1/reward"] == [[2, pytest.approx(rewards[2])], [3, pytest.approx(rewards[3])]]  # steps are counted on over stages
+    assert [step for step, _ in logged["1/sample_s"]] == [2, 3]
+    first = [summarise(row)["first"].value for row in rows(tmp_path / "run", "evals")]
+    assert logged["eval/first"] == [[2, first[0]], [4, first[1]]]
 
 
 def read_events(folder: Path) -> None:
-    """Print {tag: values} of all TensorBoard events below a folder."""
+    """Print {tag: [[step, value], ...]} of all TensorBoard events below a folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[int, float]]] = {}
     for path in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
         events = EventAccumulator(str(path))
         events.Reload()
         for tag in events.Tags()["scalars"]:
-            found.setdefault(tag, []).extend(event.value for event in events.Scalars(tag))
+            found.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
     print(json.dumps(found))
