@@ -278,7 +278,12 @@ def _lean_forward(self: Any, x: Tensor) -> Tensor:
     for name in self.active_adapters:
         if name in self.lora_A:
             a, b = self.lora_A[name].weight, self.lora_B[name].weight
-            result = torch.add(result, linear(linear(x, a.to(x.dtype)), b.to(x.dtype)), alpha=self.scaling[name])
+            low, b = linear(x, a.to(x.dtype)), b.to(x.dtype)
+            if type(self.base_layer) is nn.Linear:
+                # Into the base's output, scaled on the way: a second result and a pass over both cost as much as the product.
+                result.flatten(0, -2).addmm_(low.flatten(0, -2), b.t(), alpha=self.scaling[name])
+            else:  # bitsandbytes' outputs must not be written to
+                result = torch.add(result, linear(low, b), alpha=self.scaling[name])
     return result
 
 

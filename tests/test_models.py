@@ -163,7 +163,7 @@ def test_lean_forward_computes_in_the_input_s_dtype(folders: Any) -> None:
         linear = torch.nn.functional.linear
         patch.setattr(torch.nn.functional, "linear", lambda x, w, *b: calls.append((x.dtype, w.dtype)) or linear(x, w, *b))
         layer(torch.randn(1, layer.in_features, dtype=torch.bfloat16))
-    assert len(calls) == 3
+    assert len(calls) == 2  # the third product is addmm_, which refuses mixed types
     assert set(calls) == {(torch.bfloat16, torch.bfloat16)}
 
 
