@@ -71,7 +71,7 @@ def eval_(
     with _one_line():
         from minirl.train import evaluate_run
 
-        summary = evaluate_run(folder, set_ or (), base=base)
+        summary = evaluate_run(folder, set_ or (), base=base).summary
         for k, share in summary["pass_at_k"].items():
             typer.echo(f"pass@{k} {share.value:.1%} [{share.low:.1%}, {share.high:.1%}]")
         for name in ("first_errors", "second_errors"):

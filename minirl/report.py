@@ -60,6 +60,22 @@ def write_report(folder: str | Path) -> Path:
     return folder / "report.html"
 
 
+def episode_html(row: Mapping[str, Any]) -> str:
+    """One row of episodes.jsonl as HTML for a notebook: unfolded, trained tokens coloured."""
+    return _frame(_episode(row).replace("<details>", "<details open>", 1), height_px=160 + 70 * len(row.get("turns") or []))
+
+
+def curves_html(folder: str | Path) -> str:
+    """The report's curves as HTML for a notebook."""
+    return _frame(curves({name: read_rows(Path(folder) / f"{name}.jsonl") for name in ("metrics", "timings", "evals")}), height_px=900)
+
+
+def _frame(html: str, *, height_px: int) -> str:
+    """A page of its own inside a notebook's, so that neither's style, nor anything a model wrote, reaches the other."""
+    page = f"<style>{Path(__file__).with_suffix('.css').read_text(encoding='utf-8')}</style><main>{html}</main>"
+    return f'<iframe sandbox srcdoc="{escape(page)}" style="width: 100%; height: {height_px}px; border: 0"></iframe>'
+
+
 def _text(value: Any) -> str:
     """Escaped for HTML text and attributes; what cannot be written as UTF-8 or shown becomes a replacement mark."""
     plain = str(value).encode("utf-8", "replace").decode()

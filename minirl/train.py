@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -127,10 +127,17 @@ def train(node: recipe.Recipe, folder: Path, progress: Progress | None = None) -
     return folder / "adapter"
 
 
-def evaluate_run(folder: Path, overrides: Sequence[str] = (), *, base: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+class Evaluation(NamedTuple):
+    """What `statistics.summarise` says, and the first episode of each problem as a row of episodes.jsonl, texts included."""
+
+    summary: dict[str, Any]
+    episodes: list[dict[str, Any]]
+
+
+def evaluate_run(folder: Path, overrides: Sequence[str] = (), *, base: bool = False, progress: Progress | None = None) -> Evaluation:
     """Evaluate a run's final adapter, or with `base` its model as it was at the start, and keep the result beside it.
 
-    overrides: `eval.samples=8` and the like, laid over the run's own recipe; the model's shape cannot change. Returns the summary.
+    overrides: `eval.samples=8` and the like, laid over the run's own recipe; the model's shape cannot change.
     """
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder}: no recipe.yaml there; expected a run folder, e.g. runs/r3_countdown")
@@ -146,13 +153,13 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = (), *, base: bool = Fa
         shown.say(models.describe(loaded))
         sampler = open_sampler(policy, chat, rows=node.sampling.rows)
         label = "base" if base else "adapter"
-        rows, _ = evaluate(task.held_out[: node.eval.problems], task, chat, sampler, node.sampling, node.eval, node.seed)
+        rows, episodes = evaluate(task.held_out[: node.eval.problems], task, chat, sampler, node.sampling, node.eval, node.seed)
         row = {"label": label, "stage": len(node.stages), "step": 0} | _eval_settings(node.eval)
         row |= {"changed": [text for text in overrides if not text.startswith("eval.")], "problems": rows}
         summary = summarise(row)
         shown.evaluation(label, summary)
         add_later_eval(folder, row)
-    return summary
+    return Evaluation(summary, [{"label": label, **e.to_json(), "texts": _texts(chat, e)} for e in episodes])
 
 
 def _eval_settings(node: recipe.Eval) -> dict[str, Any]:
@@ -390,8 +397,11 @@ def _track(s: Session, values: dict[str, float], stage: int, step: int) -> None:
 
 
 def _log_episodes(s: Session, episodes: Sequence[Episode], **labels: Any) -> None:
-    texts = [[s.chat.text(turn.tokens, special=True) for turn in e.turns] for e in episodes]
-    s.run.log_episodes(episodes, texts, **labels)
+    s.run.log_episodes(episodes, [_texts(s.chat, e) for e in episodes], **labels)
+
+
+def _texts(chat: Chat, episode: Episode) -> list[str]:
+    return [chat.text(turn.tokens, special=True) for turn in episode.turns]
 
 
 def _finish(s: Session) -> None:

@@ -22,6 +22,7 @@ Key = tuple[tuple[int, ...], int]
 OPERATORS = "+-*/"
 # Draws without a new problem, and draws a wanted problem, before a recipe is called too narrow: 0.1 s, and seconds at the default size.
 MAX_MISSES, MAX_TRIES = 20_000, 500
+MAX_TRIALS = 2  # most other tries that a demonstrated reflection rejects before the right one
 MAX_WAYS = 100  # solutions that a demonstration is chosen from: every one of 3 numbers, and a bounded search for 6
 WRONG_TRIES = 1000  # draws of a wrong attempt before all are taken to reach the target (as with 2 + 2 and 2 * 2)
 
@@ -154,26 +155,37 @@ def solutions(numbers: Sequence[int], target: int, operators: str) -> Iterator[t
 
 
 def demonstrate(problem: Problem, rng: Random, *, operators: str) -> Demonstration:
-    """A right answer, a well-formed wrong attempt, and a reflection that values the attempt and works out a better way.
+    """A right answer, a well-formed wrong attempt, and a reflection that values the attempt and tries others until one fits.
 
-    The attempt misses the target; only where no expression over all the numbers does, it leaves one number out.
+    "8 + (3 - 2) is 9, not 13. 8 - (3 - 2) = 7, no. (8 + 3) + 2 = 13, yes.": what a retry needs is there to be copied. The attempt misses
+    the target; only where no expression over all the numbers does, it leaves one number out.
     """
     numbers, target = problem.answer["numbers"], problem.answer["target"]
     ways = list(itertools.islice(solutions(numbers, target, operators), MAX_WAYS))
     if not ways:
         raise UserError(f"{problem.id}: no solution with {operators}; demonstrations need problems that can be solved")
-    *steps, expression = rng.choice(ways)
-    wrong, fault = _wrong_attempt(numbers, target, operators, rng)
-    return Demonstration(_answer(expression), _answer(wrong), f"{_strip(wrong)} {fault}. Better: {', '.join(steps)}.")
+    expression = rng.choice(ways)[-1]
+    misses = _misses(numbers, target, operators, rng, count=rng.randint(1, 1 + MAX_TRIALS))
+    if not misses:
+        wrong, fault = str(numbers[0]), f"leaves out {', '.join(map(str, numbers[1:]))}"
+    else:
+        (wrong, value), *misses = misses
+        fault = f"is {value}, not {target}"
+    trials = [f"{_strip(tried)} = {value}, no." for tried, value in misses]
+    reflection = " ".join([f"{_strip(wrong)} {fault}.", *trials, f"{_strip(expression)} = {target}, yes."])
+    return Demonstration(_answer(expression), _answer(wrong), reflection)
 
 
-def _wrong_attempt(numbers: Sequence[int], target: int, operators: str, rng: Random) -> tuple[str, str]:
-    """A wrong expression and what is wrong with it."""
+def _misses(numbers: Sequence[int], target: int, operators: str, rng: Random, *, count: int) -> list[tuple[str, int]]:
+    """Up to `count` expressions that miss the target, with their values, all different; fewer where there are fewer."""
+    found: dict[int, str] = {}
     for _ in range(WRONG_TRIES):
         steps, value = random_expression(numbers, operators, rng)
         if value is not None and value != target:
-            return steps[-1], f"is {value}, not {target}"
-    return str(numbers[0]), f"leaves out {', '.join(map(str, numbers[1:]))}"
+            found.setdefault(value, steps[-1])
+        if len(found) == count:
+            break
+    return [(expression, value) for value, expression in found.items()]
 
 
 def _answer(expression: str) -> str:
