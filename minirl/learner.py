@@ -177,7 +177,9 @@ class Learner:
             # Before the policy's own forward: the swap must not touch weights that a backward pass still needs.
             with self.policy.reference():
                 reference, _ = self.policy.logprobs(batch, temperature=self.temperature)
-        logprobs, entropy = self.policy.logprobs(batch, temperature=self.temperature, entropy=node.loss != "nll")
+        logprobs, entropy = self.policy.logprobs(
+            batch, temperature=self.temperature, entropy=node.loss != "nll", entropy_grad=node.entropy != 0
+        )
         clipped = torch.zeros_like(batch.old, dtype=torch.bool)
         if node.loss == "nll":
             loss = losses.nll(logprobs, batch.weights)

@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from minirl import attention
 from minirl.attention import Cached, Layout
 from minirl.batch import Batch, Row, collate, collate_plain, pack, pack_plain
 from minirl.errors import UserError
+from minirl.head import Head
 
 WEIGHTS = "policy.safetensors"
-CHUNK = 1024  # positions whose logits are alive at once: 200 MB in float32 at a vocabulary of 49k
 
 
 class Policy:
@@ -32,39 +31,26 @@ class Policy:
         self.device = device
         self.dtype = dtype
         base = model.get_base_model()
-        self._decoder, self._head = base.get_decoder(), base.get_output_embeddings()
+        self._decoder = base.get_decoder()
+        self.head = Head(base.get_output_embeddings(), base.config.get_text_config())
         self.shares_prefixes = attention.supports(base.config)
         if self.shares_prefixes:
             attention.install(base)
         # A mask of four dimensions is handed through as it is: the layout alone says who sees whom.
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-        config = base.config.get_text_config()
-        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-        self._scale: float = getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0)  # Cohere, Granite
         self.trainable: dict[str, torch.nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._reference: dict[str, Tensor] | None = None
 
-    def logprobs(self, batch: Batch, *, temperature: float, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+    def logprobs(
+        self, batch: Batch, *, temperature: float, entropy: bool = False, entropy_grad: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each trained token under logits / temperature, (N,) float32; and the entropy there, (N,), where asked.
 
-        The vocabulary projection runs on trained positions alone, in chunks that are computed again in the backward pass.
+        The vocabulary projection runs on trained positions alone. The entropy carries a gradient only with `entropy_grad`.
         """
         hidden = self.hidden(batch.tokens, batch.positions, batch.layout or batch.present)
         seen = hidden.flatten(0, 1).index_select(0, batch.seen)  # (N, D)
-        chunks = zip(torch.split(seen, CHUNK), torch.split(batch.target, CHUNK), strict=True)
-        parts = [self._project(h, t, temperature, entropy) for h, t in chunks]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy else None
-
-    def _project(self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
-        def compute(hidden: Tensor) -> tuple[Tensor, Tensor]:
-            logprobs = torch.log_softmax(self.logits(hidden) / temperature, dim=-1)  # (n, V)
-            chosen = logprobs.gather(-1, target[:, None]).squeeze(-1)
-            return chosen, -(logprobs.exp() * logprobs).sum(-1) if entropy else chosen
-
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            result: tuple[Tensor, Tensor] = checkpoint(compute, hidden, use_reentrant=False)
-            return result
-        return compute(hidden)
+        return self.head.logprobs(seen, batch.target, temperature=temperature, entropy=entropy, entropy_grad=entropy_grad)
 
     def hidden(self, tokens: Tensor, positions: Tensor, sight: Layout | Cached | Tensor | None, cache: Any = None) -> Tensor:
         """Last hidden states (B, T, D) of tokens and positions (B, T); `sight` says who sees whom, as a layout or a padding mask."""
@@ -74,11 +60,6 @@ class Policy:
         )
         result: Tensor = out.last_hidden_state
         return result
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits in float32, (..., V), of hidden states (..., D)."""
-        logits: Tensor = self._head(hidden).float() * self._scale
-        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
     def batches(self, rows: Sequence[Row], budget_tokens: int, *, pad: int) -> Iterator[Batch]:
         """Micro-batches of at most `budget_tokens` computed tokens: packed with shared prefixes where the model can, else plain rows."""

@@ -176,17 +176,17 @@ def _later_evaluations(evals: Rows, later: Rows) -> str:
     lines, pairs = [], []
     for row in later:
         s = summarise(row)
-        made = [f"temperature {_text(s['temperature'])}", *map(_text, row.get("changed") or [])]
-        cells = [f"{s['problems']} <small>x {s['samples']}</small>", ", ".join(made), *(_share(s[key]) for key, _ in SHARES)]
-        lines.append([_text(s["label"]), *cells])
+        made = "<br>".join([f"temperature {_text(s['temperature'])}", *map(_text, row.get("changed") or [])])
+        cells = [f"{s['problems']} <small>x {s['samples']}</small>", *(_share(s[key]) for key, _ in SHARES)]
+        lines.append([f"{_text(s['label'])}<br><small>{made}</small>", *cells])
     for way in dict.fromkeys(map(_way, later)):
         own = [row for row in evals if _way(row) == way]
         found = {"base": own[0], "adapter": own[-1]} if own and own[0].get("label") == "start" else {}
         found |= {str(row.get("label")): row for row in later if _way(row) == way}
         if len(found) == 2 and found["base"] is not found["adapter"]:
             pairs.append((found["base"], found["adapter"]))
-    table = _table(["Evaluation", "Problems", "How", *(title for _, title in SHARES)], lines)
-    note = "By `minirl eval`: base is the model as the run found it, adapter the run's final one. Compared only where all settings agree."
+    table = _table(["Evaluation", "Problems", *(title for _, title in SHARES)], lines)
+    note = "By <code>minirl eval</code>: base is the model as the run found it, adapter its final one. Compared where all settings agree."
     return f'<section><h2>Evaluated afterwards</h2>{table}<p class="note">{note}</p>{_differences(pairs)}</section>'
 
 

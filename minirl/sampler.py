@@ -145,7 +145,7 @@ class LiveSampler:
         for i, row in zip(chunk, rows, strict=True):
             self._slots.tokens[row] = list(leaders[i][0])
             self.prefilled += missing[i]
-        return dict(zip(chunk, self.policy.logits(last), strict=True))
+        return dict(zip(chunk, self.policy.head.logits(last), strict=True))
 
     def _step(self) -> None:
         """One token for every row."""
@@ -158,7 +158,7 @@ class LiveSampler:
         hidden = self.policy.hidden(tokens, positions, Cached(positions, width), cache=self._slots)
         for row, live in enumerate(self._live):
             self._slots.tokens[row].append(live.picked[-1])
-        self._draw(0, self.policy.logits(hidden[:, 0]))
+        self._draw(0, self.policy.head.logits(hidden[:, 0]))
 
     def _draw(self, start: int, logits: Tensor) -> None:
         """Draw the next token of the rows from `start` on, and let those that have ended go."""

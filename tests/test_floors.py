@@ -20,7 +20,7 @@ FLOORS = {
     for floor, names in {
         0: "__init__ errors episode",
         1: "recipe verify retrieve hub files statistics losses optim",
-        2: "tasks chat rundir state chart batch attention credit",
+        2: "tasks chat rundir state chart batch attention credit head",
         3: "rollout policy models embedded sampling slots report progress",
         4: "methods evaluate sampler plain learner",
         5: "train",
@@ -29,7 +29,7 @@ FLOORS = {
     for name in names.split()
 }
 LEARN = {"models", "embedded", "policy", "batch", "attention", "credit", "losses", "optim", "learner"}
-LEARN |= {"sampler", "sampling", "plain", "slots"}
+LEARN |= {"sampler", "sampling", "plain", "slots", "head"}
 PLAY = {"methods", "rollout", "tasks", "verify", "retrieve", "evaluate"}
 BOTH = {"train", "cli", "__main__"}
 LIGHT = set(FLOORS) - LEARN - BOTH  # the play and record wings, and what they stand on

@@ -1,0 +1,79 @@
+"""The output head: log-probabilities of chosen tokens from hidden states, without ever holding the logits of all positions.
+
+Invariant: values and gradients are those of log_softmax(head(hidden) * scale / temperature), position by position, up to rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 1024  # positions whose logits are alive at once: 200 MB in float32 at a vocabulary of 49k
+
+
+class Head:
+    """A model's output embeddings with what its family does to logits: a scale (Cohere, Granite) and a soft cap (Gemma 2)."""
+
+    def __init__(self, linear: Any, config: Any) -> None:
+        self.linear = linear
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.scale: float = getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0)
+        self._is_plain = type(linear) is nn.Linear and linear.bias is None and not linear.weight.requires_grad and self.softcap is None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits in float32, (..., V), of hidden states (..., D)."""
+        logits: Tensor = self.linear(hidden).float() * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def logprobs(
+        self, hidden: Tensor, target: Tensor, *, temperature: float, entropy: bool, entropy_grad: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probability of each target under logits / temperature, (N,) float32, from hidden (N, D); the entropy too where asked.
+
+        With entropy_grad the entropy carries a gradient, else it is a number to log.
+        """
+        parts: list[tuple[Tensor, Tensor]] = []
+        for h, t in zip(torch.split(hidden, CHUNK), torch.split(target, CHUNK), strict=True):
+            if self._is_plain and not entropy_grad:
+                parts.append(_Chosen.apply(h, t, self.linear.weight, self.scale / temperature, entropy))  # type: ignore[no-untyped-call]
+            elif torch.is_grad_enabled() and h.requires_grad:
+                parts.append(checkpoint(self._compute, h, t, temperature, entropy, use_reentrant=False))
+            else:
+                parts.append(self._compute(h, t, temperature, entropy))
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy else None
+
+    def _compute(self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
+        logprobs = torch.log_softmax(self.logits(hidden) / temperature, dim=-1)  # (n, V)
+        chosen = logprobs.gather(-1, target[:, None]).squeeze(-1)
+        return chosen, -(logprobs.exp() * logprobs).sum(-1) if entropy else chosen
+
+
+class _Chosen(torch.autograd.Function):
+    """log softmax(factor * W h)[target], with the gradient's direction worked out while the probabilities are at hand.
+
+    d/dh = factor * (W[target] - p W), one (n, D) matrix to keep in place of the (n, V) logits, and nothing to compute again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, target: Tensor, weight: Tensor, factor: float, entropy: bool
+    ) -> tuple[Tensor, Tensor]:  # (n, D), (n,), (V, D) -> (n,), (n,)
+        logprobs = nn.functional.linear(hidden, weight).float().mul_(factor).log_softmax(-1)
+        chosen = logprobs.gather(-1, target[:, None]).squeeze(-1)
+        if not (entropy or ctx.needs_input_grad[0]):
+            return chosen, torch.zeros_like(chosen)
+        probabilities = logprobs.exp()
+        spread = -(probabilities * logprobs).sum(-1) if entropy else torch.zeros_like(chosen)
+        if ctx.needs_input_grad[0]:
+            expected = probabilities.to(weight.dtype) @ weight
+            ctx.save_for_backward((weight[target] - expected).mul_(factor))
+        ctx.mark_non_differentiable(spread)
+        return chosen, spread
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        (direction,) = ctx.saved_tensors
+        return grad[:, None].to(direction.dtype) * direction, None, None, None, None
