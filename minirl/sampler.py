@@ -21,7 +21,9 @@ from minirl.policy import Policy
 from minirl.sampling import pick, stops, uniforms
 from minirl.slots import Slots
 
-ADMIT_TOGETHER = 8  # asks that wait for each other while others decode: a prefill costs about as much as a decode step
+# Asks that wait for each other while others decode (as many as decode, when few do): a prefill reads all weights, like a decode step.
+ADMIT_TOGETHER = 16
+ROUND = 8  # prefill passes are padded to multiples of this many tokens a row: every new shape costs matrix kernels built anew
 PREFILL_TOKENS = 4096  # most padded tokens of one prefill pass
 
 
@@ -88,7 +90,7 @@ class LiveSampler:
         """Decode until at least one ask is answered; the answers since the last call."""
         while not self._ended:
             fit = min(len(self._queue), self.rows - len(self._live))
-            if fit and (fit >= ADMIT_TOGETHER or len(self._live) <= self.rows // 2):
+            if fit and fit >= min(ADMIT_TOGETHER, len(self._live)):
                 self._admit([self._queue.popleft() for _ in range(fit)])
             elif self._live:
                 self._step()
@@ -132,7 +134,7 @@ class LiveSampler:
         return torch.stack([out[i] for i in range(len(leaders))])
 
     def _prefill_chunk(self, leaders: Sequence[tuple[tuple[int, ...], int]], chunk: list[int], missing: list[int]) -> dict[int, Tensor]:
-        device, width = self.policy.device, max(missing[i] for i in chunk)
+        device, width = self.policy.device, -(-max(missing[i] for i in chunk) // ROUND) * ROUND
         rows = [leaders[i][1] for i in chunk]
         held = [len(self._slots.tokens[row]) for row in rows]
         tokens = torch.tensor([[*leaders[i][0][h:], *[0] * (width - missing[i])] for i, h in zip(chunk, held, strict=True)], device=device)
