@@ -111,6 +111,7 @@ class Slots(Cache):  # type: ignore[misc]
     def longest_prefix(self, tokens: Sequence[int]) -> tuple[int, int]:
         """The slot that shares the longest prefix with `tokens`, and its length; the lowest slot among equals."""
         best, slot = 0, 0
+        tokens = list(tokens)  # a list never equals a tuple
         for s, held in enumerate(self.tokens):
             # Cheap refusals first: most slots differ early or cannot beat the best.
             if len(held) <= best or held[best] != tokens[min(best, len(tokens) - 1)] or held[0] != tokens[0]:
@@ -121,7 +122,7 @@ class Slots(Cache):  # type: ignore[misc]
         return slot, best
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _common(a: list[int], b: list[int]) -> int:
     """Length of the common prefix, by halving: slices compare in C."""
     low, high = 0, min(len(a), len(b))
     while low < high:

@@ -1,0 +1,113 @@
+"""Shared prefixes against plain rows: the same log-probabilities and gradients, on every family that is supported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, save_tiny
+from torch import Tensor
+
+from minirl import attention, models, recipe
+from minirl.batch import Batch, Row, collate, collate_plain, pack, pack_plain
+from minirl.policy import Policy
+
+WINDOWED = ("qwen2", "mistral", "gemma2", "gemma3_text")
+CASES = [(arch, {}) for arch in ARCHITECTURES] + [(arch, {"sliding_window": 8}) for arch in WINDOWED]
+
+
+def rows_of(rng: Random) -> list[Row]:
+    """Three groups of four: a long prefix, a longer one, and rows that share a single token."""
+    rows = []
+    for group, shared in enumerate((20, 37, 1)):
+        prefix = [rng.randrange(256) for _ in range(shared)]
+        for _ in range(4):
+            length = rng.randrange(3, 25)
+            tokens = prefix + [rng.randrange(256) for _ in range(length)]
+            mask = [False] * shared + [rng.random() < 0.7 for _ in range(length - 1)] + [True]
+            rows.append(Row(tuple(tokens), tuple(mask), (0.0,) * len(tokens), rng.gauss(0, 1), 1 / 50, len(rows), group))
+    return rows
+
+
+def both(policy: Policy, batches: Iterable[Batch]) -> tuple[dict[int, list[float]], Tensor]:
+    """Log-probabilities by episode, and the gradient of their weighted sum."""
+    for p in policy.trainable.values():
+        p.grad = None
+    found: dict[int, list[float]] = {}
+    for batch in batches:
+        logprobs, _ = policy.logprobs(batch, temperature=0.7)
+        (logprobs * batch.advantages * batch.weights).sum().backward()
+        for episode, value in zip(batch.episode.tolist(), logprobs.tolist(), strict=True):
+            found.setdefault(episode, []).append(value)
+    return found, torch.cat([p.grad.flatten() for p in policy.trainable.values() if p.grad is not None])
+
+
+def loaded(folder: Path, arch: str, **overrides: Any) -> models.LoadedModel:
+    save_tiny(folder, arch, **overrides)
+    model = models.load_model(recipe.Model(name=str(folder), dtype="fp32"), 0, torch.device("cpu"))
+    torch.manual_seed(1)
+    for name, p in model.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize(("arch", "overrides"), CASES)
+def test_shared_prefixes_equal_plain_rows(arch: str, overrides: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: prefix not causal, a completion that sees another or not all of its prefix, positions that start at 0, a window ignored."""
+    model = loaded(tmp_path, arch, **overrides)
+    rows = rows_of(Random(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "supports", lambda config: False)
+        plain = Policy(model.model, model.device, model.dtype)
+    assert model.model.get_base_model().config._attn_implementation in ("sdpa", "eager")
+    expected, gradient = both(plain, [collate_plain(c, pad=258, device=model.device) for c in pack_plain(rows, 100)])
+
+    shared = Policy(model.model, model.device, model.dtype)
+    assert shared.shares_prefixes
+    for budget in (10**6, 60):  # all in one pass; groups cut to fit
+        found, other = both(shared, [collate(bundles, model.device) for bundles in pack(rows, budget)])
+        assert found.keys() == expected.keys()
+        for episode, values in found.items():
+            assert values == pytest.approx(expected[episode], abs=1e-4)
+        assert (other - gradient).norm() / gradient.norm() < 1e-5
+    # Without a layout the installed function is stock attention.
+    found, other = both(shared, [collate_plain(c, pad=258, device=model.device) for c in pack_plain(rows, 100)])
+    assert [found[e] for e in sorted(found)] == [pytest.approx(expected[e], abs=1e-4) for e in sorted(expected)]
+    assert (other - gradient).norm() / gradient.norm() < 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    model = loaded(tmp_path, "llama")
+    policy, rows = Policy(model.model, model.device, model.dtype), rows_of(Random(2))
+    expected, gradient = both(policy, policy.batches(rows, 300, pad=258))
+    base = model.model.get_base_model()
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.enable_input_require_grads()
+    model.model.train()
+    found, other = both(policy, policy.batches(rows, 300, pad=258))
+    assert found == expected
+    torch.testing.assert_close(other, gradient)
+
+
+def test_a_shared_prefix_is_computed_once(tmp_path: Path) -> None:
+    """Catches: bundling switched off. Eight completions of 5 tokens after 100 shared ones are 140 tokens, not 840."""
+    rows = [Row((*range(100), 200 + i, *range(4)), (False,) * 100 + (True,) * 5, (0.0,) * 105, 1.0, 1.0, i, 0) for i in range(8)]
+    ((bundle,),) = pack(rows, 10**6)
+    assert (bundle.prefix, bundle.cost) == (100, 140)
+    batch = collate([bundle], torch.device("cpu"))
+    assert batch.tokens.shape == (1, 192)  # 140 filled up to a multiple of 64
+    assert batch.seen[:6].tolist() == [99, 100, 101, 102, 103, 99]  # a completion's first token is predicted at the prefix's last
+    assert batch.positions[0, 98:107].tolist() == [98, 99, 100, 101, 102, 103, 104, 100, 101]
+
+
+def test_what_is_supported() -> None:
+    from transformers import AutoConfig
+
+    assert attention.supports(AutoConfig.for_model("qwen2"))
+    assert not attention.supports(AutoConfig.for_model("mamba"))
+    assert not attention.supports(AutoConfig.for_model("llama", layer_types=["full_attention", "linear_attention"], num_hidden_layers=2))

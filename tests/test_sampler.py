@@ -1,0 +1,189 @@
+"""The live sampler against the plain one, exact sampling, stop strings, and tokens that are never computed twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, byte_tokenizer, save_tiny
+
+from minirl import models, recipe
+from minirl.chat import Chat
+from minirl.episode import Ask, Completion
+from minirl.plain import PlainSampler
+from minirl.policy import Policy
+from minirl.sampler import LiveSampler, open_sampler
+from minirl.sampling import pick, stops, uniforms
+
+FOLLOW = 1000
+
+
+def opened(folder: Path, arch: str = "llama") -> tuple[Policy, Chat]:
+    save_tiny(folder, arch)
+    model = models.load_model(recipe.Model(name=str(folder), dtype="fp32"), 0, torch.device("cpu"))
+    return Policy(model.model, model.device, model.dtype), Chat(model.tokenizer)
+
+
+def asks_of(rng: Random, groups: int = 4) -> list[Ask]:
+    """Groups of four: three asks with one prompt, one that goes a token further."""
+    asks = []
+    for _ in range(groups):
+        base = tuple(rng.randrange(256) for _ in range(rng.randrange(5, 40)))
+        for i in range(4):
+            tokens = base if i < 3 else (*base, 7)
+            asks.append(Ask(tokens, rng.randrange(1, 30), rng.choice([1.0, 0.7, 0.0]), ("ab",), rng.randrange(10**9)))
+    return asks
+
+
+def run(sampler: LiveSampler | PlainSampler, asks: list[Ask]) -> dict[int, Completion]:
+    """Every ask, and for each a second one that goes on with its conversation."""
+    done: dict[int, Completion] = {}
+    for key, ask in enumerate(asks):
+        sampler.add(key, ask)
+    while len(done) < 2 * len(asks):
+        for key, completion in sampler.poll():
+            done[key] = completion
+            if key < FOLLOW:
+                sampler.add(key + FOLLOW, Ask(asks[key].tokens + completion.tokens + (1, 2, 3), 10, 1.0, (), key))
+    return done
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("rows", [3, 6, 64])
+def test_live_equals_plain(arch: str, rows: int, tmp_path: Path) -> None:
+    """Catches: slots mixed up when rows leave, a fork of the wrong slot, keys of an evicted conversation, wrong positions, one seed."""
+    policy, chat = opened(tmp_path, arch)
+    asks = asks_of(Random(rows))
+    plain, live = run(PlainSampler(policy, chat, rows=64), asks), run(LiveSampler(policy, chat, rows=rows), asks)
+    whole = 0
+    for key, expected in plain.items():
+        found = live[key]
+        same = next((i for i, (a, b) in enumerate(zip(found.tokens, expected.tokens, strict=False)) if a != b), len(expected.tokens))
+        if key < FOLLOW or live[key - FOLLOW].tokens == plain[key - FOLLOW].tokens:
+            assert found.logprobs[:same] == pytest.approx(expected.logprobs[:same], abs=2e-5)
+        if found.tokens == expected.tokens:
+            assert (found.finish, found.text) == (expected.finish, expected.text)
+            whole += 1
+        elif key < FOLLOW:
+            # A uniform number within rounding of the border between two neighbouring tokens.
+            assert abs(found.tokens[same] - expected.tokens[same]) == 1
+    assert whole >= len(plain) - 4
+
+
+def test_the_sampler_knows_the_log_probabilities_of_the_policy(tmp_path: Path) -> None:
+    """Invariant 4. Catches: log-probabilities before temperature, of another token, of merged or stale weights."""
+    policy, chat = opened(tmp_path)
+    ask = Ask(tuple(range(40, 70)), 20, 0.7, (), 5)
+    sampler = open_sampler(policy, chat, rows=4)
+    sampler.add(0, ask)
+    ((_, completion),) = sampler.poll()
+    ids = torch.tensor([ask.tokens + completion.tokens])
+    logits = policy.model(input_ids=ids).logits[0, len(ask.tokens) - 1 : -1] / 0.7
+    expected = logits.log_softmax(-1).gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
+    assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_every_token_is_computed_once(tmp_path: Path) -> None:
+    """Catches: forks prefilled one by one, a conversation that goes on prefilled from its start."""
+    policy, chat = opened(tmp_path)
+    sampler = LiveSampler(policy, chat, rows=8)
+    prompt = tuple(range(100))
+    for key in range(8):
+        sampler.add(key, Ask(prompt, 12, 1.0, (), key))
+    done: dict[int, Completion] = {}
+    while len(done) < 8:
+        done |= dict(sampler.poll())
+    assert sampler.prefilled == 100
+    for key, completion in done.items():
+        sampler.add(key, Ask((*prompt, *completion.tokens, 1, 2, 3), 4, 1.0, (), key))
+    while len(done) < 16:
+        done |= {FOLLOW + key: completion for key, completion in sampler.poll()}
+    # The last sampled token was never fed; with the three new ones each conversation computes four.
+    assert sampler.prefilled == 100 + 8 * 4
+
+
+def test_a_reset_forgets_and_refuses_to_forget_running_asks(tmp_path: Path) -> None:
+    policy, chat = opened(tmp_path)
+    sampler = LiveSampler(policy, chat, rows=2)
+    sampler.add(0, Ask((1, 2, 3), 4, 1.0))
+    with pytest.raises(RuntimeError, match="1 waiting"):
+        sampler.reset()
+    before = sampler.poll()
+    with torch.no_grad():
+        for p in policy.trainable.values():
+            p.add_(0.05)
+    sampler.reset()
+    sampler.add(0, Ask((1, 2, 3), 4, 1.0))
+    assert sampler.poll()[0][1].logprobs != before[0][1].logprobs
+    assert sampler.prefilled == 6
+
+
+def test_pick_is_exact() -> None:
+    """50,000 draws of a known distribution, chi-square on 4 degrees of freedom below its 99.9 % point; catches a warped draw."""
+    logits = torch.tensor([[1.0, 0.0, -1.0, float("-inf"), 2.0, 0.5]]).expand(50_000, -1)
+    uniform = torch.rand(50_000, generator=torch.Generator().manual_seed(0))
+    for temperature in (1.0, 0.5):
+        chosen, logprobs = pick(logits, torch.full((50_000,), temperature), uniform)
+        share = (logits[0] / temperature).softmax(-1)
+        counts = torch.bincount(chosen, minlength=6)
+        assert counts[3] == 0  # never a token of probability zero
+        keep = share > 0
+        assert (((counts - 50_000 * share) ** 2)[keep] / (50_000 * share)[keep]).sum() < 18.47
+        assert torch.allclose(logprobs, share.log()[chosen], atol=1e-5)
+
+
+def test_the_largest_uniform_stays_on_the_distribution() -> None:
+    logits = torch.full((1, 50_000), -40.0)
+    logits[0, 10] = 0.0
+    logits[0, -100:] = float("-inf")
+    chosen, logprobs = pick(logits, torch.ones(1), torch.tensor([1.0 - 2**-24]))
+    assert chosen.item() < 49_900
+    assert torch.isfinite(logprobs).all()
+
+
+def test_greedy_and_sampled_rows_mix() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0]]).expand(2, -1)
+    chosen, logprobs = pick(logits, torch.tensor([0.0, 1.0]), torch.tensor([0.999, 0.999]))
+    assert chosen.tolist() == [1, 2]
+    assert logprobs.tolist() == pytest.approx(torch.tensor([0.0, 3.0, 1.0]).log_softmax(-1)[[1, 2]].tolist())
+
+
+def test_stop_strings_straddle_tokens() -> None:
+    """One token a byte: every stop string straddles tokens. The reply ends with the token that completes it, and ids stay as they were."""
+    chat = Chat(byte_tokenizer())
+    text = list(b"x</answer>y")
+    assert [n for n in range(1, len(text) + 1) if stops(chat, text[:n], ("</answer>",))] == [10]
+    assert not stops(chat, list(b"</answer"), ("</answer>", "zz"))
+    assert stops(chat, list("é!".encode()), ("é!",))
+
+
+def test_uniforms_are_a_function_of_the_seed() -> None:
+    one, two = uniforms(Ask((1,), 5, 1.0, (), 7)), uniforms(Ask((9, 9), 8, 0.5, (), 7))
+    assert one == two[:5]
+    assert uniforms(Ask((1,), 5, 1.0, (), 8)) != one
+
+
+def test_a_family_without_slots_takes_the_plain_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, chat = opened(tmp_path)
+    assert isinstance(open_sampler(policy, chat, rows=2), LiveSampler)
+    policy.shares_prefixes = False
+    sampler: Any = open_sampler(policy, chat, rows=2)
+    assert isinstance(sampler, PlainSampler)
+
+
+def test_a_models_own_generation_config_warps_nothing(tmp_path: Path) -> None:
+    """Catches: Qwen's repetition penalty at work in `generate`."""
+    policy, chat = opened(tmp_path)
+    policy.model.get_base_model().generation_config.repetition_penalty = 5.0
+    ask = Ask(tuple(range(40, 60)), 25, 1.0, (), 3)
+    found = []
+    for sampler in (PlainSampler(policy, chat, rows=1), LiveSampler(policy, chat, rows=1)):
+        sampler.add(0, ask)
+        found.append(sampler.poll()[0][1].tokens)
+    assert found[0] == found[1]
+    assert policy.model.get_base_model().generation_config.repetition_penalty == 5.0
+    assert max(Counter(found[0]).values()) >= 1
