@@ -90,7 +90,7 @@ def report(folder: FolderArgument) -> None:
 def _has_accelerator() -> bool:
     import torch
 
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
+    return torch.cuda.is_available()
 
 
 @contextmanager

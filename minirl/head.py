@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 1024  # positions whose logits are alive at once: 200 MB in float32 at a vocabulary of 49k
+CHUNK_LOGITS = 2**25  # logits alive at once: 128 MiB in float32, and twice that again for their probabilities
 
 
 class Head:
@@ -36,7 +36,8 @@ class Head:
         With entropy_grad the entropy carries a gradient, else it is a number to log.
         """
         parts: list[tuple[Tensor, Tensor]] = []
-        for h, t in zip(torch.split(hidden, CHUNK), torch.split(target, CHUNK), strict=True):
+        size = max(64, CHUNK_LOGITS // self.linear.weight.shape[0])
+        for h, t in zip(torch.split(hidden, size), torch.split(target, size), strict=True):
             if self._is_plain and not entropy_grad:
                 parts.append(_Chosen.apply(h, t, self.linear.weight, self.scale / temperature, entropy))  # type: ignore[no-untyped-call]
             elif torch.is_grad_enabled() and h.requires_grad:
@@ -54,7 +55,7 @@ class Head:
 class _Chosen(torch.autograd.Function):
     """log softmax(factor * W h)[target], with the gradient's direction worked out while the probabilities are at hand.
 
-    d/dh = factor * (W[target] - p W), one (n, D) matrix to keep in place of the (n, V) logits, and nothing to compute again.
+    d/dh = factor * (onehot(target) - p) W, one (n, D) matrix to keep in place of the (n, V) logits, and nothing to compute again.
     """
 
     @staticmethod
@@ -62,16 +63,18 @@ class _Chosen(torch.autograd.Function):
         ctx: Any, hidden: Tensor, target: Tensor, weight: Tensor, factor: float, entropy: bool
     ) -> tuple[Tensor, Tensor]:  # (n, D), (n,), (V, D) -> (n,), (n,)
         logprobs = nn.functional.linear(hidden, weight).float().mul_(factor).log_softmax(-1)
-        chosen = logprobs.gather(-1, target[:, None]).squeeze(-1)
-        if not (entropy or ctx.needs_input_grad[0]):
-            return chosen, torch.zeros_like(chosen)
-        probabilities = logprobs.exp()
-        spread = -(probabilities * logprobs).sum(-1) if entropy else torch.zeros_like(chosen)
-        if ctx.needs_input_grad[0]:
-            expected = probabilities.to(weight.dtype) @ weight
-            ctx.save_for_backward((weight[target] - expected).mul_(factor))
+        chosen = logprobs.gather(-1, target[:, None])  # (n, 1)
+        spread = torch.zeros_like(chosen).squeeze(-1)
+        if entropy or ctx.needs_input_grad[0]:
+            probabilities = logprobs.exp()
+            if entropy:
+                spread = -logprobs.mul_(probabilities).sum(-1)
+            if ctx.needs_input_grad[0]:
+                # 1 - p of the target by expm1, in float32: W[target] - p W would lose everything to rounding where p is near 1.
+                residual = probabilities.neg_().scatter_(-1, target[:, None], -torch.expm1(chosen))
+                ctx.save_for_backward((residual.to(weight.dtype) @ weight).mul_(factor))
         ctx.mark_non_differentiable(spread)
-        return chosen, spread
+        return chosen.squeeze(-1), spread
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]

@@ -77,6 +77,8 @@ class Learner:
         self.parameters = list(policy.trainable.values())
         self.optimizer = optim.build(node, self.parameters, policy.device)
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
+        # The scaler begins to exist with its first loss, and a process whose groups are all dead has none.
+        self.scaler.scale(torch.zeros((), device=policy.device))
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         """Train on this process's share of a step's groups; the step's means over all processes.
@@ -99,6 +101,8 @@ class Learner:
         per_token = max(tokens, 1.0)
         stats = {"loss": loss / made, "grad_norm": sum(norms) / made, "lr": self.learning_rate(self.updates - 1)}
         if self.node.loss != "nll":
+            dead = torch.tensor(float(sum(map(is_dead, credits))), device=self.policy.device)
+            stats["dead"] = self.accelerator.reduce(dead, "sum").item()
             stats |= {"entropy": entropy / per_token, "clip": clipped / per_token, "mismatch_kl": mismatch / max(compared, 1.0)}
         if self.node.beta > 0:
             stats["kl"] = kl / per_token

@@ -33,7 +33,8 @@ def flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[s
     """State of every parameter: its tensors under "number.name", its plain values as numbers of the same name."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
-    for number, state in optimizer.state_dict()["state"].items():
+    # torch's own view: bitsandbytes overrides it and hides its tensors one level deeper.
+    for number, state in torch.optim.Optimizer.state_dict(optimizer)["state"].items():
         for name, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"{number}.{name}"] = value.detach().cpu().contiguous().clone()

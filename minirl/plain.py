@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from minirl.chat import Chat
 from minirl.episode import Ask, Completion
 from minirl.policy import Policy
-from minirl.sampling import pick, stops, uniforms
+from minirl.sampling import check_finite, pick, stops, uniforms
 
 
 class PlainSampler:
@@ -94,7 +94,8 @@ class Picker(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, T), (B, V) -> (B, V)
         step = max(len(picked) for picked in self._picked)
         chosen, logprobs = pick(scores.float(), self._temperature, self._uniforms[:, step])
-        for i, (token, logprob) in enumerate(zip(chosen.tolist(), logprobs.tolist(), strict=True)):
+        check_finite(found := logprobs.tolist())
+        for i, (token, logprob) in enumerate(zip(chosen.tolist(), found, strict=True)):
             if self.running[i]:
                 self._append(i, token, logprob)
         return torch.full_like(scores, float("-inf")).scatter_(1, chosen[:, None], 0.0)

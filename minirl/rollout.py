@@ -48,7 +48,8 @@ class Talk:
         tokens = tuple(token for turn in self.turns for token in turn.tokens)
         completion = yield Ask(tokens, max_tokens, self.temperature, stop, seed_of(self.seed, len(self.turns)))
         self.turns.append(Turn(kind, completion.tokens, completion.logprobs, trained))
-        self._finish = completion.finish
+        if trained or not any(turn.trained for turn in self.turns):
+            self._finish = completion.finish  # that of the trained turn, where there is one: overlong filtering goes by it
         return completion.text
 
     def reply(self, kind: str, text: str, *, trained: bool) -> None:

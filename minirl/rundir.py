@@ -197,12 +197,15 @@ def standing(folder: Path) -> tuple[Position, bool]:
 def add_later_eval(folder: Path, row: Mapping[str, Any]) -> None:
     """Put an evaluation that `minirl eval` made beside the run's own, in place of one of the same kind. Needs no open run.
 
-    row: as for `Run.log_eval`; with `label`, `tries`, `samples`, `temperature` and `changed` it says what kind it is.
+    row: as for `Run.log_eval`. Its kind is its `label`, `tries`, `samples`, `temperature`, `changed` and number of problems.
     """
-    kind = ("label", "tries", "samples", "temperature", "changed")
+
+    def kind(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return len(row["problems"]), *(row.get(key) for key in ("label", "tries", "samples", "temperature", "changed"))
+
     try:
         with filelock.FileLock(folder / ".evals.lock"):
-            others = [old for old in read_rows(folder / LATER) if any(old.get(key) != row.get(key) for key in kind)]
+            others = [old for old in read_rows(folder / LATER) if kind(old) != kind(row)]
             write_rows(folder / LATER, [*others, row])
     except OSError as error:
         raise UserError(

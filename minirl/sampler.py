@@ -18,7 +18,7 @@ from minirl.chat import Chat
 from minirl.episode import Ask, Completion, Finish
 from minirl.plain import PlainSampler
 from minirl.policy import Policy
-from minirl.sampling import pick, stops, uniforms
+from minirl.sampling import check_finite, pick, stops, uniforms
 from minirl.slots import Slots
 
 # Asks that wait for each other while others decode (as many as decode, when few do): a prefill reads all weights, like a decode step.
@@ -168,7 +168,8 @@ class LiveSampler:
         temperature = torch.tensor([live.ask.temperature for live in rows], device=logits.device)
         uniform = torch.tensor([live.uniforms[len(live.picked)] for live in rows], device=logits.device)
         chosen, logprobs = pick(logits, temperature, uniform)
-        for live, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True):
+        check_finite(found := logprobs.tolist())
+        for live, token, logprob in zip(rows, chosen.tolist(), found, strict=True):
             live.append(token, logprob, self.chat)
         self.tokens += len(rows)
         for row in reversed(range(start, len(self._live))):

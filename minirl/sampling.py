@@ -6,12 +6,14 @@ Invariant: sampling is exact (temperature, no top-k, no top-p) and a draw depend
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from minirl.chat import Chat
 from minirl.episode import Ask
+from minirl.errors import UserError
 
 TAIL_TOKENS = 12  # how far back a stop string is looked for: it ends at the newest token and has at least a byte a token
 
@@ -35,9 +37,15 @@ def pick(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, 
     total = cumulative[:, -1:]
     # Strictly below the total, else a rounded-up draw would fall off the end onto a token of probability zero.
     point = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    drawn = torch.searchsorted(cumulative, point, right=True).squeeze(-1)
+    drawn = torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
     chosen = torch.where(greedy, logits.argmax(-1), drawn) if bool(greedy.any()) else drawn
     return chosen, scaled.gather(-1, chosen[:, None]).squeeze(-1) - (largest + total.log()).squeeze(-1)
+
+
+def check_finite(logprobs: Sequence[float]) -> None:
+    """Raises UserError where a model's logits overflowed: a half-precision model that needs a wider type."""
+    if not all(map(isfinite, logprobs)):
+        raise UserError("the model's logits are not finite; expected numbers: set model.dtype=bf16 or fp32 (fp16 overflows on some models)")
 
 
 def stops(chat: Chat, tokens: Sequence[int], stop: Sequence[str]) -> bool:

@@ -34,13 +34,17 @@ class Slots(Cache):  # type: ignore[misc]
         self._width = 0
 
     def clear(self) -> None:
-        """Forget every conversation; the memory stays."""
+        """Forget every conversation. On a GPU the memory goes too: learning needs it between two rollouts."""
         self.tokens = [[] for _ in range(self.count)]
+        if self.device.type == "cuda":
+            self._kv, self._capacity = None, 0
 
     def reserve(self, length: int) -> None:
         """Make every slot hold at least `length` tokens."""
         if length > self._capacity:
             self._capacity = -(-length // ROUND) * ROUND
+            if not any(self.tokens):
+                self._kv = None  # nothing to carry over: never hold the old block and the new one together
             if self._kv is not None:
                 old = self._kv
                 self._kv = old.new_zeros(*old.shape[:4], self._capacity, old.shape[5])

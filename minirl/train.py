@@ -107,7 +107,7 @@ def train(node: recipe.Recipe, folder: Path, progress: Progress | None = None) -
     """
     if missing := sorted(set(node.track) - {str(name) for name in get_available_trackers()}):  # accelerate would leave it out silently
         raise UserError(f"track: got {missing[0]!r}, which is not installed; `pip install {missing[0]}` or take it out of the list")
-    accelerator = Accelerator(log_with=list(node.track) or None, project_dir=str(folder))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=list(node.track) or None, project_dir=str(folder))
     if accelerator.is_main_process:
         run = Run.open(folder, node)
     accelerator.wait_for_everyone()
@@ -340,13 +340,12 @@ def _draw(
 
 
 def _group_means(s: Session, groups: Sequence[Group]) -> dict[str, float]:
-    """Means over a step's episodes, and how many of its groups teach nothing; demonstrations have neither reward nor groups."""
+    """Means over a step's episodes, and how many groups there were; demonstrations have neither reward nor groups."""
     gathered = s.gather([[(e.reward, e.parts, e.finish, e.trained_tokens, e.sampled_tokens) for e in g.episodes] for g in groups])
     means = _mean_rows([row for group in gathered for row in group])
     if "reward" not in means:
         return means
-    dead = sum(len({reward for reward, *_ in group} - {None}) <= 1 for group in gathered)
-    return {"groups": float(len(gathered)), "dead": float(dead)} | means
+    return {"groups": float(len(gathered))} | means
 
 
 def _means(episodes: Sequence[Episode]) -> dict[str, float]:
