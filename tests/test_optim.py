@@ -97,3 +97,24 @@ def test_bitsandbytes_optimizers_are_refused_on_a_cpu_in_one_line(name: str) -> 
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in ("learner.optimizer", repr(name), "CUDA", "on cpu", "'adamw'"))
+
+
+@pytest.mark.parametrize("kind", ["AdamW8bit", "PagedAdamW32bit"])
+def test_bitsandbytes_state_survives_a_checkpoint(kind: str) -> None:
+    """Catches: bitsandbytes' own state_dict, which hides tensors where JSON cannot hold them. Their steps run on a CPU too."""
+    import bitsandbytes as bnb
+
+    def stepped(steps: int, restore_after: int | None) -> torch.Tensor:
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(64, 128))
+        optimizer = getattr(bnb.optim, kind)([weight], lr=0.01)
+        for step in range(steps):
+            if step == restore_after:
+                tensors, plain = optim.flatten(optimizer)
+                optimizer = getattr(bnb.optim, kind)([weight], lr=0.01)
+                optim.unflatten(optimizer, tensors, json.loads(json.dumps(plain)))
+            weight.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        return weight.detach()
+
+    assert torch.equal(stepped(4, 2), stepped(4, None))
