@@ -5,6 +5,7 @@ Invariant: a user's mistake ends in one line on standard error and exit code 2, 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,9 @@ FolderArgument = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/r3
 
 @app.callback(help="Train quantised LoRA adapters with reinforcement learning on one GPU.")
 def main() -> None:
-    """The group of commands."""
+    """Before every command: notices of the library (a model being fetched, say) go to standard error."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("minirl").setLevel(logging.INFO)
 
 
 @app.command()
@@ -49,7 +52,8 @@ def run(
             typer.echo(node.dump() + "\n" + node.plan())
             return
         folder = out or Path("runs") / recipe.stem
-        from minirl.train import Interrupted, train
+        from minirl.session import Interrupted
+        from minirl.train import train
 
         try:
             adapter = train(node, folder)
@@ -69,7 +73,7 @@ def eval_(
 ) -> None:
     """Evaluate a run's adapter on its held-out problems; --set eval.samples=8 --set eval.temperature=1 gives pass@k."""
     with _one_line():
-        from minirl.train import evaluate_run
+        from minirl.trial import evaluate_run
 
         summary = evaluate_run(folder, set_ or (), base=base).summary
         for k, share in summary["pass_at_k"].items():

@@ -101,8 +101,8 @@ class Learner:
         per_token = max(tokens, 1.0)
         stats = {"loss": loss / made, "grad_norm": sum(norms) / made, "lr": self.learning_rate(self.updates - 1)}
         if self.node.loss != "nll":
-            dead = torch.tensor(float(sum(map(is_dead, credits))), device=self.policy.device)
-            stats["dead"] = self.accelerator.reduce(dead, "sum").item()
+            counts = torch.tensor([len(groups), sum(map(is_dead, credits))], dtype=torch.float32, device=self.policy.device)
+            stats["groups"], stats["dead"] = self.accelerator.reduce(counts, "sum").tolist()
             stats |= {"entropy": entropy / per_token, "clip": clipped / per_token, "mismatch_kl": mismatch / max(compared, 1.0)}
         if self.node.beta > 0:
             stats["kl"] = kl / per_token

@@ -19,19 +19,19 @@ FLOORS = {
     name: floor
     for floor, names in {
         0: "__init__ errors episode",
-        1: "recipe verify retrieve hub files statistics losses optim",
+        1: "metrics recipe verify retrieve hub files statistics losses optim",
         2: "tasks chat rundir state chart batch attention credit head",
         3: "rollout policy models embedded sampling slots report progress",
         4: "methods evaluate sampler plain learner",
-        5: "train",
+        5: "session trial train",
         6: "cli __main__",
     }.items()
     for name in names.split()
 }
 LEARN = {"models", "embedded", "policy", "batch", "attention", "credit", "losses", "optim", "learner"}
 LEARN |= {"sampler", "sampling", "plain", "slots", "head"}
-PLAY = {"methods", "rollout", "tasks", "verify", "retrieve", "evaluate"}
-BOTH = {"train", "cli", "__main__"}
+PLAY = {"metrics", "methods", "rollout", "tasks", "verify", "retrieve", "evaluate"}
+BOTH = {"session", "trial", "train", "cli", "__main__"}
 LIGHT = set(FLOORS) - LEARN - BOTH  # the play and record wings, and what they stand on
 HEAVY = {"torch", "accelerate", "peft", "bitsandbytes", "safetensors"}
 

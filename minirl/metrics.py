@@ -1,0 +1,36 @@
+"""What a step's episodes say in numbers: the means that metrics.jsonl holds.
+
+Invariant: a mean is over the episodes that have the number; one that no episode has is left out, never zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from minirl.episode import Episode, Part
+
+
+class Facts(NamedTuple):
+    """What is counted of an episode; light enough to send between processes."""
+
+    reward: float | None
+    parts: dict[str, Part]
+    finish: str
+    trained_tokens: int
+    sampled_tokens: int
+
+    @classmethod
+    def of(cls, episode: Episode) -> Facts:
+        return cls(episode.reward, episode.parts, episode.finish, episode.trained_tokens, episode.sampled_tokens)
+
+
+def means(facts: Sequence[Facts]) -> dict[str, float]:
+    """reward, first and second (shares that passed), overlong (share cut by the token limit), length (trained tokens); sampled is a sum."""
+    columns: dict[str, list[float]] = {"reward": [f.reward for f in facts if f.reward is not None]}
+    for name in ("first", "second"):
+        columns[name] = [float(bool(f.parts[name])) for f in facts if name in f.parts]
+    columns["overlong"] = [float(f.finish == "length") for f in facts]
+    columns["length"] = [float(f.trained_tokens) for f in facts]
+    found = {name: sum(values) / len(values) for name, values in columns.items() if values}
+    return found | {"sampled": float(sum(f.sampled_tokens for f in facts))}
