@@ -49,7 +49,7 @@ class Sums:
 class Learner:
     """One stage's optimizer over a policy.
 
-    updates: optimizer updates the whole stage will make, for the schedule. limit_tokens: most trained tokens an episode can have, the
+    steps: of the whole stage, for the schedule. pad: the id that fills plain rows. limit_tokens: most trained tokens of an episode, the
     constant denominator of Dr. GRPO. temperature: that of sampling, under which tokens are scored too.
     """
 

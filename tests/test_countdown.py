@@ -9,7 +9,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -539,14 +539,6 @@ def test_rows_that_are_none(tmp_path: Path) -> None:
 
 
 # Demonstrations
-
-STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
-VALUES: dict[str, Callable[[int, int], Fraction]] = {
-    "+": lambda x, y: Fraction(x + y),
-    "-": lambda x, y: Fraction(x - y),
-    "*": lambda x, y: Fraction(x * y),
-    "/": lambda x, y: Fraction(x, y),
-}
 
 
 @pytest.mark.parametrize(

@@ -356,6 +356,15 @@ def test_two_processes_make_the_step_of_one(folder: str, name: str) -> None:
     assert stats[0] == pytest.approx(whole, rel=1e-5, abs=1e-6)
 
 
+def test_a_process_with_only_dead_groups_can_take_its_first_float16_step(policy: Policy) -> None:
+    """Catches: a gradient scaler that does not exist before the first loss, so that this process dies and the others wait for ever."""
+    policy.dtype = torch.float16
+    learner = open_learner(policy)
+    before = weights(policy)
+    assert learner._apply(True) == 0.0  # another process had something to learn; here no backward pass was made
+    assert same_bits(weights(policy), before)
+
+
 def test_the_norm_of_the_gradient_is_clipped(policy: Policy) -> None:
     """Catches: no clipping, the clipped norm logged in place of the true one."""
     open_learner(policy).update(step_groups())

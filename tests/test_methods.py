@@ -140,6 +140,8 @@ def test_a_reflection_has_its_own_limit() -> None:
     assert trained_text(episode) == THOUGHT[:5]
     # The reflection was cut: it is closed before the next request, by a token that is not trained.
     assert episode.turns[4].tokens[0] == CHAT.end
+    # Overlong filtering goes by the trained turn: the retry, which was not cut, does not hide it.
+    assert episode.finish == "length"
 
 
 DEMONSTRATED = {
