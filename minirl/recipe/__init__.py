@@ -1,0 +1,36 @@
+"""A recipe: the only place a number is written.
+
+A frozen pydantic tree read from YAML. Invariant: what a run does is a function of its resolved recipe alone, and an unknown key is
+refused with its path and the nearest known key, never ignored.
+"""
+
+from minirl.recipe.base import Frozen
+from minirl.recipe.learner import PRESETS, Learner
+from minirl.recipe.read import load, overlay, override, parse
+from minirl.recipe.stages import Collect, Stage, Train
+from minirl.recipe.tasks import Countdown, CountdownCredit, FunctionCalling, FunctionCallingCredit, Task
+from minirl.recipe.tree import Eval, Lora, Model, Recipe, Sampling, Save
+
+__all__ = [
+    "PRESETS",
+    "Collect",
+    "Countdown",
+    "CountdownCredit",
+    "Eval",
+    "Frozen",
+    "FunctionCalling",
+    "FunctionCallingCredit",
+    "Learner",
+    "Lora",
+    "Model",
+    "Recipe",
+    "Sampling",
+    "Save",
+    "Stage",
+    "Task",
+    "Train",
+    "load",
+    "overlay",
+    "override",
+    "parse",
+]

@@ -1,0 +1,120 @@
+"""Reading a recipe: YAML, the `on_cpu` part, `--set` overrides, and errors that name the path as the user wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from minirl.errors import UserError
+from minirl.recipe.tree import Recipe
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), *, on_cpu: bool = False) -> Recipe:
+    """Read a recipe, lay `on_cpu` over it where asked, then the `a.b=value` overrides.
+
+    Raises UserError for a file that cannot be read, YAML that does not parse, an unknown key or a wrong value, in the `on_cpu` part too.
+    """
+    try:
+        data = _read_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the recipe ({error}); expected a YAML file") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML ({error})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: got {type(data).__name__}, expected a mapping with the keys model, task, stages")
+    cpu_part = data.pop("on_cpu", None)
+    if cpu_part is not None and not isinstance(cpu_part, dict):
+        raise UserError(f"{path}: on_cpu: got {type(cpu_part).__name__}, expected a mapping")
+    if cpu_part:
+        laid_over = overlay(data, cpu_part)
+        # Also where it is not used: a mistake in it would else come out on another machine.
+        parse(laid_over, f"{path} with on_cpu")
+        data = laid_over if on_cpu else data
+    for text in overrides:
+        data = override(data, text)
+    return parse(data, str(path))
+
+
+def parse(data: Mapping[str, Any], where: str) -> Recipe:
+    """A recipe from plain data; UserError names `where` and the path of the first wrong value."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error, data)}") from error
+
+
+def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` laid over `base`: mappings merge key by key, anything else (lists too) is replaced."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = overlay(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return merged
+
+
+def override(data: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """`data` with one `a.b=value` set; list items by number (`stages.0.steps=5`), the value read as YAML."""
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {text}: expected a.b=value")
+    try:
+        changed: dict[str, Any] = _set(data, path.split("."), _read_yaml(value), text)
+        return changed
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"--set {text}: the value is not valid YAML ({error})") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Builds plain data only, and refuses a key that is written twice: the first would be dropped without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is written twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
+def _set(node: Any, keys: list[str], value: Any, text: str) -> Any:
+    if not keys:
+        return value
+    key, rest = keys[0], keys[1:]
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            raise UserError(f"--set {text}: got {key!r}, expected the number of a list item, 0 to {len(node) - 1}")
+        return [*node[: int(key)], _set(node[int(key)], rest, value, text), *node[int(key) + 1 :]]
+    if node is not None and not isinstance(node, Mapping):
+        raise UserError(f"--set {text}: {key!r} lies under a plain value, {node!r}")
+    node = node or {}
+    return {**node, key: _set(node.get(key), rest, value, text)}
+
+
+def _explain(error: ValidationError, data: Any) -> str:
+    """The first thing that is wrong, with its path as the user wrote it."""
+    first = error.errors()[0]
+    path, node = "", data
+    for key in first["loc"]:
+        if isinstance(node, Mapping) and key not in node and first["type"] != "missing":
+            continue  # pydantic names the chosen member of a union; the user wrote no such key
+        if isinstance(key, int):
+            path += f"[{key}]"
+            node = node[key] if isinstance(node, Sequence) and key < len(node) else None
+        elif not (isinstance(node, Mapping) and key not in node and key in (node.get("kind"), node.get("name"))):
+            path += f".{key}" if path else str(key)
+            node = node.get(key) if isinstance(node, Mapping) else None
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if first["type"] in ("missing", "value_error") else f" (got {str(first['input'])[:80]!r})"
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        context = first["ctx"]
+        path, got = f"{path}.{context['discriminator'].strip(chr(39))}", ""
+        message = "got {tag!r}, expected one of {expected_tags}".format(**context) if "tag" in context else "Field required"
+    return f"{path or 'recipe'}: {message}{got}"

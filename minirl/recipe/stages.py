@@ -1,0 +1,67 @@
+"""The stages of a recipe: what is played, what is kept, what is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from minirl.recipe.base import Frozen, Probability
+from minirl.recipe.learner import Learner
+
+
+class Collect(Frozen):
+    """Play problems with frozen weights and keep some episodes: they are the next stage's problems."""
+
+    kind: Literal["collect"]
+    """Names this kind of stage."""
+    method: Literal["single"] = "single"
+    """single: one attempt."""
+    problems: PositiveInt = 1024
+    """How many training problems to play."""
+    samples: PositiveInt = 1
+    """Attempts a problem (R3: up to 64)."""
+    keep: Literal["failed", "passed", "all"] = "failed"
+    """Which episodes to keep."""
+    keep_each: PositiveInt = 1
+    """Most distinct episodes to keep of one problem."""
+    temperature: PositiveFloat = 1.0
+    """Of the attempts (R3's is not stated; 0.9 is likely)."""
+    batch: PositiveInt = 64
+    """Problems between two saves of the stage's progress."""
+
+
+class Train(Frozen):
+    """Play groups, score them, update the adapter."""
+
+    kind: Literal["train"]
+    """Names this kind of stage."""
+    method: Literal["single", "reflect", "demonstrate"]
+    """single: one attempt. reflect: a reflection on a failed attempt, then a retry. demonstrate: gold solutions (SFT)."""
+    steps: PositiveInt
+    """Steps: each plays `batch` groups and updates the adapter."""
+    group: PositiveInt = 8
+    """Episodes that share a problem (and, for reflect, one failed attempt)."""
+    batch: PositiveInt = 16
+    """Groups a step."""
+    attempts: PositiveInt = 4
+    """reflect without a collect stage before it: most attempts drawn for each failure that the batch needs."""
+    train_all: bool = False
+    """reflect: train the retry along with the reflection (the paper trains the reflection alone)."""
+    reflections: Probability = 0.0
+    """demonstrate: share of the examples that show a failed attempt, a reflection and a right retry."""
+    learner: Learner = Learner()
+    """The loss and the optimizer."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.learner.loss != "nll" and self.learner.baseline != "none" and self.group < 2:
+            raise ValueError(f"group: got {self.group}, expected at least 2 for baseline {self.learner.baseline!r}")
+        if self.learner.loss == "nll" and self.learner.entropy:
+            raise ValueError(f"learner.entropy: got {self.learner.entropy} with loss 'nll', which has no entropy bonus; expected 0")
+        if (self.method == "demonstrate") != (self.learner.loss == "nll"):
+            raise ValueError(f"method {self.method!r} cannot take loss {self.learner.loss!r}; demonstrate goes with nll, and only it does")
+        return self
+
+
+Stage = Annotated[Collect | Train, Field(discriminator="kind")]

@@ -1,0 +1,130 @@
+"""The whole recipe: model, task, sampling, stages, evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import yaml
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from minirl.recipe.base import Frozen, NonNegative
+from minirl.recipe.stages import Collect, Stage
+from minirl.recipe.tasks import Task
+
+
+class Lora(Frozen):
+    """A LoRA adapter (arXiv 2106.09685)."""
+
+    rank: PositiveInt = 16
+    """Rank of the two factors."""
+    alpha: PositiveFloat = 32.0
+    """The update is scaled by alpha / rank."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Module names that get an adapter; "all-linear" is every linear layer but the output head."""
+
+
+class Model(Frozen):
+    """Which language model, and how it is held in memory."""
+
+    name: str
+    """A hub id, a local folder, or `smollm2-135m` (the embedded default, which needs no hub)."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """bitsandbytes quantisation of the frozen base weights."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """What the model computes in; auto takes the fastest that the device does well."""
+    lora: Lora = Lora()
+    """The adapter that is trained."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    adapter: str | None = None
+    """Folder of a peft adapter to start from, e.g. `runs/a/adapter`."""
+
+
+class Sampling(Frozen):
+    """How completions are sampled. No top-k or top-p: they bias every importance ratio."""
+
+    temperature: PositiveFloat = 1.0
+    """Of the policy in training; the loss scores tokens under the same temperature."""
+    attempt_tokens: PositiveInt = 512
+    """Most tokens of an attempt or a retry."""
+    reflection_tokens: PositiveInt = 256
+    """Most tokens of a reflection."""
+    rows: PositiveInt = 64
+    """Most completions decoded together."""
+
+
+class Eval(Frozen):
+    """Evaluation on held-out problems: before the first stage, after each train stage, and every so many steps."""
+
+    every: NonNegativeInt = 0
+    """Steps between evaluations inside a train stage; 0 for none."""
+    problems: PositiveInt = 200
+    """How many held-out problems."""
+    samples: PositiveInt = 1
+    """Independent episodes a problem."""
+    tries: Literal[1, 2] = 1
+    """2 adds a reflection and a second try after each failed first (R3's four numbers)."""
+    temperature: NonNegative = 0.0
+    """0 is greedy."""
+    start: bool = True
+    """Evaluate before the first stage."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(f"samples: got {self.samples} at temperature 0, where all are equal; set temperature or expected samples 1")
+        return self
+
+
+class Save(Frozen):
+    """Checkpoints inside the run folder."""
+
+    every: PositiveInt = 10
+    """Steps between checkpoints of a train stage."""
+    keep_last: PositiveInt = 2
+    """How many of the newest checkpoints stay."""
+    keep_best: bool = True
+    """Keep the checkpoint with the best evaluation as well."""
+    episodes: NonNegativeInt = 8
+    """How many episodes of each step go to episodes.jsonl."""
+
+
+class Recipe(Frozen):
+    """The whole experiment."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Every random choice of a run is drawn from this."""
+    model: Model
+    """The language model and its adapter."""
+    task: Task
+    """What is to be solved: problems and a verifier."""
+    sampling: Sampling = Sampling()
+    """How the model writes."""
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    """What is done, in this order, with one adapter."""
+    eval: Eval = Eval()
+    """When and how the held-out problems are played."""
+    save: Save = Save()
+    """What the run folder keeps."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers that get the metrics too, through accelerate."""
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def plan(self) -> str:
+        """What a run will do, a line a stage."""
+        lines = [f"plan: {self.model.name} on {self.task.name}, seed {self.seed}"]
+        for number, stage in enumerate(self.stages):
+            if isinstance(stage, Collect):
+                made = f"{stage.problems} problems x {stage.samples} attempts, keep {stage.keep} (at most {stage.keep_each} of each)"
+                lines.append(f"  {number}  collect  {stage.method}: {made}")
+            else:
+                loss = f"loss {stage.learner.loss}, lr {stage.learner.lr:g}"
+                made = f"{stage.steps} steps of {stage.batch} groups x {stage.group} episodes, {loss}"
+                lines.append(f"  {number}  train    {stage.method}: {made}")
+        node = self.eval
+        when = ["before the first stage"] * node.start + ["after each train stage"] + [f"every {node.every} steps"] * bool(node.every)
+        tries = f"{node.problems} held-out problems x {node.samples}, {node.tries} tries, temperature {node.temperature:g}"
+        return "\n".join([*lines, f"  evaluation {', '.join(when)}: {tries}"])
