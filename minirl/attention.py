@@ -58,14 +58,15 @@ class Cached:
 
     positions: Tensor
     width: int
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int | None, bool], Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> Tensor:
-        """Which cached keys each new token sees, (B, 1, T, width) bool: those up to its own position."""
-        if window not in self.masks:
+    def mask(self, window: int | None, *, bias: bool) -> Tensor:
+        """Which cached keys each new token sees, (B, 1, T, width): those up to its own position; bool, or float32 to be added to scores."""
+        if (window, bias) not in self.masks:
             behind = self.positions[:, None, :, None] - torch.arange(self.width, device=self.positions.device)
-            self.masks[window] = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
-        return self.masks[window]
+            mask = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+            self.masks[window, bias] = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf) if bias else mask
+        return self.masks[window, bias]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,8 @@ def attend(
     With a layout attention_mask is ignored (and B is 1 where it is packed). Without: a bool mask (B, 1, T, T'), or None for causal.
     """
     if isinstance(layout, Cached):
-        out = _masked(query, key, value, layout.mask(sliding_window), scaling, softcap)
+        mask = layout.mask(sliding_window, bias=key.stride(-1) != 1)
+        out = _masked(query, key, value, mask, scaling, softcap)
     elif layout is not None:
         out = _shared(query, key, value, layout, scaling, sliding_window, softcap)
     elif attention_mask is None and softcap is None:
@@ -159,17 +161,21 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float | No
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
-    """Softmax attention under a bool mask, (T, T') or (B, 1, T, T'); the heads of a key head stand one after the other as one query."""
+    """Softmax attention under a mask, (T, T') or (B, 1, T, T'), bool or added to scores; the heads of a key head stand one after the other
+    as one query."""
     batch, heads, length, size = query.shape
     shared = heads // key.shape[1]
     query = query.reshape(batch, key.shape[1], shared * length, size)
-    mask = mask.repeat(*(1,) * (mask.dim() - 2), shared, 1) if shared > 1 else mask
-    if softcap is None:
+    mask = mask.repeat(*(1,) * (mask.dim() - 2), shared, 1) if shared > 1 and length > 1 else mask  # a single row is broadcast
+    if softcap is None and key.stride(-1) == 1:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    else:
-        scores = query @ key.transpose(-1, -2) * (size**-0.5 if scaling is None else scaling)
-        scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, torch.finfo(scores.dtype).min)
-        out = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
+    else:  # also for keys that stand by column (slots.py): written out, because the library would be slower, and copy them all first
+        scores = (query @ key.transpose(-1, -2)).float() * (size**-0.5 if scaling is None else scaling)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        # A padded row sees nothing: the least number, not minus infinity, keeps it from becoming NaN.
+        scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        out = torch.softmax(scores, dim=-1).to(query.dtype) @ value
     return out.reshape(batch, heads, length, size)
 
 

@@ -25,7 +25,8 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits in float32, (..., V), of hidden states (..., D)."""
-        logits: Tensor = self.linear(hidden).float() * self.scale
+        logits: Tensor = self.linear(hidden).float()
+        logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def logprobs(

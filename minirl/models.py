@@ -118,9 +118,31 @@ def lean_lora(model: nn.Module) -> int:
     changed = 0
     for module in model.modules():
         if isinstance(module, LoraLayer) and _is_plain(module):
+            module.held = None
             module.forward = MethodType(_lean_forward, module)
             changed += 1
     return changed
+
+
+class FixedLora:
+    """Inside it, LoRA layers keep their factors in the compute dtype from one forward to the next: the casts of small factors cost a
+    decode step more than their products. Whoever changes the weights must `clear` it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers: list[Any] = [module for module in model.modules() if hasattr(module, "held")]
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the copies."""
+        self._held: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in self._layers]
+
+    def __enter__(self) -> None:
+        for layer, held in zip(self._layers, self._held, strict=True):
+            layer.held = held
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self._layers:
+            layer.held = None
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
@@ -277,14 +299,25 @@ def _lean_forward(self: Any, x: Tensor) -> Tensor:
         return result
     for name in self.active_adapters:
         if name in self.lora_A:
-            a, b = self.lora_A[name].weight, self.lora_B[name].weight
-            low, b = linear(x, a.to(x.dtype)), b.to(x.dtype)
+            a, b = _factors(self, name, x.dtype)
+            low = linear(x, a)
             if type(self.base_layer) is nn.Linear:
                 # Into the base's output, scaled on the way: a second result and a pass over both cost as much as the product.
                 result.flatten(0, -2).addmm_(low.flatten(0, -2), b.t(), alpha=self.scaling[name])
             else:  # bitsandbytes' outputs must not be written to
                 result = torch.add(result, linear(low, b), alpha=self.scaling[name])
     return result
+
+
+def _factors(layer: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and B in the compute dtype; kept between forwards inside FixedLora."""
+    held: dict[str, tuple[Tensor, Tensor]] | None = layer.held
+    if held is not None and name in held:
+        return held[name]
+    factors = layer.lora_A[name].weight.to(dtype), layer.lora_B[name].weight.to(dtype)
+    if held is not None:
+        held[name] = factors
+    return factors
 
 
 def _first_line(error: BaseException) -> str:

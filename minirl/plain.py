@@ -89,7 +89,7 @@ class Picker(LogitsProcessor):  # type: ignore[misc]
         longest = max(ask.max_tokens for ask in asks)
         streams = [[*uniforms(ask), *[0.0] * (longest - ask.max_tokens)] for ask in asks]
         self._uniforms = torch.tensor(streams, device=device)  # (B, most tokens)
-        self._temperature = torch.tensor([ask.temperature for ask in asks], device=device)
+        self._temperature = [ask.temperature for ask in asks]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, T), (B, V) -> (B, V)
         step = max(len(picked) for picked in self._picked)

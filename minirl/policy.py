@@ -61,6 +61,22 @@ class Policy:
         result: Tensor = out.last_hidden_state
         return result
 
+    @contextmanager
+    def plain_attention(self) -> Iterator[None]:
+        """Inside, the model computes its attention by the library's own function, with no layout."""
+        base = self.model.get_base_model()
+        ours = base.config._attn_implementation
+        base.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            base.set_attn_implementation(ours)
+
+    def give_up_sharing(self) -> None:
+        """From now on plain rows and the library's own attention."""
+        self.shares_prefixes = False
+        self.model.get_base_model().set_attn_implementation("sdpa")
+
     def batches(self, rows: Sequence[Row], budget_tokens: int, *, pad: int) -> Iterator[Batch]:
         """Micro-batches of at most `budget_tokens` computed tokens: packed with shared prefixes where the model can, else plain rows."""
         if self.shares_prefixes:

@@ -16,6 +16,7 @@ from torch import Tensor
 from minirl.attention import Cached
 from minirl.chat import Chat
 from minirl.episode import Ask, Completion, Finish
+from minirl.models import FixedLora
 from minirl.plain import PlainSampler
 from minirl.policy import Policy
 from minirl.sampling import check_finite, pick, stops, uniforms
@@ -69,6 +70,7 @@ class LiveSampler:
         self._live: list[Live] = []
         self._ended: list[tuple[int, Completion]] = []
         config = policy.model.get_base_model().config.get_text_config()
+        self._lora = FixedLora(policy.model)
         self._slots = Slots(config.num_hidden_layers, rows, policy.device)
 
     def add(self, key: int, ask: Ask) -> None:
@@ -84,18 +86,20 @@ class LiveSampler:
         if self._queue or self._live:
             raise RuntimeError(f"expected an idle sampler, got {len(self._queue)} waiting and {len(self._live)} running asks")
         self._slots.clear()
+        self._lora.clear()
 
     @torch.no_grad()
     def poll(self) -> list[tuple[int, Completion]]:
         """Decode until at least one ask is answered; the answers since the last call."""
-        while not self._ended:
-            fit = min(len(self._queue), self.rows - len(self._live))
-            if fit and fit >= min(ADMIT_TOGETHER, len(self._live)):
-                self._admit([self._queue.popleft() for _ in range(fit)])
-            elif self._live:
-                self._step()
-            else:
-                raise RuntimeError("poll: expected at least one ask")
+        with self._lora:
+            while not self._ended:
+                fit = min(len(self._queue), self.rows - len(self._live))
+                if fit and fit >= min(ADMIT_TOGETHER, len(self._live)):
+                    self._admit([self._queue.popleft() for _ in range(fit)])
+                elif self._live:
+                    self._step()
+                else:
+                    raise RuntimeError("poll: expected at least one ask")
         ended, self._ended = self._ended, []
         return ended
 
@@ -165,9 +169,8 @@ class LiveSampler:
     def _draw(self, start: int, logits: Tensor) -> None:
         """Draw the next token of the rows from `start` on, and let those that have ended go."""
         rows = self._live[start:]
-        temperature = torch.tensor([live.ask.temperature for live in rows], device=logits.device)
         uniform = torch.tensor([live.uniforms[len(live.picked)] for live in rows], device=logits.device)
-        chosen, logprobs = pick(logits, temperature, uniform)
+        chosen, logprobs = pick(logits, [live.ask.temperature for live in rows], uniform)
         check_finite(found := logprobs.tolist())
         for live, token, logprob in zip(rows, chosen.tolist(), found, strict=True):
             live.append(token, logprob, self.chat)

@@ -15,6 +15,7 @@ from minirl.chat import Chat
 from minirl.episode import Ask
 from minirl.errors import UserError
 
+BLOCK = 256  # tokens of the vocabulary whose probabilities are summed together
 TAIL_TOKENS = 12  # how far back a stop string is looked for: it ends at the newest token and has at least a byte a token
 
 
@@ -24,22 +25,37 @@ def uniforms(ask: Ask) -> list[float]:
     return stream
 
 
-def pick(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def pick(logits: Tensor, temperature: Sequence[float], uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens drawn from softmax(logits / temperature) by inverting its distribution function, and their log-probabilities.
 
-    logits (B, V) float32, temperature (B,) where 0 is greedy, uniform (B,) in [0, 1); returns (B,) int64 and (B,) float32.
-    A greedy token's log-probability is that at temperature 1.
+    logits (B, V) float32, temperature B numbers where 0 is greedy, uniform (B,) in [0, 1); returns (B,) int64 and (B,) float32.
+    A greedy token's log-probability is that at temperature 1. The function is inverted in two steps, first over blocks of tokens and then
+    within one: a running sum over the whole vocabulary costs as much as all the rest.
     """
-    greedy = temperature == 0
-    scaled = logits / torch.where(greedy, 1.0, temperature)[:, None]
-    largest = scaled.max(dim=-1, keepdim=True).values
-    cumulative = (scaled - largest).exp_().cumsum(-1)
-    total = cumulative[:, -1:]
+    if set(temperature) - {0.0, 1.0}:
+        logits = logits / torch.tensor([t or 1.0 for t in temperature], device=logits.device)[:, None]
+    largest = logits.max(dim=-1, keepdim=True).values
+    weights = (logits - largest).exp_()
+    if short := -weights.shape[-1] % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, short))
+    blocks = weights.view(len(weights), -1, BLOCK)  # (B, V / BLOCK, BLOCK)
+    running = blocks.sum(-1).cumsum(-1)
+    block, before = _invert(running, uniform[:, None] * running[:, -1:])
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).cumsum(-1)
+    token, _ = _invert(inside, uniform[:, None] * running[:, -1:] - before)
+    chosen = (block * BLOCK + token).squeeze(-1).clamp_(max=logits.shape[-1] - 1)  # logits that are not finite are refused by the caller
+    if not all(temperature):
+        chosen = torch.where(torch.tensor([t == 0 for t in temperature], device=logits.device), logits.argmax(-1), chosen)
+    return chosen, logits.gather(-1, chosen[:, None]).squeeze(-1) - (largest + running[:, -1:].log()).squeeze(-1)
+
+
+def _invert(running: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each running sum (B, N) first exceeds its point (B, 1), and the sum before that place; both (B, 1)."""
+    total = running[:, -1:]
     # Strictly below the total, else a rounded-up draw would fall off the end onto a token of probability zero.
-    point = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    drawn = torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
-    chosen = torch.where(greedy, logits.argmax(-1), drawn) if bool(greedy.any()) else drawn
-    return chosen, scaled.gather(-1, chosen[:, None]).squeeze(-1) - (largest + total.log()).squeeze(-1)
+    point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
+    found = torch.searchsorted(running, point, right=True).clamp_(max=running.shape[-1] - 1)
+    return found, torch.where(found > 0, running.gather(-1, (found - 1).clamp_(min=0)), 0.0)
 
 
 def check_finite(logprobs: Sequence[float]) -> None:

@@ -20,8 +20,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from minirl import models, recipe
+from minirl.agreement import agreement
 from minirl.chat import Chat
-from minirl.episode import Episode, Problem
+from minirl.episode import Episode, Group, Problem
 from minirl.evaluate import evaluate as evaluate_problems
 from minirl.plain import PlainSampler
 from minirl.policy import Policy
@@ -87,6 +88,30 @@ class Session:
             self.progress.sampling(done, len(plays))
 
         return play(plays, self.sampler, on_done=count)
+
+    def check(self, groups: Sequence[Group], *, temperature: float) -> bool:
+        """Compare sampler and layout with plain rows, and take the plain path where they differ by more than rounding.
+
+        True where the sampler had to be given up: what it sampled must be sampled again.
+        """
+        found = agreement(self.policy, groups, temperature=temperature, pad=self.chat.tokenizer.pad_token_id)
+        # All processes of a run go the same way, or their updates would differ.
+        wrong = [any(self.gather([not found.holds(value)])) for value in (found.sampler, found.layout)]
+        distances = {"sampler": found.sampler, "shared prefixes": found.layout}
+        shown = ", ".join(f"{name} {value:.2g}" for name, value in distances.items() if value is not None)
+        self.progress.say(f"mean distance from plain rows, nats a token: {shown or 'nothing to compare'} (limit {found.limit:g})")
+        if wrong[1]:
+            self.progress.say("WARNING: shared prefixes do not agree with plain rows on this model; learning goes on with plain rows")
+        if wrong[0] and isinstance(self.sampler, PlainSampler):
+            self.progress.say("WARNING: `generate` and the learner disagree on this model, beyond rounding; expect a high mismatch_kl")
+        if any(wrong) and isinstance(self.sampler, LiveSampler):
+            self.progress.say("WARNING: the live sampler does not agree with plain rows on this model; sampling goes on with `generate`")
+            self.policy.give_up_sharing()
+            tokens = self.sampler.tokens
+            self.sampler = PlainSampler(self.policy, self.chat, rows=self.recipe.sampling.rows)
+            self.sampler.tokens = tokens  # the count goes on
+            return True
+        return False
 
     def evaluate(self, label: str, *, stage: int, step: int) -> float:
         """Evaluate on the held-out problems and log it; the score that picks the best checkpoint."""

@@ -28,7 +28,7 @@ class Slots(Cache):  # type: ignore[misc]
         self._clock = 0
         self._layers = layers
         self._capacity = 0
-        self._kv: Tensor | None = None  # (layers, 2, slots, key heads, capacity, head size)
+        self._blocks: tuple[Tensor, ...] = ()  # keys and values, each (layers, slots, key heads, capacity, head size)
         self._rows: slice | Tensor = slice(0, 0)
         self._positions = torch.zeros(0, 0, dtype=torch.int64)
         self._width = 0
@@ -37,18 +37,25 @@ class Slots(Cache):  # type: ignore[misc]
         """Forget every conversation. On a GPU the memory goes too: learning needs it between two rollouts."""
         self.tokens = [[] for _ in range(self.count)]
         if self.device.type == "cuda":
-            self._kv, self._capacity = None, 0
+            self._blocks, self._capacity = (), 0
 
     def reserve(self, length: int) -> None:
         """Make every slot hold at least `length` tokens."""
         if length > self._capacity:
             self._capacity = -(-length // ROUND) * ROUND
-            if not any(self.tokens):
-                self._kv = None  # nothing to carry over: never hold the old block and the new one together
-            if self._kv is not None:
-                old = self._kv
-                self._kv = old.new_zeros(*old.shape[:4], self._capacity, old.shape[5])
-                self._kv[..., : old.shape[4], :] = old
+            old, self._blocks = self._blocks, ()
+            if old and any(self.tokens):  # else nothing is carried over, and old and new are never held together
+                self._blocks = self._make(old[0], heads=old[0].shape[2], size=old[0].shape[4])
+                for new, block in zip(self._blocks, old, strict=True):
+                    new[..., : block.shape[3], :] = block
+
+    def _make(self, like: Tensor, *, heads: int, size: int) -> tuple[Tensor, Tensor]:
+        """Empty keys and values. On a CPU a head's keys stand by column: one query meets them in a third of the time."""
+        shape = self._layers, self.count, heads
+        values = like.new_zeros(*shape, self._capacity, size)
+        if self.device.type == "cpu":
+            return like.new_zeros(*shape, size, self._capacity).transpose(-1, -2), values
+        return torch.zeros_like(values), values
 
     def aim(self, rows: slice | Tensor, positions: Tensor, width: int) -> None:
         """Where the next forward pass writes, positions (B, T) of slots `rows` (B), and how many keys it reads."""
@@ -56,10 +63,9 @@ class Slots(Cache):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """transformers' hook: stores (B, K, T, D) and returns all keys and values of these rows, (B, K, width, D)."""
-        if self._kv is None:
-            heads, head_size = key_states.shape[1], key_states.shape[3]
-            self._kv = key_states.new_zeros(self._layers, 2, self.count, heads, self._capacity, head_size)
-        keys, values = self._kv[layer_idx]
+        if not self._blocks:
+            self._blocks = self._make(key_states, heads=key_states.shape[1], size=key_states.shape[3])
+        keys, values = (block[layer_idx] for block in self._blocks)
         rows = torch.arange(self._rows.start, self._rows.stop, device=self.device) if isinstance(self._rows, slice) else self._rows
         keys[rows[:, None], :, self._positions] = key_states.transpose(1, 2)
         values[rows[:, None], :, self._positions] = value_states.transpose(1, 2)
@@ -71,17 +77,17 @@ class Slots(Cache):  # type: ignore[misc]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Fork: `target` becomes the first `length` tokens of `source`."""
-        if source != target and self._kv is not None:
-            self._kv[:, :, target, :, :length] = self._kv[:, :, source, :, :length]
+        for block in self._blocks * (source != target):
+            block[:, target, :, :length] = block[:, source, :, :length]
         self.tokens[target] = self.tokens[source][:length]
 
     def swap(self, a: int, b: int) -> None:
         """Exchange two slots."""
-        if a != b and self._kv is not None:
-            length = max(len(self.tokens[a]), len(self.tokens[b]))
-            kept = self._kv[:, :, a, :, :length].clone()
-            self._kv[:, :, a, :, :length] = self._kv[:, :, b, :, :length]
-            self._kv[:, :, b, :, :length] = kept
+        length = max(len(self.tokens[a]), len(self.tokens[b]))
+        for block in self._blocks * (a != b):
+            kept = block[:, a, :, :length].clone()
+            block[:, a, :, :length] = block[:, b, :, :length]
+            block[:, b, :, :length] = kept
         self.tokens[a], self.tokens[b] = self.tokens[b], self.tokens[a]
         self._clock += 1
         self._used[a], self._used[b] = self._used[b], self._clock

@@ -17,11 +17,11 @@ from accelerate.tracking import get_available_trackers
 from safetensors.torch import load_file, save_file
 
 from minirl import models, recipe
-from minirl.episode import Episode, Problem, regroup
+from minirl.episode import Episode, Group, Problem, regroup
 from minirl.errors import UserError
 from minirl.files import write_folder
 from minirl.learner import Learner
-from minirl.methods import method_of
+from minirl.methods import Method, method_of
 from minirl.methods.reflect import failed
 from minirl.methods.single import single
 from minirl.metrics import Facts, means
@@ -83,12 +83,12 @@ def _collect(s: Session, index: int, stage: recipe.Collect) -> None:
     chunks = length(stage)
     s.progress.stage(f"{index} collect {stage.keep}", chunks, s.run.position.step)
     problems = draw(s.task.train, stage.problems, 0, s.recipe.seed)
-    for chunk in range(s.run.position.step, chunks):
+    began_at = s.run.position.step
+    for chunk in range(began_at, chunks):
         began, before = time.monotonic(), s.sampler.tokens
-        mine = s.mine(problems[chunk * stage.batch : (chunk + 1) * stage.batch])
-        talks = [s.talk(p, f"{index}/{chunk}/{p.id}/{k}", temperature=stage.temperature) for p in mine for k in range(stage.samples)]
-        episodes = s.play([single(talk, s.task) for talk in talks])
-        groups = s.gather([group.episodes for group in regroup(episodes, stage.samples)])
+        mine = s.mine(list(enumerate(problems[chunk * stage.batch : (chunk + 1) * stage.batch])))
+        own = _play(s, f"{index}/{chunk}", single, mine, stage.samples, check=chunk == began_at, temperature=stage.temperature)
+        groups = s.gather([group.episodes for group in own])
         kept = [episode for group in groups for episode in _keep(group, stage)]
         s.run.keep(index, kept)
         row = {"stage": index, "step": chunk, "kept": len(kept)} | means([Facts.of(e) for group in groups for e in group])
@@ -114,12 +114,12 @@ def _train(s: Session, index: int, stage: recipe.Train) -> None:
     method = method_of(stage)
     label = f"{index}-{stage.method}"
     s.progress.stage(f"{index} train {stage.method} ({stage.learner.loss})", stage.steps, s.run.position.step)
-    for step in range(s.run.position.step, stage.steps):
+    began_at = s.run.position.step
+    for step in range(began_at, stage.steps):
         torch.manual_seed(seed_of(s.recipe.seed, index, step))
         began, before = time.monotonic(), s.sampler.tokens
         drawn, tried = _draw(s, index, step, stage, problems)
-        talks = [s.talk(p, f"{index}/{step}/{n}/{p.id}/{g}") for n, p in drawn for g in range(stage.group)]
-        groups = regroup(s.play([method(talk, s.task) for talk in talks]), stage.group)
+        groups = _play(s, f"{index}/{step}", method, drawn, stage.group, check=step == began_at, temperature=s.recipe.sampling.temperature)
         sampled = time.monotonic()
         stats = learner.update(groups)
         learned = time.monotonic()
@@ -139,6 +139,19 @@ def _train(s: Session, index: int, stage: recipe.Train) -> None:
             s.run.checkpoint(Position(index, step + 1), lambda folder: _save(s.policy, learner, folder), score=score)
         if stop:
             raise Interrupted
+
+
+def _play(
+    s: Session, seed: str, method: Method, drawn: Sequence[tuple[int, Problem]], size: int, *, check: bool, temperature: float
+) -> list[Group]:
+    """A group of `size` episodes for each drawn problem; with `check`, once again where their sampler turns out to be wrong."""
+
+    def played() -> list[Group]:
+        talks = [s.talk(p, f"{seed}/{n}/{p.id}/{k}", temperature=temperature) for n, p in drawn for k in range(size)]
+        return regroup(s.play([method(talk, s.task) for talk in talks]), size)
+
+    groups = played()
+    return played() if check and s.check(groups, temperature=temperature) else groups
 
 
 def _learner(s: Session, index: int, stage: recipe.Train) -> Learner:

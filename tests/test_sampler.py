@@ -127,7 +127,7 @@ def test_pick_is_exact() -> None:
     logits = torch.tensor([[1.0, 0.0, -1.0, float("-inf"), 2.0, 0.5]]).expand(50_000, -1)
     uniform = torch.rand(50_000, generator=torch.Generator().manual_seed(0))
     for temperature in (1.0, 0.5):
-        chosen, logprobs = pick(logits, torch.full((50_000,), temperature), uniform)
+        chosen, logprobs = pick(logits, [temperature] * 50_000, uniform)
         share = (logits[0] / temperature).softmax(-1)
         counts = torch.bincount(chosen, minlength=6)
         assert counts[3] == 0  # never a token of probability zero
@@ -140,14 +140,14 @@ def test_the_largest_uniform_stays_on_the_distribution() -> None:
     logits = torch.full((1, 50_000), -40.0)
     logits[0, 10] = 0.0
     logits[0, -100:] = float("-inf")
-    chosen, logprobs = pick(logits, torch.ones(1), torch.tensor([1.0 - 2**-24]))
+    chosen, logprobs = pick(logits, [1.0], torch.tensor([1.0 - 2**-24]))
     assert chosen.item() < 49_900
     assert torch.isfinite(logprobs).all()
 
 
 def test_logits_that_overflowed_are_told_in_one_line() -> None:
     """Catches: a NaN drawn as a token, or an index error (on a GPU a lost device) in place of a message."""
-    chosen, logprobs = pick(torch.full((1, 9), float("nan")), torch.ones(1), torch.tensor([0.5]))
+    chosen, logprobs = pick(torch.full((1, 9), float("nan")), [1.0], torch.tensor([0.5]))
     assert 0 <= chosen.item() < 9
     with pytest.raises(UserError, match=r"not finite; expected numbers: set model\.dtype=bf16 or fp32"):
         check_finite(logprobs.tolist())
@@ -156,7 +156,7 @@ def test_logits_that_overflowed_are_told_in_one_line() -> None:
 
 def test_greedy_and_sampled_rows_mix() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0]]).expand(2, -1)
-    chosen, logprobs = pick(logits, torch.tensor([0.0, 1.0]), torch.tensor([0.999, 0.999]))
+    chosen, logprobs = pick(logits, [0.0, 1.0], torch.tensor([0.999, 0.999]))
     assert chosen.tolist() == [1, 2]
     assert logprobs.tolist() == pytest.approx(torch.tensor([0.0, 3.0, 1.0]).log_softmax(-1)[[1, 2]].tolist())
 
