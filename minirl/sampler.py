@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -28,9 +29,11 @@ ROUND = 8  # prefill passes are padded to multiples of this many tokens a row: e
 PREFILL_TOKENS = 4096  # most padded tokens of one prefill pass
 
 
-def open_sampler(policy: Policy, chat: Chat, *, rows: int) -> LiveSampler | PlainSampler:
+def open_sampler(policy: Policy, chat: Chat, *, rows: int, cache_tokens: int | None = None) -> LiveSampler | PlainSampler:
     """The live sampler where the model's attention allows it, else the plain one."""
-    return (LiveSampler if policy.shares_prefixes else PlainSampler)(policy, chat, rows=rows)
+    if policy.shares_prefixes:
+        return LiveSampler(policy, chat, rows=rows, cache_tokens=cache_tokens)
+    return PlainSampler(policy, chat, rows=rows)
 
 
 @dataclass(slots=True)
@@ -60,7 +63,7 @@ class LiveSampler:
     Row i decodes in slot i, so the rows' keys are read in place; the slots behind them hold conversations that may go on.
     """
 
-    def __init__(self, policy: Policy, chat: Chat, *, rows: int) -> None:
+    def __init__(self, policy: Policy, chat: Chat, *, rows: int, cache_tokens: int | None = None) -> None:
         self.policy = policy
         self.chat = chat
         self.rows = rows
@@ -71,7 +74,7 @@ class LiveSampler:
         self._ended: list[tuple[int, Completion]] = []
         config = policy.model.get_base_model().config.get_text_config()
         self._lora = FixedLora(policy.model)
-        self._slots = Slots(config.num_hidden_layers, rows, policy.device)
+        self._slots = Slots(config.num_hidden_layers, rows, policy.device, cache_tokens)
 
     def add(self, key: int, ask: Ask) -> None:
         """Queue an ask; one that goes on with a conversation still in a slot goes first, before that slot is given away."""
@@ -93,7 +96,7 @@ class LiveSampler:
         """Decode until at least one ask is answered; the answers since the last call."""
         with self._lora:
             while not self._ended:
-                fit = min(len(self._queue), self.rows - len(self._live))
+                fit = self._fitting()
                 if fit and fit >= min(ADMIT_TOGETHER, len(self._live)):
                     self._admit([self._queue.popleft() for _ in range(fit)])
                 elif self._live:
@@ -103,10 +106,19 @@ class LiveSampler:
         ended, self._ended = self._ended, []
         return ended
 
+    def _fitting(self) -> int:
+        """How many of the asks that have waited longest can be given a row now."""
+        longest, live = 0, len(self._live)
+        for fit, (_, ask) in enumerate(islice(self._queue, self.rows - live)):
+            longest = max(longest, len(ask.tokens) + ask.max_tokens)
+            if live + fit >= self._slots.room(longest):
+                return fit
+        return min(len(self._queue), self.rows - live)
+
     def _admit(self, asks: Sequence[tuple[int, Ask]]) -> None:
         """Give each ask a row, compute what no slot holds of it, and draw its first token."""
-        self._slots.reserve(max(len(ask.tokens) + ask.max_tokens for _, ask in asks))
         start = len(self._live)
+        self._slots.reserve(max(len(ask.tokens) + ask.max_tokens for _, ask in asks), live=start)
         leaders: dict[tuple[int, ...], int] = {}
         # Conversations that go on come first: they sit in slots which the others might be given.
         for key, ask in sorted(asks, key=lambda item: -self._slots.longest_prefix(item[1].tokens)[1]):
@@ -143,8 +155,9 @@ class LiveSampler:
         held = [len(self._slots.tokens[row]) for row in rows]
         tokens = torch.tensor([[*leaders[i][0][h:], *[0] * (width - missing[i])] for i, h in zip(chunk, held, strict=True)], device=device)
         positions = torch.tensor(held, device=device)[:, None] + torch.arange(width, device=device)
-        reach = max(held) + width  # padded tokens are written too, behind what the slot holds
-        self._slots.reserve(reach)
+        # Padded tokens are written too, all behind what the slots hold and will hold: at most one place behind the longest.
+        positions.clamp_(max=max(len(leaders[i][0]) for i in chunk))
+        reach = int(positions.max()) + 1
         self._slots.aim(torch.tensor(rows, device=device), positions, reach)
         hidden = self.policy.hidden(tokens, positions, Cached(positions, reach), cache=self._slots)
         last = hidden[torch.arange(len(chunk)), torch.tensor([missing[i] - 1 for i in chunk])]

@@ -17,45 +17,67 @@ ROUND = 64  # capacities are multiples of this many tokens
 
 
 class Slots(Cache):  # type: ignore[misc]
-    """`count` slots that grow as long as they are asked to be. Set `rows` and `positions` (by `aim`) before a forward pass."""
+    """At most `most` slots of equal capacity, which grows as it is asked to. Set `rows` and `positions` (by `aim`) before a forward pass.
 
-    def __init__(self, layers: int, count: int, device: torch.device) -> None:
+    budget_tokens bounds slots x capacity: as capacity grows there are fewer slots, and the least recently used conversations are forgotten.
+    """
+
+    def __init__(self, layers: int, most: int, device: torch.device, budget_tokens: int | None = None) -> None:
         super().__init__(layers=[])
-        self.count = count
+        self.most = most
+        self.budget_tokens = budget_tokens
         self.device = device
-        self.tokens: list[list[int]] = [[] for _ in range(count)]
-        self._used = [0] * count  # when each slot was last given away or left, for evicting the oldest
-        self._clock = 0
         self._layers = layers
-        self._capacity = 0
-        self._blocks: tuple[Tensor, ...] = ()  # keys and values, each (layers, slots, key heads, capacity, head size)
+        self._spare: tuple[Tensor, ...] = ()  # memory for keys and values that stays from one rollout to the next
         self._rows: slice | Tensor = slice(0, 0)
         self._positions = torch.zeros(0, 0, dtype=torch.int64)
         self._width = 0
+        self.clear()
 
     def clear(self) -> None:
-        """Forget every conversation. On a GPU the memory goes too: learning needs it between two rollouts."""
-        self.tokens = [[] for _ in range(self.count)]
+        """Forget every conversation and how long they were. On a GPU the memory goes too: learning needs it between two rollouts."""
+        self.count, self.capacity = self.most, 0
+        self.tokens: list[list[int]] = [[] for _ in range(self.count)]
+        self._used = [0] * self.count  # when each slot was last given away or left, for evicting the oldest
+        self._clock = 0
+        self._blocks: tuple[Tensor, ...] = ()  # keys and values, each (layers, slots, key heads, capacity, head size)
         if self.device.type == "cuda":
-            self._blocks, self._capacity = (), 0
+            self._spare = ()
 
-    def reserve(self, length: int) -> None:
-        """Make every slot hold at least `length` tokens."""
-        if length > self._capacity:
-            self._capacity = -(-length // ROUND) * ROUND
-            old, self._blocks = self._blocks, ()
-            if old and any(self.tokens):  # else nothing is carried over, and old and new are never held together
-                self._blocks = self._make(old[0], heads=old[0].shape[2], size=old[0].shape[4])
-                for new, block in zip(self._blocks, old, strict=True):
-                    new[..., : block.shape[3], :] = block
+    def room(self, length: int) -> int:
+        """How many slots there can be when each must hold `length` tokens; at least one."""
+        capacity = max(self.capacity, -(-length // ROUND) * ROUND)
+        return min(self.count, max(1, (self.budget_tokens or self.count * capacity) // capacity))
+
+    def reserve(self, length: int, live: int) -> None:
+        """Make every slot hold at least `length` tokens; the first `live` slots, at most `room(length)`, are kept whatever it costs."""
+        if length <= self.capacity:
+            return
+        count = self.room(length)
+        if live > count:
+            raise RuntimeError(f"reserve: {live} live slots, expected at most room({length}) = {count}")
+        self.capacity = -(-length // ROUND) * ROUND
+        idle = sorted(range(live, self.count), key=lambda slot: (not self.tokens[slot], -self._used[slot]))
+        kept = [*range(live), *sorted(idle[: count - live])]
+        self.count, old, self._blocks = count, self._blocks, ()
+        self.tokens, self._used = [self.tokens[slot] for slot in kept], [self._used[slot] for slot in kept]
+        if old and any(self.tokens):
+            self._spare = ()  # in use by the old blocks, which are read here
+            self._blocks = self._make(old[0], heads=old[0].shape[2], size=old[0].shape[4])
+            for new, block in zip(self._blocks, old, strict=True):
+                new[..., : block.shape[3], :] = block if len(kept) == block.shape[1] else block[:, kept]
 
     def _make(self, like: Tensor, *, heads: int, size: int) -> tuple[Tensor, Tensor]:
         """Empty keys and values. On a CPU a head's keys stand by column: one query meets them in a third of the time."""
         shape = self._layers, self.count, heads
-        values = like.new_zeros(*shape, self._capacity, size)
+        wanted = self._layers * self.count * heads * self.capacity * size
+        if not self._spare or self._spare[0].numel() < wanted:
+            self._spare = ()  # before the new memory is taken
+            self._spare = like.new_zeros(wanted), like.new_zeros(wanted)
+        keys, values = (memory[:wanted] for memory in self._spare)
         if self.device.type == "cpu":
-            return like.new_zeros(*shape, size, self._capacity).transpose(-1, -2), values
-        return torch.zeros_like(values), values
+            return keys.view(*shape, size, self.capacity).transpose(-1, -2), values.view(*shape, self.capacity, size)
+        return keys.view(*shape, self.capacity, size), values.view(*shape, self.capacity, size)
 
     def aim(self, rows: slice | Tensor, positions: Tensor, width: int) -> None:
         """Where the next forward pass writes, positions (B, T) of slots `rows` (B), and how many keys it reads."""

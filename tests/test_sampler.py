@@ -18,6 +18,7 @@ from minirl.plain import PlainSampler
 from minirl.policy import Policy
 from minirl.sampler import LiveSampler, open_sampler
 from minirl.sampling import check_finite, pick, stops, uniforms
+from minirl.slots import Slots
 
 FOLLOW = 1000
 
@@ -104,6 +105,52 @@ def test_every_token_is_computed_once(tmp_path: Path) -> None:
         done |= {FOLLOW + key: completion for key, completion in sampler.poll()}
     # The last sampled token was never fed; with the three new ones each conversation computes four.
     assert sampler.prefilled == 100 + 8 * 4
+
+
+@pytest.mark.parametrize("budget", [1, 64, 192, 500])
+def test_a_token_budget_bounds_the_slots_and_changes_nothing(budget: int, tmp_path: Path) -> None:
+    """Catches: a live row forgotten when slots grow, the budget passed by, a wait for room that never comes, slots mixed up by eviction."""
+    policy, chat = opened(tmp_path)
+    rng, longest = Random(budget), 0
+    asks = [Ask(tuple(rng.randrange(256) for _ in range(rng.choice([5, 40, 90, 150]))), 12, 1.0, (), n) for n in range(14)]
+    sampler = LiveSampler(policy, chat, rows=8, cache_tokens=budget)
+    reserve = sampler._slots.reserve
+
+    def watched(length: int, live: int) -> None:
+        nonlocal longest
+        reserve(length, live)
+        slots = sampler._slots
+        assert slots.count == len(slots.tokens) == len(slots._used)
+        assert slots.count * slots.capacity <= budget or slots.count == 1  # one conversation is always let in
+        assert live <= slots.count
+        longest = max(longest, slots.capacity)
+
+    sampler._slots.reserve = watched  # type: ignore[method-assign]
+    bounded, free = run(sampler, asks), run(LiveSampler(policy, chat, rows=8), asks)
+    assert longest >= 150
+    assert sampler._slots.count == max(1, budget // longest)
+    assert [bounded[key].tokens for key in sorted(bounded)] == [free[key].tokens for key in sorted(free)]
+    for key, completion in free.items():
+        assert bounded[key].logprobs == pytest.approx(completion.logprobs, abs=2e-5)
+    sampler.reset()
+    assert sampler._slots.count == 8
+
+
+def test_a_longer_conversation_evicts_the_one_not_used_for_longest() -> None:
+    slots = Slots(1, 4, torch.device("cpu"), budget_tokens=4 * 64)
+    slots.reserve(10, live=0)
+    for row, tokens in enumerate(([1, 2], [3, 4], [5, 6], [7, 8])):
+        slots.aim(torch.tensor([row]), torch.tensor([[0, 1]]), 2)
+        slots.update(torch.full((1, 1, 2, 4), float(row)), torch.full((1, 1, 2, 4), row + 0.5), 0)
+        slots.tokens[row] = tokens
+    slots._used = [9, 3, 8, 7]
+    slots.reserve(100, live=1)  # two slots of 128: the live one, and the idle one used last
+    assert slots.tokens == [[1, 2], [5, 6]]
+    keys, values = slots._blocks
+    assert keys[0, :, 0, 0, 0].tolist() == [0.0, 2.0]
+    assert values[0, :, 0, 1, 3].tolist() == [0.5, 2.5]
+    with pytest.raises(RuntimeError, match=r"2 live slots, expected at most room\(200\) = 1"):
+        slots.reserve(200, live=2)
 
 
 def test_a_reset_forgets_and_refuses_to_forget_running_asks(tmp_path: Path) -> None:

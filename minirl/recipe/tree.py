@@ -51,6 +51,9 @@ class Sampling(Frozen):
     """Most tokens of a reflection."""
     rows: PositiveInt = 64
     """Most completions decoded together."""
+    cache_tokens: PositiveInt | None = None
+    """Most tokens whose keys and values the sampler holds: where conversations are long, fewer rows decode together and the least recently
+    used conversation is computed again when it goes on. None: as many as `rows` conversations of the greatest length need."""
 
 
 class Eval(Frozen):

@@ -18,13 +18,15 @@ from minirl.tasks.rows import read_rows
 from minirl.verify import countdown as verifier
 
 Key = tuple[tuple[int, ...], int]
+Way = tuple[str, ...]  # steps ("3 * 4 = 12", ...) and at last the expression that they work out
 
 OPERATORS = "+-*/"
 # Draws without a new problem, and draws a wanted problem, before a recipe is called too narrow: 0.1 s, and seconds at the default size.
 MAX_MISSES, MAX_TRIES = 20_000, 500
-MAX_TRIALS = 2  # most other tries that a demonstrated reflection rejects before the right one
+MAX_TRIALS = 3  # most other wrong tries of a demonstrated reflection
+GIVE_UP = 0.5  # chance that it stops after a wrong try
 MAX_WAYS = 100  # solutions that a demonstration is chosen from: every one of 3 numbers, and a bounded search for 6
-WRONG_TRIES = 1000  # draws of a wrong attempt before all are taken to reach the target (as with 2 + 2 and 2 * 2)
+WRONG_TRIES = 200  # draws of a wrong attempt before all are taken to reach the target (as with 2 + 2 and 2 * 2)
 
 
 def open_task(node: recipe.Countdown, seed: int) -> Task:
@@ -133,10 +135,10 @@ def _apply(x: int, op: str, y: int) -> int | None:
     return x // y if y and x % y == 0 else None
 
 
-def solutions(numbers: Sequence[int], target: int, operators: str) -> Iterator[tuple[str, ...]]:
+def solutions(numbers: Sequence[int], target: int, operators: str) -> Iterator[Way]:
     """Every way to reach the target, as steps that end with the expression; brute force, quick to the last for 4 numbers or so."""
 
-    def search(pool: tuple[tuple[str, int], ...], steps: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    def search(pool: tuple[tuple[str, int], ...], steps: Way) -> Iterator[Way]:
         if len(pool) == 1:
             if pool[0][1] == target:
                 yield (*steps, pool[0][0])
@@ -155,37 +157,52 @@ def solutions(numbers: Sequence[int], target: int, operators: str) -> Iterator[t
 
 
 def demonstrate(problem: Problem, rng: Random, *, operators: str) -> Demonstration:
-    """A right answer, a well-formed wrong attempt, and a reflection that values the attempt and tries others until one fits.
+    """A right answer, a wrong attempt, and a reflection that works the attempt out and then tries others, one operation at a time.
 
-    "8 + (3 - 2) is 9, not 13. 8 - (3 - 2) = 7, no. (8 + 3) + 2 = 13, yes.": what a retry needs is there to be copied. The attempt misses
-    the target; only where no expression over all the numbers does, it leaves one number out.
+    "8 + (3 - 2): 3 - 2 = 1, 8 + 1 = 9, not 13. (8 + 3) + 2: 8 + 3 = 11, 11 + 2 = 13, yes.": a retry can copy what was found.
+    Tries come in random order and are given up at random, so not every reflection finds a solution: how long to go on is left for
+    reinforcement learning to find. The attempt misses the target; only where no expression over all the numbers does, it leaves one out.
     """
     numbers, target = problem.answer["numbers"], problem.answer["target"]
     ways = list(itertools.islice(solutions(numbers, target, operators), MAX_WAYS))
     if not ways:
         raise UserError(f"{problem.id}: no solution with {operators}; demonstrations need problems that can be solved")
-    expression = rng.choice(ways)[-1]
-    misses = _misses(numbers, target, operators, rng, count=rng.randint(1, 1 + MAX_TRIALS))
-    if not misses:
-        wrong, fault = str(numbers[0]), f"leaves out {', '.join(map(str, numbers[1:]))}"
+    solution = rng.choice(ways)
+    misses = _misses(numbers, target, operators, rng, count=1 + MAX_TRIALS)
+    if misses:
+        wrong = misses.pop()
+        fault = f"{_worked(wrong)}, not {target}."
     else:
-        (wrong, value), *misses = misses
-        fault = f"is {value}, not {target}"
-    trials = [f"{_strip(tried)} = {value}, no." for tried, value in misses]
-    reflection = " ".join([f"{_strip(wrong)} {fault}.", *trials, f"{_strip(expression)} = {target}, yes."])
-    return Demonstration(_answer(expression), _answer(wrong), reflection)
+        wrong = (str(numbers[0]),)
+        fault = f"{numbers[0]} leaves out {', '.join(map(str, numbers[1:]))}."
+    return Demonstration(_answer(solution[-1]), _answer(wrong[-1]), " ".join([fault, *_trials(misses, solution, rng)]))
 
 
-def _misses(numbers: Sequence[int], target: int, operators: str, rng: Random, *, count: int) -> list[tuple[str, int]]:
-    """Up to `count` expressions that miss the target, with their values, all different; fewer where there are fewer."""
-    found: dict[int, str] = {}
+def _trials(misses: Sequence[Way], solution: Way, rng: Random) -> Iterator[str]:
+    """The solution among the misses in random order, until it is found or patience ends."""
+    tries = [solution, *misses]
+    rng.shuffle(tries)
+    for tried in tries:
+        yield f"{_worked(tried)}, {'yes' if tried == solution else 'no'}."
+        if tried == solution or rng.random() < GIVE_UP:
+            return
+
+
+def _worked(way: Way) -> str:
+    """An expression with what it comes to, one operation at a time."""
+    return f"{_strip(way[-1])}: {', '.join(way[:-1])}"
+
+
+def _misses(numbers: Sequence[int], target: int, operators: str, rng: Random, *, count: int) -> list[Way]:
+    """Up to `count` expressions that miss the target, of different values; fewer where there are fewer."""
+    found: dict[int, Way] = {}
     for _ in range(WRONG_TRIES):
         steps, value = random_expression(numbers, operators, rng)
         if value is not None and value != target:
-            found.setdefault(value, steps[-1])
+            found.setdefault(value, tuple(steps))
         if len(found) == count:
             break
-    return [(expression, value) for value, expression in found.items()]
+    return list(found.values())
 
 
 def _answer(expression: str) -> str:
