@@ -552,24 +552,39 @@ def test_rows_that_are_none(tmp_path: Path) -> None:
 def test_demonstrations(shape: dict[str, Any]) -> None:
     task = opened(**{"train": 120, "held_out": 10, **shape})
     assert task.demonstrate is not None
+    found, lengths = 0, []
     for seed, problem in enumerate(task.train):
-        numbers, target = problem.answer["numbers"], problem.answer["target"]
+        target = problem.answer["target"]
         shown = task.demonstrate(problem, Random(seed))
         assert shown == task.demonstrate(problem, Random(seed))
         assert task.verify(problem, shown.answer).passed
         assert task.verify(problem, shown.attempt).parts["error_kind"] == TARGET
-        said, *tried = shown.reflection.split(". ")
-        # The attempt's value is told right,
-        expression, value = re.fullmatch(rf"(.+) is (\d+), not {target}", said).groups()  # type: ignore[union-attr]
+        said, *tried = shown.reflection.removesuffix(".").split(". ")
+        expression, value = worked_out(problem.answer["numbers"], said.removesuffix(f", not {target}"))
         assert shown.attempt == f"<answer>{expression}</answer>"
-        assert check(numbers, int(value), f"<answer>{expression}</answer>") is None
-        # and so are those of the other tries, of which the last alone reaches the target, and is the answer.
-        assert 1 <= len(tried) <= 3
+        assert value != target
         for n, trial in enumerate(tried, start=1):
-            expression, value, word = re.fullmatch(r"(.+) = (\d+), (no|yes)\.?", trial).groups()  # type: ignore[union-attr]
-            assert check(numbers, int(value), f"<answer>{expression}</answer>") is None
-            assert (word == "yes") == (int(value) == target) == (n == len(tried))
-        assert shown.answer == f"<answer>{expression}</answer>"
+            sums, word = trial.rsplit(", ", 1)
+            expression, value = worked_out(problem.answer["numbers"], sums)
+            assert word == ("yes" if value == target else "no")
+            assert word == "no" or (n == len(tried) and shown.answer == f"<answer>{expression}</answer>")
+        found += word == "yes"
+        lengths.append(len(tried))
+    assert 1 == min(lengths) < max(lengths) <= 4
+    assert 0.2 < found / len(lengths) < 0.9, "some reflections find a solution, some give up"
+
+
+def worked_out(numbers: list[int], text: str) -> tuple[str, int]:
+    """ "8 + (3 - 2): 3 - 2 = 1, 8 + 1 = 9" -> its expression and the value that it comes to, every step of it checked."""
+    expression, steps = text.split(": ")
+    for step in steps.split(", "):
+        a, operator, b, value = re.fullmatch(r"(\d+) ([-+*/]) (\d+) = (\d+)", step).groups()  # type: ignore[union-attr]
+        assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": Fraction(int(a), int(b) or 1)}[operator] == int(
+            value
+        )
+    assert steps.count(",") == len(numbers) - 2
+    assert check(numbers, int(value), f"<answer>{expression}</answer>") is None
+    return expression, int(value)
 
 
 @pytest.mark.parametrize(
