@@ -130,15 +130,20 @@ class FixedLora:
 
     def __init__(self, model: nn.Module) -> None:
         self._layers: list[Any] = [module for module in model.modules() if hasattr(module, "held")]
-        self.clear()
+        self._held: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in self._layers]
+        self._is_stale = False
 
     def clear(self) -> None:
-        """Forget the copies."""
-        self._held: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in self._layers]
+        """The weights have changed. The copies are brought up to date where they stand: a CUDA graph goes by their addresses."""
+        self._is_stale = True
 
     def __enter__(self) -> None:
         for layer, held in zip(self._layers, self._held, strict=True):
             layer.held = held
+            for name, (a, b) in held.items() if self._is_stale else ():
+                a.copy_(layer.lora_A[name].weight)
+                b.copy_(layer.lora_B[name].weight)
+        self._is_stale = False
 
     def __exit__(self, *_: object) -> None:
         for layer in self._layers:

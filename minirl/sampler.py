@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minirl.attention import Cached
 from minirl.chat import Chat
+from minirl.decode import Decoder, GraphDecoder
 from minirl.episode import Ask, Completion, Finish
 from minirl.models import FixedLora
 from minirl.plain import PlainSampler
@@ -29,10 +30,12 @@ ROUND = 8  # prefill passes are padded to multiples of this many tokens a row: e
 PREFILL_TOKENS = 4096  # most padded tokens of one prefill pass
 
 
-def open_sampler(policy: Policy, chat: Chat, *, rows: int, cache_tokens: int | None = None) -> LiveSampler | PlainSampler:
-    """The live sampler where the model's attention allows it, else the plain one."""
+def open_sampler(
+    policy: Policy, chat: Chat, *, rows: int, cache_tokens: int | None = None, cuda_graphs: bool = False
+) -> LiveSampler | PlainSampler:
+    """The live sampler where the model's attention allows it, else the plain one. The numbers are those of recipe.Sampling."""
     if policy.shares_prefixes:
-        return LiveSampler(policy, chat, rows=rows, cache_tokens=cache_tokens)
+        return LiveSampler(policy, chat, rows=rows, cache_tokens=cache_tokens, cuda_graphs=cuda_graphs)
     return PlainSampler(policy, chat, rows=rows)
 
 
@@ -63,7 +66,7 @@ class LiveSampler:
     Row i decodes in slot i, so the rows' keys are read in place; the slots behind them hold conversations that may go on.
     """
 
-    def __init__(self, policy: Policy, chat: Chat, *, rows: int, cache_tokens: int | None = None) -> None:
+    def __init__(self, policy: Policy, chat: Chat, *, rows: int, cache_tokens: int | None = None, cuda_graphs: bool = False) -> None:
         self.policy = policy
         self.chat = chat
         self.rows = rows
@@ -74,7 +77,9 @@ class LiveSampler:
         self._ended: list[tuple[int, Completion]] = []
         config = policy.model.get_base_model().config.get_text_config()
         self._lora = FixedLora(policy.model)
-        self._slots = Slots(config.num_hidden_layers, rows, policy.device, cache_tokens)
+        captures = cuda_graphs and policy.device.type == "cuda"
+        self._slots = Slots(config.num_hidden_layers, rows, policy.device, cache_tokens, keeps_memory=captures)
+        self._decode = (GraphDecoder if captures else Decoder)(policy, self._slots)
 
     def add(self, key: int, ask: Ask) -> None:
         """Queue an ask; one that goes on with a conversation still in a slot goes first, before that slot is given away."""
@@ -168,16 +173,11 @@ class LiveSampler:
 
     def _step(self) -> None:
         """One token for every row."""
-        device, count = self.policy.device, len(self._live)
-        lengths = [len(self._slots.tokens[row]) for row in range(count)]
-        tokens = torch.tensor([[live.picked[-1]] for live in self._live], device=device)
-        positions = torch.tensor(lengths, device=device)[:, None]
-        width = max(lengths) + 1
-        self._slots.aim(slice(0, count), positions, width)
-        hidden = self.policy.hidden(tokens, positions, Cached(positions, width), cache=self._slots)
+        lengths = [len(self._slots.tokens[row]) for row in range(len(self._live))]
+        logits = self._decode([live.picked[-1] for live in self._live], lengths)
         for row, live in enumerate(self._live):
             self._slots.tokens[row].append(live.picked[-1])
-        self._draw(0, self.policy.head.logits(hidden[:, 0]))
+        self._draw(0, logits)
 
     def _draw(self, start: int, logits: Tensor) -> None:
         """Draw the next token of the rows from `start` on, and let those that have ended go."""

@@ -164,7 +164,9 @@ def open_session(node: recipe.Recipe, run: Run, accelerator: Accelerator, progre
         progress.say(f"resuming at stage {run.position.stage}, step {run.position.step}")
     if node.track:
         accelerator.init_trackers("minirl", config={"recipe": node.dump()})
-    sampler = open_sampler(policy, chat, rows=node.sampling.rows, cache_tokens=node.sampling.cache_tokens)
+    sampler = open_sampler(
+        policy, chat, rows=node.sampling.rows, cache_tokens=node.sampling.cache_tokens, cuda_graphs=node.sampling.cuda_graphs
+    )
     return Session(node, run, accelerator, policy, chat, task, sampler, progress)
 
 

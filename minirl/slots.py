@@ -20,11 +20,15 @@ class Slots(Cache):  # type: ignore[misc]
     """At most `most` slots of equal capacity, which grows as it is asked to. Set `rows` and `positions` (by `aim`) before a forward pass.
 
     budget_tokens bounds slots x capacity: as capacity grows there are fewer slots, and the least recently used conversations are forgotten.
+    keeps_memory: on a GPU too, memory stays between two rollouts.
     """
 
-    def __init__(self, layers: int, most: int, device: torch.device, budget_tokens: int | None = None) -> None:
+    def __init__(
+        self, layers: int, most: int, device: torch.device, budget_tokens: int | None = None, *, keeps_memory: bool = False
+    ) -> None:
         super().__init__(layers=[])
         self.most = most
+        self.keeps_memory = keeps_memory
         self.budget_tokens = budget_tokens
         self.device = device
         self._layers = layers
@@ -41,8 +45,13 @@ class Slots(Cache):  # type: ignore[misc]
         self._used = [0] * self.count  # when each slot was last given away or left, for evicting the oldest
         self._clock = 0
         self._blocks: tuple[Tensor, ...] = ()  # keys and values, each (layers, slots, key heads, capacity, head size)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not self.keeps_memory:
             self._spare = ()
+
+    @property
+    def memory(self) -> tuple[int, ...]:
+        """Where and in which shape keys and values stand; () before the first forward pass."""
+        return tuple(number for block in self._blocks for number in (block.data_ptr(), *block.shape))
 
     def room(self, length: int) -> int:
         """How many slots there can be when each must hold `length` tokens; at least one."""

@@ -46,7 +46,9 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = (), *, base: bool = Fa
     task = open_task(node.task, node.seed)
     with progress or Progress() as shown:
         shown.say(models.describe(loaded))
-        sampler = open_sampler(policy, chat, rows=node.sampling.rows, cache_tokens=node.sampling.cache_tokens)
+        sampler = open_sampler(
+            policy, chat, rows=node.sampling.rows, cache_tokens=node.sampling.cache_tokens, cuda_graphs=node.sampling.cuda_graphs
+        )
         label = "base" if base else "adapter"
         rows, episodes = evaluate(task.held_out[: node.eval.problems], task, chat, sampler, node.sampling, node.eval, node.seed)
         row = {"label": label, "stage": len(node.stages), "step": 0} | eval_settings(node.eval)

@@ -12,6 +12,7 @@ from tiny import ARCHITECTURES, byte_tokenizer, save_tiny
 
 from minirl import models, recipe
 from minirl.chat import Chat
+from minirl.decode import GraphDecoder, Step
 from minirl.episode import Ask, Completion
 from minirl.errors import UserError
 from minirl.plain import PlainSampler
@@ -134,6 +135,62 @@ def test_a_token_budget_bounds_the_slots_and_changes_nothing(budget: int, tmp_pa
         assert bounded[key].logprobs == pytest.approx(completion.logprobs, abs=2e-5)
     sampler.reset()
     assert sampler._slots.count == 8
+
+
+class EagerGraphs(GraphDecoder):
+    """The decoder of captured graphs with the one thing that needs a GPU replaced: a step is replayed by running it again."""
+
+    captured = 0
+
+    def capture(self, step: Step) -> Step:
+        self.captured += 1
+        return step
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
+def test_padded_steps_change_nothing(arch: str, tmp_path: Path) -> None:
+    """Catches: a padded row that writes over an idle conversation or another row, static tensors not filled, graphs of moved memory."""
+    policy, chat = opened(tmp_path, arch)
+    asks = asks_of(Random(5), groups=6)
+    plain, padded = LiveSampler(policy, chat, rows=7), LiveSampler(policy, chat, rows=7)
+    decode = padded._decode = EagerGraphs(policy, padded._slots)
+    for _ in range(2):
+        expected, found = run(plain, asks), run(padded, asks)
+        assert [found[key].tokens for key in sorted(found)] == [expected[key].tokens for key in sorted(expected)]
+        for key, completion in expected.items():
+            assert found[key].logprobs == pytest.approx(completion.logprobs, abs=2e-5)
+        assert padded.prefilled == plain.prefilled, "an idle conversation was lost"
+        plain.reset()
+        padded.reset()
+    assert decode.works
+    assert {rows for rows, _ in decode.graphs} <= {1, 2, 4, 7}
+    steps = decode.captured
+    with torch.no_grad():
+        for p in policy.trainable.values():
+            p.add_(0.05)
+    plain.reset()
+    padded.reset()
+    expected, found = run(plain, asks), run(padded, asks)
+    assert [found[key].tokens for key in sorted(found)] == [expected[key].tokens for key in sorted(expected)]
+    assert decode.captured == steps, "graphs outlive an update of the weights"
+
+
+def test_a_capture_that_fails_is_told_once_and_decoding_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    policy, chat = opened(tmp_path)
+
+    class Failing(GraphDecoder):
+        def capture(self, step: Step) -> Step:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    sampler = LiveSampler(policy, chat, rows=4)
+    sampler._decode = Failing(policy, sampler._slots)
+    asks = asks_of(Random(6))
+    expected = run(LiveSampler(policy, chat, rows=4), asks)
+    with caplog.at_level("WARNING", logger="minirl"):
+        assert run(sampler, asks) == expected
+    assert [record.message for record in caplog.records] == [
+        "CUDA graphs do not work here (operation not permitted when stream is capturing); decoding goes on without them"
+    ]
 
 
 def test_a_longer_conversation_evicts_the_one_not_used_for_longest() -> None:

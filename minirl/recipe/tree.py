@@ -54,6 +54,8 @@ class Sampling(Frozen):
     cache_tokens: PositiveInt | None = None
     """Most tokens whose keys and values the sampler holds: where conversations are long, fewer rows decode together and the least recently
     used conversation is computed again when it goes on. None: as many as `rows` conversations of the greatest length need."""
+    cuda_graphs: bool = False
+    """On a GPU, replay decode steps from captured CUDA graphs, and keep the cache's memory between rollouts. Not yet run on a GPU."""
 
 
 class Eval(Frozen):
