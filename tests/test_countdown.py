@@ -552,7 +552,7 @@ def test_rows_that_are_none(tmp_path: Path) -> None:
 def test_demonstrations(shape: dict[str, Any]) -> None:
     task = opened(**{"train": 120, "held_out": 10, **shape})
     assert task.demonstrate is not None
-    found, lengths = 0, []
+    found, below, lengths = 0, 0, []
     for seed, problem in enumerate(task.train):
         target = problem.answer["target"]
         shown = task.demonstrate(problem, Random(seed))
@@ -561,15 +561,19 @@ def test_demonstrations(shape: dict[str, Any]) -> None:
         assert task.verify(problem, shown.attempt).parts["error_kind"] == TARGET
         said, *tried = shown.reflection.removesuffix(".").split(". ")
         expression, value = worked_out(problem.answer["numbers"], said.removesuffix(f", not {target}"))
+        below += value < 0
         assert shown.attempt == f"<answer>{expression}</answer>"
         assert value != target
         for n, trial in enumerate(tried, start=1):
             sums, word = trial.rsplit(", ", 1)
             expression, value = worked_out(problem.answer["numbers"], sums)
+            assert value >= 0
             assert word == ("yes" if value == target else "no")
             assert word == "no" or (n == len(tried) and shown.answer == f"<answer>{expression}</answer>")
-        found += word == "yes"
+        assert shown.settled == (word == "yes")
+        found += shown.settled
         lengths.append(len(tried))
+    assert below > 0, "attempts below zero are shown too"
     assert 1 == min(lengths) < max(lengths) <= 4
     assert 0.2 < found / len(lengths) < 0.9, "some reflections find a solution, some give up"
 
@@ -578,7 +582,7 @@ def worked_out(numbers: list[int], text: str) -> tuple[str, int]:
     """ "8 + (3 - 2): 3 - 2 = 1, 8 + 1 = 9" -> its expression and the value that it comes to, every step of it checked."""
     expression, steps = text.split(": ")
     for step in steps.split(", "):
-        a, operator, b, value = re.fullmatch(r"(\d+) ([-+*/]) (\d+) = (\d+)", step).groups()  # type: ignore[union-attr]
+        a, operator, b, value = re.fullmatch(r"(-?\d+) ([-+*/]) (-?\d+) = (-?\d+)", step).groups()  # type: ignore[union-attr]
         assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": Fraction(int(a), int(b) or 1)}[operator] == int(
             value
         )

@@ -1,7 +1,7 @@
 """demonstrate: gold solutions as episodes that nobody sampled, for SFT (loss nll).
 
-A share of them shows the whole R3 shape: a failed attempt (given), a reflection and a right retry (both trained). A model too small to
-reflect by itself needs to have seen it: R3 is known to fail below 1.5B without such a warm-up.
+A share of them shows the whole R3 shape: a failed attempt (given), a reflection and, where it arrives at an answer, a right retry (both
+trained). A model too small to reflect by itself needs to have seen it: R3 is known to fail below 1.5B without such a warm-up.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ def demonstrate(talk: Talk, task: Task, *, share: float) -> Generator[Ask, Compl
         talk.reply("attempt", shown.attempt, trained=False)
         talk.tell("request", REFLECT)
         talk.reply("reflection", shown.reflection, trained=True)
-        talk.tell("request", RETRY)
-        talk.reply("retry", shown.answer, trained=True)
+        if shown.settled:  # a right retry after a reflection that gave up would teach not to listen to reflections
+            talk.tell("request", RETRY)
+            talk.reply("retry", shown.answer, trained=True)
     else:
         talk.reply("attempt", shown.answer, trained=True)
     return talk.end(None)

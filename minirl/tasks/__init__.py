@@ -15,11 +15,15 @@ from minirl.episode import Problem, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """What SFT imitates on one problem: a right answer, and optionally a failed attempt with a reflection that leads to it."""
+    """What SFT imitates on one problem: a right answer, and where the task has them a failed attempt with a reflection on it.
+
+    settled: the reflection arrives at the answer; else it gives up, and no retry is shown after it.
+    """
 
     answer: str
-    attempt: str
-    reflection: str
+    attempt: str = ""
+    reflection: str = ""
+    settled: bool = True
 
 
 @dataclass(frozen=True, slots=True)

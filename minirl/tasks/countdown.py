@@ -106,10 +106,10 @@ def _read(node: recipe.Countdown, wanted: int) -> list[Key]:
     return list(found.values())
 
 
-def random_expression(numbers: Sequence[int], operators: str, rng: Random) -> tuple[list[str], int | None]:
+def random_expression(numbers: Sequence[int], operators: str, rng: Random, *, signed: bool = False) -> tuple[list[str], int | None]:
     """A random expression over all `numbers` in random order, as its steps ("3 * 4 = 12", ...), and its value.
 
-    The value is None where an intermediate is negative or not whole: such problems are needlessly unlike what people solve.
+    The value is None where an intermediate is not whole, or negative unless `signed`: few people would go by such a number.
     """
     pool = [(str(n), n) for n in numbers]
     rng.shuffle(pool)
@@ -117,7 +117,7 @@ def random_expression(numbers: Sequence[int], operators: str, rng: Random) -> tu
     while len(pool) > 1:
         (a, x), (b, y) = pool.pop(), pool.pop()
         op = rng.choice(operators)
-        value = _apply(x, op, y)
+        value = _apply(x, op, y, signed=signed)
         if value is None:
             return [], None
         steps.append(f"{x} {op} {y} = {value}")
@@ -125,13 +125,13 @@ def random_expression(numbers: Sequence[int], operators: str, rng: Random) -> tu
     return [*steps, pool[0][0]], pool[0][1]
 
 
-def _apply(x: int, op: str, y: int) -> int | None:
+def _apply(x: int, op: str, y: int, *, signed: bool = False) -> int | None:
     if op == "+":
         return x + y
     if op == "*":
         return x * y
     if op == "-":
-        return x - y if x >= y else None
+        return x - y if signed or x >= y else None
     return x // y if y and x % y == 0 else None
 
 
@@ -168,14 +168,17 @@ def demonstrate(problem: Problem, rng: Random, *, operators: str) -> Demonstrati
     if not ways:
         raise UserError(f"{problem.id}: no solution with {operators}; demonstrations need problems that can be solved")
     solution = rng.choice(ways)
-    misses = _misses(numbers, target, operators, rng, count=1 + MAX_TRIALS)
-    if misses:
-        wrong = misses.pop()
+    # A model's own attempts go below zero now and then; what it tries next had better not.
+    attempts = _misses(numbers, target, operators, rng, count=1, signed=True)
+    if attempts:
+        ((value, wrong),) = attempts.items()
         fault = f"{_worked(wrong)}, not {target}."
     else:
-        wrong = (str(numbers[0]),)
+        value, wrong = None, (str(numbers[0]),)
         fault = f"{numbers[0]} leaves out {', '.join(map(str, numbers[1:]))}."
-    return Demonstration(_answer(solution[-1]), _answer(wrong[-1]), " ".join([fault, *_trials(misses, solution, rng)]))
+    others = _misses(numbers, target, operators, rng, count=1 + MAX_TRIALS)
+    trials = list(_trials([way for other, way in others.items() if other != value][:MAX_TRIALS], solution, rng))
+    return Demonstration(_answer(solution[-1]), _answer(wrong[-1]), " ".join([fault, *trials]), settled=trials[-1].endswith("yes."))
 
 
 def _trials(misses: Sequence[Way], solution: Way, rng: Random) -> Iterator[str]:
@@ -193,16 +196,16 @@ def _worked(way: Way) -> str:
     return f"{_strip(way[-1])}: {', '.join(way[:-1])}"
 
 
-def _misses(numbers: Sequence[int], target: int, operators: str, rng: Random, *, count: int) -> list[Way]:
-    """Up to `count` expressions that miss the target, of different values; fewer where there are fewer."""
+def _misses(numbers: Sequence[int], target: int, operators: str, rng: Random, *, count: int, signed: bool = False) -> dict[int, Way]:
+    """Up to `count` expressions that miss the target, by their values; fewer where there are fewer."""
     found: dict[int, Way] = {}
     for _ in range(WRONG_TRIES):
-        steps, value = random_expression(numbers, operators, rng)
+        steps, value = random_expression(numbers, operators, rng, signed=signed)
         if value is not None and value != target:
             found.setdefault(value, tuple(steps))
         if len(found) == count:
             break
-    return list(found.values())
+    return found
 
 
 def _answer(expression: str) -> str:
