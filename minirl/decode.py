@@ -85,7 +85,7 @@ class GraphDecoder(Decoder):
 
     def capture(self, step: Step) -> Step:
         """A callable that runs the kernels of `step` again, on whatever its tensors then hold."""
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):

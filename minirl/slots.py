@@ -20,7 +20,7 @@ class Slots(Cache):  # type: ignore[misc]
     """At most `most` slots of equal capacity, which grows as it is asked to. Set `rows` and `positions` (by `aim`) before a forward pass.
 
     budget_tokens bounds slots x capacity: as capacity grows there are fewer slots, and the least recently used conversations are forgotten.
-    keeps_memory: on a GPU too, memory stays between two rollouts.
+    keeps_memory: the memory stays as it is from one rollout to the next, on a GPU too.
     """
 
     def __init__(
@@ -36,17 +36,19 @@ class Slots(Cache):  # type: ignore[misc]
         self._rows: slice | Tensor = slice(0, 0)
         self._positions = torch.zeros(0, 0, dtype=torch.int64)
         self._width = 0
+        self._blocks: tuple[Tensor, ...] = ()  # keys and values, each (layers, slots, key heads, capacity, head size)
         self.clear()
 
     def clear(self) -> None:
-        """Forget every conversation and how long they were. On a GPU the memory goes too: learning needs it between two rollouts."""
-        self.count, self.capacity = self.most, 0
+        """Forget every conversation. On a GPU the memory goes too, unless it is to be kept: learning needs it between two rollouts."""
+        if not self.keeps_memory or not self._blocks:
+            self.count, self.capacity = self.most, 0
+            self._blocks = ()
+            if self.device.type == "cuda":
+                self._spare = ()
         self.tokens: list[list[int]] = [[] for _ in range(self.count)]
         self._used = [0] * self.count  # when each slot was last given away or left, for evicting the oldest
         self._clock = 0
-        self._blocks: tuple[Tensor, ...] = ()  # keys and values, each (layers, slots, key heads, capacity, head size)
-        if self.device.type == "cuda" and not self.keeps_memory:
-            self._spare = ()
 
     @property
     def memory(self) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ FLOORS = {
     name: floor
     for floor, names in {
         0: "__init__ errors episode",
-        1: "metrics recipe verify retrieve hub files statistics losses optim",
+        1: "metrics recipe verify retrieve rows hub files statistics losses optim",
         2: "tasks chat rundir state chart batch attention credit head",
         3: "rollout policy models embedded sampling slots report progress",
         4: "methods evaluate sampler plain learner agreement decode",
