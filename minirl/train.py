@@ -82,7 +82,7 @@ def _collect(s: Session, index: int, stage: recipe.Collect) -> None:
     """Play problems chunk by chunk and keep what the stage wants; every chunk is saved."""
     chunks = length(stage)
     s.progress.stage(f"{index} collect {stage.keep}", chunks, s.run.position.step)
-    problems = draw(s.task.train, stage.problems, 0, s.recipe.seed)
+    problems = draw(_problems(s, index, stage), stage.problems, 0, s.recipe.seed)
     began_at = s.run.position.step
     for chunk in range(began_at, chunks):
         began, before = time.monotonic(), s.sampler.tokens
@@ -188,9 +188,11 @@ def _save(policy: Policy, learner: Learner, folder: Path) -> None:
     (folder / LEARNER_STATE).write_text(json.dumps(plain))
 
 
-def _problems(s: Session, index: int, stage: recipe.Train) -> Sequence[Problem]:
-    """What the stage trains on: the task's problems, or what the collect stage before it kept."""
-    if index == 0 or not isinstance(s.recipe.stages[index - 1], recipe.Collect):
+def _problems(s: Session, index: int, stage: recipe.Stage) -> Sequence[Problem]:
+    """What the stage plays: the task's problems, or what the collect stage before it kept."""
+    if index == 0 or isinstance(stage, recipe.Collect) or not isinstance(s.recipe.stages[index - 1], recipe.Collect):
+        if not s.task.train:
+            raise UserError(f"stages[{index}]: task {s.task.name!r} has no training problems; set task.train above 0 or use it for evaluation")
         return s.task.train
     kept = s.run.kept(index - 1)
     if not kept:

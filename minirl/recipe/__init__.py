@@ -6,6 +6,7 @@ refused with its path and the nearest known key, never ignored.
 
 from minirl.recipe.base import Frozen
 from minirl.recipe.learner import PRESETS, Learner
+from minirl.recipe.qa import QA, Bamboogle, HotpotQA, MuSiQue, TwoWikiMultiHopQA
 from minirl.recipe.read import load, overlay, override, parse
 from minirl.recipe.stages import Collect, Stage, Train
 from minirl.recipe.tasks import Countdown, CountdownCredit, FunctionCalling, FunctionCallingCredit, Task
@@ -13,6 +14,8 @@ from minirl.recipe.tree import Eval, Lora, Model, Recipe, Sampling, Save
 
 __all__ = [
     "PRESETS",
+    "QA",
+    "Bamboogle",
     "Collect",
     "Countdown",
     "CountdownCredit",
@@ -20,15 +23,18 @@ __all__ = [
     "Frozen",
     "FunctionCalling",
     "FunctionCallingCredit",
+    "HotpotQA",
     "Learner",
     "Lora",
     "Model",
+    "MuSiQue",
     "Recipe",
     "Sampling",
     "Save",
     "Stage",
     "Task",
     "Train",
+    "TwoWikiMultiHopQA",
     "load",
     "overlay",
     "override",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from minirl.recipe.base import Frozen, Probability
+from minirl.recipe.qa import Bamboogle, HotpotQA, MuSiQue, TwoWikiMultiHopQA
 
 
 class CountdownCredit(Frozen):
@@ -71,4 +72,7 @@ class FunctionCalling(Frozen):
     """Partial credit by error kind."""
 
 
-Task = Annotated[Countdown | FunctionCalling, Field(discriminator="name")]
+Task = Annotated[
+    Countdown | FunctionCalling | HotpotQA | MuSiQue | TwoWikiMultiHopQA | Bamboogle,
+    Field(discriminator="name"),
+]

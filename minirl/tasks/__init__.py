@@ -43,12 +43,16 @@ class Task:
     notes: tuple[str, ...] = ()
 
 
-def open_task(node: recipe.Countdown | recipe.FunctionCalling, seed: int) -> Task:
+def open_task(node: recipe.Task, seed: int) -> Task:
     """The task a recipe names. Raises UserError for data that cannot be had or read."""
     if isinstance(node, recipe.Countdown):
         from minirl.tasks import countdown
 
         return countdown.open_task(node, seed)
+    if isinstance(node, recipe.QA):
+        from minirl.tasks import qa
+
+        return qa.open_task(node, seed)
     from minirl.tasks import function_calling
 
     return function_calling.open_task(node, seed)

@@ -1,0 +1,299 @@
+"""Multi-hop question answering: HotpotQA, MuSiQue, 2WikiMultiHopQA, Bamboogle, from the hub or from local files in any of their schemas.
+
+Invariant: every problem's gold answer passes the verifier, and no held-out question, whatever its case and spacing, is among the training
+ones. Rows that cannot keep this are left out and counted in the task's notes; a malformed row is refused by file and number.
+
+A problem's `answer` holds JSON: "golds" (texts, any of which is right), "titles" (of the gold paragraphs, in MuSiQue by hops),
+"paragraphs" ([title, text] of those that the row has), "steps" ([question, answer, title]: MuSiQue's decomposition).
+"""
+
+from __future__ import annotations
+
+import heapq
+import html
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Self
+
+from pydantic import AliasChoices, BaseModel, Field, StringConstraints, ValidationError, model_validator
+
+from minirl.episode import Problem, Verdict
+from minirl.errors import UserError
+from minirl.recipe.qa import QA
+from minirl.tasks import Task
+from minirl.tasks.rows import SUFFIXES, read_rows
+from minirl.verify.qa import RESEARCH, STYLES, Tags, answer_text, normalise, verify
+
+MOST_NAMED = 0.5  # a title is looked up by its known words only where they are more than this share of it
+_REFERENCE = re.compile(r"#(\d{1,2})")
+_IN_BRACKETS = re.compile(r"\s*\([^()]*\)$")
+_POSSESSIVE = re.compile(r"['’]s\b")
+
+
+class Step(NamedTuple):
+    """One search of a demonstration: what to ask, and the title of the gold paragraph that answers it. found: what it says, if known."""
+
+    query: str
+    title: str
+    found: str | None = None
+
+
+class Plan(NamedTuple):
+    """How a question can be answered: the searches in order, and the answer."""
+
+    steps: tuple[Step, ...]
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class SearchTask(Task):
+    """A task whose questions are answered by searching.
+
+    passages: the data set's own paragraphs (title, text), pooled over the problems and each once; empty where it has none.
+    plan: problem -> Plan, for demonstrations. tags: what `verify` reads, and so what a method has to write.
+    """
+
+    passages: Sequence[tuple[str, str]] = ()
+    plan: Callable[[Problem], Plan] | None = None
+    tags: Tags = RESEARCH
+
+
+def open_task(node: QA, seed: int) -> SearchTask:
+    """The task; its problems are a function of `node` alone, so that runs with different seeds share their held-out set.
+
+    Questions are taken in the order of their digests. Raises UserError for data that cannot be had or read, or for too few rows.
+    """
+    left_out: Counter[str] = Counter()
+    test_source, one_file = node.test_source or node.source, Path(node.source).suffix.lower() in SUFFIXES
+    if test_source == node.source and (one_file or node.split == node.test_split):
+        rows = _choose(node.held_out + node.train, _usable(node, node.source, node.split, set(), left_out))
+        held_out, train = rows[: node.held_out], rows[node.held_out :]
+    else:
+        held_out = _choose(node.held_out, _usable(node, test_source, node.test_split, set(), left_out))
+        taken = {_digest(row.question) for row in held_out}
+        train = _choose(node.train, _usable(node, node.source, node.split, taken, left_out)) if node.train else []
+    if len(held_out) < node.held_out or (node.train and not train):
+        raise UserError(
+            f"{test_source}: got {len(held_out)} held-out and {len(train)} training questions ({left_out.total()} rows left out), "
+            f"expected {node.held_out} and {'some' if node.train else 'none'}; pass more data, or a smaller `--set task.held_out=N`"
+        )
+    problems = [row.problem(node.name) for row in (*train, *held_out)]
+    passages = tuple(dict.fromkeys(passage for row in (*train, *held_out) for passage in row.passages))
+    notes = [f"rows left out because they {reason}: {count}" for reason, count in sorted(left_out.items())]
+    notes.append(coverage_note(problems, [title for title, _ in passages]))
+    return SearchTask(
+        name=node.name,
+        train=tuple(problems[: len(train)]),
+        held_out=tuple(problems[len(train) :]),
+        verify=partial(_verify, node),
+        stop=(f"</{STYLES[node.tags].answer}>",),
+        notes=tuple(f"{node.name}: {note}" for note in notes),
+        passages=passages,
+        plan=plan,
+        tags=STYLES[node.tags],
+    )
+
+
+def coverage(problems: Iterable[Problem], titles: Iterable[str]) -> float | None:
+    """The share of the problems' gold paragraphs whose title is among `titles`, a corpus'; None where no gold title is known."""
+    there = {_title(title) for title in titles}
+    found = [_title(title) in there for problem in problems for title in problem.answer["titles"]]
+    return sum(found) / len(found) if found else None
+
+
+def coverage_note(problems: Sequence[Problem], titles: Sequence[str]) -> str:
+    """`coverage` in words, for the notes of a task or of a corpus that takes the place of the pooled one."""
+    if not titles:
+        return "the data has no paragraphs of its own; give the retriever a corpus"
+    share = coverage(problems, titles)
+    return f"{len(titles)} paragraphs to search; gold paragraphs among them: {'unknown' if share is None else f'{share:.1%}'}"
+
+
+def plan(problem: Problem) -> Plan:
+    """A gold search for each supporting paragraph, then the answer. Raises UserError where the data names no such paragraph.
+
+    MuSiQue: the questions of its decomposition, with earlier answers filled in. Else the titles themselves, a title being asked for only
+    once the question or a paragraph that was found before names it: a demonstration must not know what its reader cannot. Where no title
+    is named yet, the query is the whole question, whose words the paragraph is likely to share.
+    """
+    known = problem.answer
+    if not known["titles"]:
+        raise UserError(f"{problem.id}: no supporting paragraphs are known; demonstrations need data with supporting facts")
+    if known["steps"]:
+        answers = [found for _, found, _ in known["steps"]]
+        steps = [Step(_filled(question, answers[:at]), title, found) for at, (question, found, title) in enumerate(known["steps"])]
+    else:
+        steps = list(_hops(problem.prompt, known["titles"], dict(map(tuple, known["paragraphs"]))))
+    return Plan(tuple(steps), known["golds"][0])
+
+
+def _filled(question: str, answers: Sequence[str]) -> str:
+    """A question of a decomposition without its shorthand: "#1 >> spouse" after the answer "Ada" is "Ada spouse"."""
+
+    def answer(reference: re.Match[str]) -> str:
+        number = int(reference[1])
+        return answers[number - 1] if 1 <= number <= len(answers) else reference[0]
+
+    return " ".join(_REFERENCE.sub(answer, question).replace(">>", " ").split())
+
+
+def _hops(question: str, titles: Sequence[str], texts: Mapping[str, str]) -> Iterator[Step]:
+    read, left = set(_words(question)), list(titles)
+
+    def named(title: str) -> float:
+        words = _words(_plain(title))
+        return sum(word in read for word in words) / len(words) if words else 0.0
+
+    while left:
+        title = max(left, key=named)
+        share, plain = named(title), _plain(title)
+        if share < 1:
+            known = " ".join(word for word in plain.split() if set(_words(word)) & read)
+            plain = known if share > MOST_NAMED else " ".join(question.split())
+        yield Step(plain, title)
+        left.remove(title)
+        read.update(_words(texts.get(title, "")))
+
+
+def _plain(title: str) -> str:
+    """A title as people say it: "Simon &amp; Simon (TV series)" is "Simon & Simon"."""
+    return _IN_BRACKETS.sub("", html.unescape(title))
+
+
+def _words(text: str) -> list[str]:
+    return normalise(_POSSESSIVE.sub("", text)).split()
+
+
+def _verify(node: QA, problem: Problem, text: str) -> Verdict:
+    return verify(problem.answer["golds"], text, reward=node.reward, floor=node.floor, tags=STYLES[node.tags])
+
+
+def _choose(count: int, rows: Iterator[_Row]) -> list[_Row]:
+    """`count` rows in the order of their questions' digests; no more than those are in memory at a time."""
+    return heapq.nsmallest(count, rows, key=lambda row: _digest(row.question))
+
+
+def _usable(node: QA, source: str, split: str, held_out: set[bytes], left_out: Counter[str]) -> Iterator[_Row]:
+    """The rows of a source that ask something new and can be scored; the others are counted by the reason."""
+    seen: set[bytes] = set()
+    tags = STYLES[node.tags]
+    setting = "task.test_source=PATH" if source == node.test_source else "task.source=PATH"
+    for where, data in read_rows(source, (), split, setting=setting):
+        row = _Row.read(data, where)
+        key = _digest(row.question)
+        if key in held_out:
+            left_out["ask what a held-out row asks"] += 1
+        elif key in seen:
+            left_out["ask what another row asks"] += 1
+        elif not row.answerable:
+            left_out["cannot be answered"] += 1
+        elif not verify(row.golds, f"<{tags.think}></{tags.think}>{answer_text(row.golds[0], tags)}", tags=tags).passed:
+            left_out["have an answer that the verifier cannot read"] += 1
+        else:
+            seen.add(key)
+            yield row
+
+
+_Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class _Paragraph(BaseModel):
+    idx: int
+    title: _Text
+    paragraph_text: str
+    is_supporting: bool = False
+
+
+class _Hop(BaseModel):
+    question: _Text
+    answer: _Text
+    paragraph_support_idx: int
+
+
+class _Row(BaseModel):
+    """All that is read of a row, whichever data set it is of; a column that it does not have is empty."""
+
+    identity: str | int = Field("", validation_alias=AliasChoices("_id", "id"))
+    question: _Text = Field(validation_alias=AliasChoices("question", "Question"))
+    answer: list[_Text] = Field(min_length=1, validation_alias=AliasChoices("answer", "Answer", "golden_answers"))
+    answer_aliases: list[_Text] = []
+    answerable: bool = True
+    context: list[tuple[_Text, list[str]]] = []
+    supporting_facts: list[tuple[_Text, int]] = []
+    gold_titles: list[_Text] = []
+    paragraphs: list[_Paragraph] = []
+    question_decomposition: list[_Hop] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _to_one_form(cls, row: dict[str, Any]) -> dict[str, Any]:
+        """Undo what copies change: the hub's columns for rows, null for nothing, FlashRAG's `metadata` for what is beside the answer."""
+        beside = row.get("metadata")
+        inner = {k: beside.get(k) for k in ("context", "supporting_facts")} if isinstance(beside, dict) else {}
+        row = {k: v for k, v in (inner | row).items() if v is not None}
+        if isinstance(context := row.get("context"), dict):
+            titles, bodies = context.get("title"), context.get("sentences", context.get("content"))
+            if not isinstance(titles, list) or not isinstance(bodies, list) or len(titles) != len(bodies):
+                raise ValueError("context: got columns of different lengths, expected a list `title` and an equally long list `sentences`")
+            row["context"] = list(zip(titles, bodies, strict=True))
+        if isinstance(facts := row.get("supporting_facts"), dict):
+            row |= {"gold_titles": facts.get("title"), "supporting_facts": []}
+        if row.get("answerable") is False:
+            row["question_decomposition"] = []  # it names no paragraph, and the row is left out
+        return row | {name: [row[name]] for name in ("answer", "Answer") if isinstance(row.get(name), str)}
+
+    @model_validator(mode="after")
+    def _check_hops(self) -> Self:
+        if strange := {hop.paragraph_support_idx for hop in self.question_decomposition} - {p.idx for p in self.paragraphs}:
+            raise ValueError(f"question_decomposition: paragraph_support_idx {min(strange)} is the idx of no paragraph")
+        return self
+
+    @classmethod
+    def read(cls, row: dict[str, Any], where: str) -> Self:
+        """The row; UserError names `where`, the column and the first thing wrong with it."""
+        try:
+            return cls.model_validate(row)
+        except ValidationError as error:
+            first = error.errors()[0]
+            column = ".".join(map(str, first["loc"])) or "row"
+            got = "" if first["type"] in ("missing", "value_error") else f" (got {str(first['input'])[:60]!r})"
+            said = first["msg"].removeprefix("Value error, ")
+            raise UserError(f"{where}: {column}: {said}{got}; mend or delete the row") from error
+
+    @property
+    def golds(self) -> list[str]:
+        return list(dict.fromkeys([*self.answer, *self.answer_aliases]))
+
+    @property
+    def passages(self) -> list[tuple[str, str]]:
+        own = [(title, " ".join(sentence.strip() for sentence in sentences)) for title, sentences in self.context]
+        return own + [(paragraph.title, paragraph.paragraph_text.strip()) for paragraph in self.paragraphs]
+
+    def problem(self, task: str) -> Problem:
+        """The question with all that is known about its answer; see the module's docstring."""
+        passages = self.passages
+        titles = list(dict.fromkeys([*self.gold_titles, *(title for title, _ in self.supporting_facts)]))
+        gold = [passage for title in titles for passage in passages if passage[0] == title]
+        by_idx = {paragraph.idx: passage for paragraph, passage in zip(self.paragraphs, passages[len(self.context) :], strict=True)}
+        hops = [(hop, by_idx[hop.paragraph_support_idx]) for hop in self.question_decomposition]
+        gold += [passage for _, passage in hops] or [by_idx[paragraph.idx] for paragraph in self.paragraphs if paragraph.is_supporting]
+        answer = {
+            "golds": self.golds,
+            "titles": list(dict.fromkeys([*titles, *(title for title, _ in gold)])),
+            "paragraphs": [list(passage) for passage in dict.fromkeys(gold)],
+            "steps": [[hop.question, hop.answer, title] for hop, (title, _) in hops],
+        }
+        return Problem(f"{task}/{self.identity or _digest(self.question).hex()}", self.question, answer)
+
+
+def _digest(question: str) -> bytes:
+    return blake2b(" ".join(question.casefold().split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _title(title: str) -> str:
+    return " ".join(html.unescape(title).casefold().split())

@@ -1,0 +1,179 @@
+"""Question answering: exact match and F1 of an answer, and the form of an episode that thinks, searches and answers.
+
+Invariant: pure, total and linear. Whatever the text, `verify` returns a Verdict in time linear in its length; text is scanned, never
+executed. What stands between result tags is the retriever's, so no tag in there counts. Reward: ReSearch's (arXiv 2503.19470, section 2).
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, NamedTuple
+
+from minirl.episode import Part, Verdict
+
+ErrorKind = Literal["think", "search", "answer", "boxed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """The names of the four kinds of tags, and whether the answer stands in a \\boxed{} inside its pair."""
+
+    think: str = "think"
+    search: str = "search"
+    result: str = "result"
+    answer: str = "answer"
+    boxed: bool = True
+
+
+RESEARCH = Tags()
+SEARCH_R1 = Tags(result="information", boxed=False)  # arXiv 2503.09516
+STYLES = {"research": RESEARCH, "search_r1": SEARCH_R1}
+
+_NOT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLE = re.compile(r"\b(?:a|an|the)\b")
+_EXACT = {"yes", "no", "noanswer"}
+_BOXED = "\\boxed{"
+_BRACE = re.compile(r"\\.|[{}]")
+_STYLING = re.compile(r"\\(?:text|math|emph)[a-z]*(?={)")
+
+
+def normalise(text: str) -> str:
+    """`text` in lower case without ASCII punctuation, without the articles a, an, the, and with single spaces, as SQuAD's script has it."""
+    return " ".join(_ARTICLE.sub(" ", text.lower().translate(_NOT_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, golds: Sequence[str]) -> bool:
+    """Whether the normalised prediction equals a normalised gold answer (SQuAD 1.1)."""
+    return any(p == g for p, g in (_pair(prediction, gold) for gold in golds))
+
+
+def f1(prediction: str, golds: Sequence[str]) -> float:
+    """Bag-of-words F1, the best over the gold answers (SQuAD 1.1); yes, no and noanswer count only when equal (HotpotQA's script)."""
+    return max((_f1(*_pair(prediction, gold)) for gold in golds), default=0.0)
+
+
+def boxed(text: str) -> str | None:
+    """What the last \\boxed{} holds, braces inside it balanced, \\text{} and the like unwrapped; None where none can be read."""
+    start = text.rfind(_BOXED)
+    if start < 0:
+        return None
+    start, depth = start + len(_BOXED), 1
+    for brace in _BRACE.finditer(text, start):
+        depth += (brace[0] == "{") - (brace[0] == "}")
+        if depth == 0:
+            return _STYLING.sub("", text[start : brace.start()]).strip()
+    return None
+
+
+class Reading(NamedTuple):
+    """What an episode's text says: what is wrong with its form, the answer (of a text in bad form too), completed searches."""
+
+    error: ErrorKind | None
+    answer: str | None
+    searches: int
+
+
+def read(text: str, tags: Tags = RESEARCH) -> Reading:
+    """Check the form of a whole episode's text, from the first token after the prompt to the last, results included.
+
+    Good form: think pairs, at least one, none inside another; every search pair with its result pair right after it, inside a thought or
+    outside of it; then one answer pair, the last of all, with a \\boxed{} in it that can be read. Words between the tags are free.
+    Of several errors the first of search, think, answer, boxed is named.
+    """
+    marks, answer = _scan(text, tags)
+    error = _error(marks)
+    if answer is not None:
+        answer = boxed(answer) if tags.boxed else answer.strip()
+    return Reading(error or ("boxed" if answer is None else None), answer, marks.count("sSrR"))
+
+
+def verify(
+    golds: Sequence[str],
+    text: str,
+    *,
+    reward: Literal["f1", "exact_match"] = "f1",
+    floor: float = 0.1,
+    tags: Tags = RESEARCH,
+) -> Verdict:
+    """ReSearch's reward of a whole episode's text: 0 for bad form, else F1 (or exact match) where it is not 0, else `floor`.
+
+    passed: good form and an exact match. parts: `format` (bool), `em` and `f1` (of any answer that can be read, whatever the form),
+    `searches`, and `error_kind`: "think", "search", "answer", "boxed" for what is wrong with the form, "partial" (F1 above 0) or "wrong"
+    for the answer, None where nothing is.
+    """
+    reading = read(text, tags)
+    em, overlap = 0.0, 0.0
+    if reading.answer is not None:
+        em, overlap = float(exact_match(reading.answer, golds)), f1(reading.answer, golds)
+    kind = reading.error or (None if em else "partial" if overlap else "wrong")
+    gain = overlap if reward == "f1" else em
+    score = 0.0 if reading.error else gain or float(floor)
+    parts: dict[str, Part] = {"format": reading.error is None, "em": em, "f1": overlap, "searches": reading.searches, "error_kind": kind}
+    return Verdict(score, kind is None, parts)
+
+
+def answer_text(answer: str, tags: Tags = RESEARCH) -> str:
+    """An answer as a model is to write it, tags and all."""
+    return f"<{tags.answer}>{_BOXED}{answer}}}</{tags.answer}>" if tags.boxed else f"<{tags.answer}>{answer}</{tags.answer}>"
+
+
+def defuse(text: str, tags: Tags = RESEARCH) -> str:
+    """Retrieved text with its tags broken up ("</result>" becomes "< /result>"): no passage can end its own result."""
+    return _pattern(tags).sub(lambda tag: "< " + tag[0][1:], text)
+
+
+def _scan(text: str, tags: Tags) -> tuple[str, str | None]:
+    """The tags as a word of letters, small for an opening tag and capital for a closing one, and what the last answer pair holds."""
+    letters = {tags.think: "t", tags.search: "s", tags.result: "r", tags.answer: "a"}
+    marks, answer = [""], None
+    start, in_result = 0, False
+    for tag in _pattern(tags).finditer(text):
+        closing, name = tag.groups()
+        if in_result and not (closing and name == tags.result):
+            continue  # whatever the retriever brought is not the model's doing
+        mark = letters[name].upper() if closing else letters[name]
+        in_result = mark == "r" and marks[-1] == "S"
+        if mark == "A" and marks[-1] == "a":
+            answer = text[start : tag.start()]
+        start = tag.end()
+        marks.append(mark)
+    return "".join(marks), answer
+
+
+def _error(marks: str) -> ErrorKind | None:
+    outside = marks.replace("sSrR", "")
+    if any(mark in outside for mark in "sSrR"):
+        return "search"
+    rest = outside.replace("tT", "")
+    if rest == outside or "t" in rest or "T" in rest:
+        return "think"
+    # What was taken out may have stood inside the answer or after it.
+    return None if rest == "aA" and marks.endswith("aA") else "answer"
+
+
+@cache
+def _pattern(tags: Tags) -> re.Pattern[str]:
+    names = "|".join(re.escape(name) for name in (tags.think, tags.search, tags.result, tags.answer))
+    return re.compile(f"<(/?)({names})>")
+
+
+def _pair(prediction: str, gold: str) -> tuple[str, str]:
+    """Both normalised. Of "The The" or "!!!" nothing would be left, and an empty answer would match: those are compared as they stand."""
+    normal = normalise(gold)
+    return (normalise(prediction), normal) if normal else (" ".join(prediction.lower().split()), " ".join(gold.lower().split()))
+
+
+def _f1(prediction: str, gold: str) -> float:
+    if prediction != gold and (prediction in _EXACT or gold in _EXACT):
+        return 0.0
+    words, gold_words = prediction.split(), gold.split()
+    same = (Counter(words) & Counter(gold_words)).total()
+    if not same:
+        return 0.0
+    precision, recall = same / len(words), same / len(gold_words)
+    return 2 * precision * recall / (precision + recall)
