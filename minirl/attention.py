@@ -94,11 +94,15 @@ def supports(config: Any) -> bool:
     return text.model_type in FAMILIES and kinds <= {"full_attention", "sliding_attention"} and not _is_bidirectional(text)
 
 
-def install(model: Any) -> None:
-    """Let a supported model compute its attention here, with and without a layout."""
+def install(model: Any) -> str:
+    """Let a supported model compute its attention here, with and without a layout; the name of the library's own way that it came with."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        model.stock_attention = model.config._attn_implementation
+        model.set_attn_implementation(NAME)
+    stock: str = model.stock_attention
+    return stock
 
 
 def attend(

@@ -34,8 +34,7 @@ class Policy:
         self._decoder = base.get_decoder()
         self.head = Head(base.get_output_embeddings(), base.config.get_text_config())
         self.shares_prefixes = attention.supports(base.config)
-        if self.shares_prefixes:
-            attention.install(base)
+        self._stock_attention = attention.install(base) if self.shares_prefixes else base.config._attn_implementation
         # A mask of four dimensions is handed through as it is: the layout alone says who sees whom.
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         self.trainable: dict[str, torch.nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -66,7 +65,7 @@ class Policy:
         """Inside, the model computes its attention by the library's own function, with no layout."""
         base = self.model.get_base_model()
         ours = base.config._attn_implementation
-        base.set_attn_implementation("sdpa")
+        base.set_attn_implementation(self._stock_attention)
         try:
             yield
         finally:
@@ -75,7 +74,7 @@ class Policy:
     def give_up_sharing(self) -> None:
         """From now on plain rows and the library's own attention."""
         self.shares_prefixes = False
-        self.model.get_base_model().set_attn_implementation("sdpa")
+        self.model.get_base_model().set_attn_implementation(self._stock_attention)
 
     def batches(self, rows: Sequence[Row], budget_tokens: int, *, pad: int) -> Iterator[Batch]:
         """Micro-batches of at most `budget_tokens` computed tokens: packed with shared prefixes where the model can, else plain rows."""

@@ -192,7 +192,7 @@ def _problems(s: Session, index: int, stage: recipe.Stage) -> Sequence[Problem]:
     """What the stage plays: the task's problems, or what the collect stage before it kept."""
     if index == 0 or isinstance(stage, recipe.Collect) or not isinstance(s.recipe.stages[index - 1], recipe.Collect):
         if not s.task.train:
-            raise UserError(f"stages[{index}]: task {s.task.name!r} has no training problems; set task.train above 0 or use it for evaluation")
+            raise UserError(f"stages[{index}]: task {s.task.name!r} has no training problems; set task.train above 0, or only evaluate")
         return s.task.train
     kept = s.run.kept(index - 1)
     if not kept:

@@ -67,6 +67,21 @@ def test_rounding_passes(policy: Policy) -> None:
     assert policy.model.get_base_model().config._attn_implementation == attention.NAME  # given back
 
 
+@pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
+def test_every_family_is_compared_with_the_attention_it_came_with(arch: str, tmp_path: Path) -> None:
+    """Some families cannot take SDPA."""
+    folder = tiny.save_tiny(tmp_path, arch)
+    loaded = models.load_model(recipe.Model(name=str(folder), dtype="fp32"), 0, CPU)
+    policy = Policy(loaded.model, loaded.device, loaded.dtype)
+    found = agreement.agreement(policy, groups(policy), temperature=0.7, pad=tiny.PAD)
+    assert found.sampler is not None
+    assert found.layout is not None
+    assert max(found.sampler, found.layout) < 1e-4
+    policy.give_up_sharing()
+    again = agreement.agreement(policy, groups(policy), temperature=0.7, pad=tiny.PAD)
+    assert again.layout is None
+
+
 def test_the_distance_is_the_mean_over_tokens(policy: Policy) -> None:
     found = agreement.agreement(policy, groups(policy, shift=0.25), temperature=0.7, pad=tiny.PAD)
     assert found.sampler == pytest.approx(0.25, abs=1e-4)
@@ -118,7 +133,7 @@ def test_a_run_goes_on_without_a_sampler_that_is_wrong(
 ) -> None:
     """With a sampler that forgets its past the run's numbers are those of `generate` from the first step on."""
     with monkeypatch.context() as patched:
-        patched.setattr("minirl.session.open_sampler", PlainSampler)
+        patched.setattr("minirl.session.open_sampler", lambda policy, chat, *, rows, **_: PlainSampler(policy, chat, rows=rows))
         expected, _ = run(folder, tmp_path, "plain", capsys)
     kept_mask = Cached.mask
     monkeypatch.setattr(Cached, "mask", lambda self, window, *, bias: kept_mask(self, 3, bias=bias))

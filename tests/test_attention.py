@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, save_tiny
+from tiny import ARCHITECTURES, byte_tokenizer, save_tiny
 from torch import Tensor
 
 from minirl import attention, models, recipe
 from minirl.batch import Batch, Row, collate, collate_plain, pack, pack_plain
+from minirl.chat import Chat
+from minirl.episode import Ask, Completion
 from minirl.policy import Policy
+from minirl.sampler import LiveSampler
 
 WINDOWED = ("qwen2", "mistral", "gemma2", "gemma3_text")
 CASES = [(arch, {}) for arch in ARCHITECTURES] + [(arch, {"sliding_window": 8}) for arch in WINDOWED]
@@ -46,9 +50,9 @@ def both(policy: Policy, batches: Iterable[Batch]) -> tuple[dict[int, list[float
     return found, torch.cat([p.grad.flatten() for p in policy.trainable.values() if p.grad is not None])
 
 
-def loaded(folder: Path, arch: str, **overrides: Any) -> models.LoadedModel:
+def loaded(folder: Path, arch: str, dtype: Literal["fp32", "bf16"] = "fp32", **overrides: Any) -> models.LoadedModel:
     save_tiny(folder, arch, **overrides)
-    model = models.load_model(recipe.Model(name=str(folder), dtype="fp32"), 0, torch.device("cpu"))
+    model = models.load_model(recipe.Model(name=str(folder), dtype=dtype), 0, torch.device("cpu"))
     torch.manual_seed(1)
     for name, p in model.model.named_parameters():
         if "lora_B" in name:
@@ -79,6 +83,48 @@ def test_shared_prefixes_equal_plain_rows(arch: str, overrides: dict[str, Any], 
     found, other = both(shared, [collate_plain(c, pad=258, device=model.device) for c in pack_plain(rows, 100)])
     assert [found[e] for e in sorted(found)] == [pytest.approx(expected[e], abs=1e-4) for e in sorted(expected)]
     assert (other - gradient).norm() / gradient.norm() < 1e-5
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_bf16_is_as_near_to_float32_as_plain_rows_are(arch: str, tmp_path: Path) -> None:
+    """Log-probabilities and gradients of the layout, and the sampler's log-probabilities, in bf16 against the same weights in float32.
+
+    Catches: scores, softmax or sums in a narrower type than plain rows' own.
+    """
+    exact, rounded = loaded(tmp_path / "a", arch), loaded(tmp_path / "b", arch, "bf16")
+    for name, p in exact.model.named_parameters():
+        if "lora_" not in name:
+            p.data = p.data.bfloat16().float()
+    reference, policy = (Policy(model.model, model.device, model.dtype) for model in (exact, rounded))
+    rows = [replace(r, advantage=1.0) for r in rows_of(Random(0))]
+    expected, gradient = both(reference, reference.batches(rows, 10**6, pad=258))
+    with policy.plain_attention():
+        plain, plain_gradient = both(policy, [collate_plain(c, pad=258, device=policy.device) for c in pack_plain(rows, 10**6)])
+    shared, shared_gradient = both(policy, policy.batches(rows, 10**6, pad=258))
+
+    def distance(found: dict[int, list[float]]) -> float:
+        return torch.cat([(torch.tensor(found[e]) - torch.tensor(expected[e])).abs() for e in expected]).mean().item()
+
+    assert 0 < distance(shared) < 1.5 * distance(plain)
+    assert (shared_gradient - gradient).norm() < 1.5 * (plain_gradient - gradient).norm()
+
+    sampler = LiveSampler(policy, Chat(byte_tokenizer(), eos=[]), rows=len(rows))
+    for r in rows:
+        sampler.add(r.episode, Ask(r.tokens, 24, 0.7, (), r.episode))
+    drawn: dict[int, Completion] = {}
+    while len(drawn) < len(rows):
+        drawn |= sampler.poll()
+    again = [
+        Row(r.tokens + c.tokens, (False,) * r.length + (True,) * len(c.tokens), (0.0,) * r.length + c.logprobs, 1.0, 1.0, r.episode, r.group)
+        for r in rows
+        for c in (drawn[r.episode],)
+    ]
+    batch = collate_plain(again, pad=258, device=policy.device)
+    with torch.no_grad():
+        true, _ = reference.logprobs(batch, temperature=0.7)
+        with policy.plain_attention():
+            scored, _ = policy.logprobs(batch, temperature=0.7)
+    assert (batch.old - true).abs().mean() < 1.5 * (scored - true).abs().mean()
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
