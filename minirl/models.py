@@ -7,6 +7,7 @@ folder is ever run, and no pickle is read.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -177,6 +178,17 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)
     config.save_pretrained(folder)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of the frozen weights, from some thousand values of each: another model, copy or rounding has another one."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            flat = p.detach().flatten()
+            some = flat[:: max(1, flat.numel() // 1024)].contiguous().view(torch.uint8)
+            digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode() + some.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def describe(loaded: LoadedModel) -> str:

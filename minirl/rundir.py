@@ -5,6 +5,7 @@
     episodes.jsonl sample episodes                evals.jsonl     evaluations, problem by problem
     kept/N.jsonl   what collect stage N kept      checkpoints/    weights, named <stage>-<step>
     versions.jsonl what it ran on                 report.html     all of it on one page
+    model.json     which base weights             (checked on resume)
     adapter/       for plain peft, at the end     later_evals.jsonl   what `minirl eval` found afterwards
 
 Invariant: `state.json` is replaced in one rename, and only after what it names is on the disk; opening a folder undoes the rest (see
@@ -98,6 +99,18 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def check_model(self, fingerprint: str) -> None:
+        """Note which base weights the run began with; UserError where it is taken up with others (the hub's, then a local copy, say)."""
+        path = self.folder / "model.json"
+        known = json.loads(path.read_text())["weights"] if path.exists() and self._state != State() else fingerprint
+        if known != fingerprint:
+            raise UserError(
+                f"{self.folder}: {self.recipe.model.name} has other weights here (got {fingerprint[:8]}, expected {known[:8]}, those "
+                f"that the run began with); make the same copy of the model available, in the same dtype, or start again with another --out"
+            )
+        if self._lock is not None:
+            write_file(path, json.dumps({"weights": fingerprint}))
 
     def log(self, row: Mapping[str, Any]) -> None:
         """A row of metrics.jsonl: numbers that equal runs share bit for bit, so no clocks."""

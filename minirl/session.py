@@ -155,6 +155,7 @@ def open_session(node: recipe.Recipe, run: Run, accelerator: Accelerator, progre
     task = open_task(node.task, node.seed)
     with accelerator.main_process_first():  # the others find the model in the cache
         loaded = models.load_model(node.model, node.seed, accelerator.device)
+    run.check_model(models.fingerprint(loaded.model))
     chat = Chat(loaded.tokenizer, eos=eos(loaded.model))
     policy = Policy(loaded.model, loaded.device, loaded.dtype)
     for line in (models.describe(loaded), *task.notes):

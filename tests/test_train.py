@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Cli, Job, Start, minirl, recipe
+from safetensors.torch import load_file, save_file
 
 from minirl.chart import CURVES
 from minirl.files import read_rows
@@ -220,6 +221,28 @@ def test_collecting_the_wrong_thing_is_one_line(start: Start, tiny: Path, tmp_pa
     assert outcome.err.count("\n") == 1
     assert outcome.err.startswith("minirl: stages[1]: ")
     assert said in outcome.err
+
+
+def test_a_run_is_not_taken_up_with_other_weights(start: Start, cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    """The same name, and another copy of the model under it: the hub answers again, or a folder was written over."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    path = recipe(tmp_path / "r.yaml", model, [SINGLE | {"steps": 400}], save={"every": 1})
+    job = start(minirl, "run", str(path), "--out", str(tmp_path / "run"))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    until(job, lambda: metrics.exists() and metrics.read_text().count("\n") >= 3)
+    job.process.kill()
+    job.process.join()
+    weights = load_file(model / "model.safetensors")
+    name = next(iter(weights))
+    save_file(weights | {name: weights[name] + 0.01}, model / "model.safetensors", metadata={"format": "pt"})
+    before = metrics.read_text()
+    outcome = cli("run", path, "--out", tmp_path / "run")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert before.startswith(metrics.read_text())
+    assert metrics.read_text().count("\n") >= 1, "what was saved is kept"
+    assert f"{tmp_path / 'run'}: {model} has other weights here (got " in outcome.err
 
 
 def test_every_loss_trains(cli: Cli, tiny: Path, tmp_path: Path) -> None:
