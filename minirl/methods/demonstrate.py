@@ -22,6 +22,8 @@ def demonstrate(talk: Talk, task: Task, *, share: float) -> Generator[Ask, Compl
         raise UserError(f"task {task.name!r} has no demonstrations; expected a task with gold solutions for method demonstrate")
     rng = Random(talk.seed)
     shown = task.demonstrate(talk.problem, rng)
+    if share and not shown.reflection:
+        raise UserError(f"task {task.name!r} has no reflections to show; expected reflections: 0 in the demonstrate stage, got {share}")
     if rng.random() < share:
         talk.reply("attempt", shown.attempt, trained=False)
         talk.tell("request", REFLECT)

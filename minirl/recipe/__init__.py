@@ -6,8 +6,10 @@ refused with its path and the nearest known key, never ignored.
 
 from minirl.recipe.base import Frozen
 from minirl.recipe.learner import PRESETS, Learner
+from minirl.recipe.maths import Gsm8k, Mathqa, Maths, MathsCredit, ProgramLimits, Svamp
 from minirl.recipe.qa import QA, Bamboogle, HotpotQA, MuSiQue, TwoWikiMultiHopQA
 from minirl.recipe.read import load, overlay, override, parse
+from minirl.recipe.retriever import Bm25Retriever, RemoteRetriever, Retriever
 from minirl.recipe.stages import Collect, Stage, Train
 from minirl.recipe.tasks import Countdown, CountdownCredit, FunctionCalling, FunctionCallingCredit, Task
 from minirl.recipe.tree import Eval, Lora, Model, Recipe, Sampling, Save
@@ -16,6 +18,7 @@ __all__ = [
     "PRESETS",
     "QA",
     "Bamboogle",
+    "Bm25Retriever",
     "Collect",
     "Countdown",
     "CountdownCredit",
@@ -23,15 +26,23 @@ __all__ = [
     "Frozen",
     "FunctionCalling",
     "FunctionCallingCredit",
+    "Gsm8k",
     "HotpotQA",
     "Learner",
     "Lora",
+    "Mathqa",
+    "Maths",
+    "MathsCredit",
     "Model",
     "MuSiQue",
+    "ProgramLimits",
     "Recipe",
+    "RemoteRetriever",
+    "Retriever",
     "Sampling",
     "Save",
     "Stage",
+    "Svamp",
     "Task",
     "Train",
     "TwoWikiMultiHopQA",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from minirl.recipe.base import Frozen, NonNegative, Probability
 
@@ -22,16 +22,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "rloo": {"baseline": "leave_one_out", "scale": "none", "aggregate": "constant"},
     # Williams 1992: the reward is the advantage, no clipping.
     "reinforce": {"baseline": "none", "scale": "none", "clip_low": None, "clip_high": None, "beta": 0.0},
+    # arXiv 1707.06347 as ReFT (2401.08967, section 3.2) has it: a value head in place of the group, the KL inside the reward.
+    "ppo": {"baseline": "none", "scale": "none", "beta": 0.05, "passes": 2},
     # Negative log-likelihood of the trained tokens (SFT): episodes need no reward.
     "nll": {"aggregate": "token", "beta": 0.0},
 }
 
 
+PPO_ALONE = ("value_lr", "value_coef", "value_clip", "value_detach", "value_warmup", "gamma", "gae_lambda")
+
+
 class Learner(Frozen):
     """One loss with switches. `loss` names a preset; any number written beside it overrides the preset's."""
 
-    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce", "nll"] = "grpo"
-    """The preset; nll is SFT's."""
+    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce", "ppo", "nll"] = "grpo"
+    """The preset; nll is SFT's, ppo the one with a value head."""
     baseline: Literal["mean", "leave_one_out", "none"] = "mean"
     """What is subtracted from a reward: the group's mean, the mean of the others, nothing."""
     scale: Literal["std", "none"] = "std"
@@ -45,11 +50,27 @@ class Learner(Frozen):
     clip_high: NonNegative | None = 0.2
     """The ratio is clipped above at 1 + clip_high; None for no clipping on that side."""
     beta: NonNegative = 0.001
-    """Weight of the k3 estimate of KL(policy || reference); 0 leaves the reference out of the step."""
+    """Weight of the k3 estimate of KL(policy || reference); under ppo, of the penalty log(policy / reference) that is taken off the reward
+    of each trained token. 0 leaves the reference out of the step."""
     entropy: float = 0.0
     """Weight of an entropy bonus."""
     drop_overlong: bool = False
-    """Leave episodes that were cut by their token limit out of the loss (DAPO)."""
+    """Leave episodes that were cut by their token limit out of the loss (DAPO). Without it a cut episode is one that ended: it is trained
+    with the reward that its verifier gave, and under ppo nothing is expected to come after the cut."""
+    gamma: Probability = 1.0
+    """ppo: discount of rewards to come, a token."""
+    gae_lambda: Probability = 0.95
+    """ppo: GAE's lambda; 1 takes whole returns, 0 only the next value."""
+    value_coef: NonNegative = 5.0
+    """ppo: weight of the value loss beside the policy's. It is for the trunk: under AdamW the head's own step hardly depends on it."""
+    value_clip: PositiveFloat | None = 0.2
+    """ppo: a value is trained no further than this from what it was before the step; None for no clipping."""
+    value_lr: PositiveFloat = 1e-4
+    """ppo: learning rate of the value head, the same at every step. Its optimizer is AdamW in float32, without weight decay."""
+    value_detach: bool = False
+    """ppo: keep the value loss out of the trunk, so that the adapter learns from the policy's loss alone."""
+    value_warmup: NonNegativeInt = 0
+    """ppo: steps of the stage in which only the value head learns; the adapter's schedule starts after them."""
     lr: PositiveFloat = 1e-5
     """Peak learning rate of the adapter."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
@@ -63,7 +84,7 @@ class Learner(Frozen):
     betas: tuple[Probability, Probability] = (0.9, 0.99)
     """AdamW's decay rates."""
     grad_clip: PositiveFloat = 1.0
-    """Largest norm of the whole gradient."""
+    """Largest norm of the adapter's whole gradient; and, apart from it, of the value head's."""
     passes: PositiveInt = 1
     """How often a step's episodes are gone through."""
     minibatches: PositiveInt = 1
@@ -77,3 +98,20 @@ class Learner(Frozen):
         if isinstance(data, Mapping):
             return {**PRESETS.get(str(data.get("loss", "grpo")), {}), **data}
         return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.loss == "ppo":
+            for name in ("baseline", "scale"):
+                if getattr(self, name) != "none":
+                    raise ValueError(f"{name}: got {getattr(self, name)!r}, expected none: under loss 'ppo' the value head is the baseline")
+        else:
+            for name in PPO_ALONE:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name}: got {getattr(self, name)}, which loss {self.loss!r} does not use; only loss 'ppo' does")
+        return self
+
+    @property
+    def penalises_loss(self) -> bool:
+        """Whether the KL to the reference is a term of the loss (and not of the reward, nor left out)."""
+        return self.beta > 0 and self.loss != "ppo"

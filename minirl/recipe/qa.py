@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveInt
 
 from minirl.recipe.base import Frozen, Probability
+from minirl.recipe.retriever import Bm25Retriever, Retriever
 
 
 class QA(Frozen):
@@ -32,6 +33,8 @@ class QA(Frozen):
     """What an episode in good form is worth where that is 0 (ReSearch: 0.1; with 0 a search must help to pay)."""
     tags: Literal["research", "search_r1"] = "research"
     """The tags that are checked: think, search, result and answer with a \\\\boxed{}; Search-R1 has information for result, and no box."""
+    retriever: Retriever = Bm25Retriever(kind="bm25")
+    """What searches are answered from."""
 
 
 class HotpotQA(QA):

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from minirl.recipe.base import Frozen, Probability
+from minirl.recipe.maths import Gsm8k, Mathqa, Svamp
 from minirl.recipe.qa import Bamboogle, HotpotQA, MuSiQue, TwoWikiMultiHopQA
 
 
@@ -73,6 +74,6 @@ class FunctionCalling(Frozen):
 
 
 Task = Annotated[
-    Countdown | FunctionCalling | HotpotQA | MuSiQue | TwoWikiMultiHopQA | Bamboogle,
+    Countdown | FunctionCalling | Gsm8k | Svamp | Mathqa | HotpotQA | MuSiQue | TwoWikiMultiHopQA | Bamboogle,
     Field(discriminator="name"),
 ]

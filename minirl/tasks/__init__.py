@@ -53,6 +53,10 @@ def open_task(node: recipe.Task, seed: int) -> Task:
         from minirl.tasks import qa
 
         return qa.open_task(node, seed)
+    if isinstance(node, recipe.Maths):
+        from minirl.tasks import maths
+
+        return maths.open_task(node, seed)
     from minirl.tasks import function_calling
 
     return function_calling.open_task(node, seed)

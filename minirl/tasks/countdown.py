@@ -13,8 +13,8 @@ from random import Random
 from minirl import recipe
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
+from minirl.rows import read_rows
 from minirl.tasks import Demonstration, Task
-from minirl.tasks.rows import read_rows
 from minirl.verify import countdown as verifier
 
 Key = tuple[tuple[int, ...], int]

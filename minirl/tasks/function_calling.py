@@ -16,8 +16,8 @@ from typing import Any
 from minirl import recipe
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
+from minirl.rows import read_rows
 from minirl.tasks import Demonstration, Task
-from minirl.tasks.rows import read_rows
 from minirl.verify.function_calling import CLOSE, OPEN, error_kind, verify
 
 SYSTEM = (

@@ -25,8 +25,8 @@ from pydantic import AliasChoices, BaseModel, Field, StringConstraints, Validati
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
 from minirl.recipe.qa import QA
+from minirl.rows import SUFFIXES, read_rows
 from minirl.tasks import Task
-from minirl.tasks.rows import SUFFIXES, read_rows
 from minirl.verify.qa import RESEARCH, STYLES, Tags, answer_text, normalise, verify
 
 MOST_NAMED = 0.5  # a title is looked up by its known words only where they are more than this share of it

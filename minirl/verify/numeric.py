@@ -1,0 +1,165 @@
+"""Numbers: does a text state the gold number? (ReFT, arXiv 2401.08967, section 3: the number after the last "the answer is".)
+
+Invariant: pure, total and bounded. A statement counts when it is ONE number in a plain form, with or without a unit; a range, two
+numbers, a denial or a sum that is not worked out states none. Numbers are exact fractions: a tolerance of 0.01 is not a float near it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import NamedTuple
+
+from minirl.episode import Verdict
+from minirl.recipe.maths import MathsCredit
+from minirl.verify.stated import MAX_STATEMENT, stated
+
+Evaluate = Callable[[str], float | None]
+
+# A thousands separator stands before groups of exactly three digits; a decimal comma is not read, as 1,234 would then mean two numbers.
+_PLAIN = r"(?:(?:[1-9][0-9]{0,2}(?:(?:,|\{,\}|\\,|[\u2009\u202f])[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++)"
+_EXPONENT = r"[+-]?[0-9]{1,3}(?![0-9])"
+_POWER = rf"(?:[eE](?P<e>{_EXPONENT})|\s*(?:[x×*·]|\\times|\\cdot)\s*10\s*(?:\^|\*\*)\s*[{{(]?(?P<power>{_EXPONENT})[)}}]?)"
+_CURRENCY = r"(?:\\?\$|[€£¥₹]|(?:rs|usd|us)\b\s*\.?)"
+_LEAD = re.compile(
+    rf"(?:[\s:*_\"'“‘`(\[{{~≈]|\\[(\[]|\\(?:text|mathrm|mathbf)\b|{_CURRENCY}|(?:about|approximately|approx|around|roughly|exactly)\b\.?)*+",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(
+    rf"(?P<sign>(?:[+-]|(?:negative|minus)\b))?\s*{_CURRENCY}?\s*(?P<inner>-)?"
+    rf"(?:(?P<whole>[0-9]++)\s+(?:and\s+)?(?P<num>[0-9]++)\s*/\s*(?P<den>[0-9]++)"
+    rf"|(?P<upper>{_PLAIN})\s*/\s*(?P<lower>{_PLAIN})"
+    rf"|(?P<plain>{_PLAIN}){_POWER}?)",
+    re.IGNORECASE,
+)
+_PERCENT = re.compile(r"\s*(?:\\?%|(?:percent|per\s?cent|pct)\b)", re.IGNORECASE)
+_SCALE = re.compile(r"\s*(?:(?P<word>hundred|thousand|million|billion|trillion|dozen)s?|(?P<k>k))\b", re.IGNORECASE)
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+# A unit is words, which may carry a power (m^2, cm3), among closing marks. A digit or an operator that is left over makes it no unit.
+_WORD = r"(?:[-/]?[^\W\d_\u00b2\u00b3\u00b9\u2070-\u209f]++(?:[²³]|\^?\{?[23]\}?(?![0-9]))?+)"
+_UNIT = re.compile(rf"(?:[\s*_\"'”’`)\]{{}}\\$€£¥₹¢°]|/(?=\s)|{_WORD})*+")
+_END = re.compile(r"\Z|[.!](?![0-9])|[;,(](?!\s*[0-9$€£-])")
+_NOT_A_UNIT = re.compile(
+    r"\s*and\b|.*(?<![^\W\d_])(?:or|nor|not|plus|minus|versus|vs|wrong|incorrect|squared|cubed|factorial|sqrt|frac|pi|π|[xyzni]"
+    r"|half|halves|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths"
+    r"|(?:over|point)\s+(?:zero|one|two|three|four|five|six|seven|eight|nine|ten))\b",
+    re.IGNORECASE,
+)
+_HEDGED = re.compile(r"[.,;(!\s]*+(?:or|maybe|perhaps)\b", re.IGNORECASE)
+_FRAC = re.compile(rf"\\[dt]?frac\s*\{{\s*(-?{_PLAIN})\s*\}}\s*\{{\s*({_PLAIN})\s*\}}")
+# What may stand left of an equals sign: at most one letter with its own, and arithmetic. "5, 6 = 6" and "x = 5 and y = 6" do not.
+_EQUATION = re.compile(r"[\s*(\[$]*+(?:[A-Za-z]\s*=)?(?:[\s0-9+\-*/×÷·()$%=^]|\.|,(?=[0-9]{3}))*+")
+_FIGURE = re.compile(rf"{_PLAIN}(?:\s*/\s*{_PLAIN})?")
+_CHARACTERS = {ord(char): "-" for char in "−–—‐‑﹣－"} | {ord(char): " " for char in "\u00a0\u2002\u2003\u2007\u3000"}
+_CHARACTERS |= {ord(char): "" for char in "\u200b\u200c\u200d\u2060\ufeff"} | {ord("⁄"): "/", ord("∕"): "/"}
+_CHARACTERS |= {ord(c): f" {n}/{d}" for c, n, d in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888", strict=True)}
+
+
+class Number(NamedTuple):
+    """A stated number. scale: what its unit multiplies it by: 1/100 for a percentage, 12 for dozens, 10**6 for millions, else 1."""
+
+    value: Fraction
+    scale: Fraction = Fraction(1)
+
+    def equals(self, gold: Fraction, tolerance: Fraction) -> bool:
+        """|difference| <= tolerance, in either reading: "50%" states 50 (what percentage?) and 0.5 (what share?), "2 dozen" 2 and 24.
+
+        The text does not say which of the two was asked for, and data sets hold both; the difference of a percentage is taken in points, so
+        that 51% is not 0.5 within 0.01.
+        """
+        scaled = abs(self.value * self.scale - gold) <= tolerance * min(self.scale, Fraction(1))
+        return scaled or abs(self.value - gold) <= tolerance
+
+
+def number(text: str) -> Number | None:
+    """The one number that `text` is, its unit aside: "$ 1,234.50", "12 apples", "-3/4", "1 1/2", "15 %", "2.5e3"; None for anything else.
+
+    Also "2 + 3 = 5" and "x = 5", where the last side counts. A fraction is read as its value whether or not it is in lowest terms.
+    """
+    text = text[:MAX_STATEMENT].translate(_CHARACTERS)
+    text = _FRAC.sub(r" \1/\2", text).strip()
+    found = _read(text)
+    if found is None and "=" in text:
+        left, equals, right = text.rpartition("=")
+        found = _read(right.strip()) if _EQUATION.fullmatch(left + equals) else None
+    return found
+
+
+def extract(text: str) -> Number | None:
+    """The number that `text` states as its answer; None where it states none, or not plainly one."""
+    found = stated(text)
+    return None if found is None else number(found.statement)
+
+
+def figures(text: str) -> list[Fraction]:
+    """The readings of the last figure in `text`, words around it or not: a fraction's value and its last number; [] where it has none."""
+    found = _FIGURE.findall(text[-MAX_STATEMENT:])
+    if not found:
+        return []
+    upper, slash, lower = found[-1].partition("/")
+    readings = [_plain(lower if slash else upper)]
+    return [_plain(upper) / readings[0], *readings] if slash and readings[0] else readings
+
+
+def verify(gold: str | float, text: str, credit: MathsCredit, *, tolerance: float = 0.01, symbolic: Evaluate | None = None) -> Verdict:
+    """Score 1.0 when the number that `text` states last differs from `gold` by at most `tolerance`, else what `credit` gives.
+
+    parts["error_kind"]: "wrong_answer" (another number), "no_answer" (none that can be read), or None. symbolic: values an expression that
+    is not a plain number, such as 4\\pi or 2\\sqrt{3}, or gives None. Raises ValueError for a `gold` that is no number.
+    """
+    target = number(str(gold))
+    if target is None:
+        raise ValueError(f"gold answer: got {gold!r}, expected a number")
+    found = stated(text)
+    answer = None if found is None else number(found.statement)
+    if answer is None and found is not None and symbolic is not None:
+        value = symbolic(found.statement)
+        answer = None if value is None else Number(Fraction(value))
+    if answer is None:
+        return Verdict(credit.no_answer, False, {"error_kind": "no_answer"})
+    if answer.equals(target.value, Fraction(str(tolerance))):
+        return Verdict(1.0, True, {"error_kind": None})
+    return Verdict(credit.wrong_answer, False, {"error_kind": "wrong_answer"})
+
+
+def _read(text: str) -> Number | None:
+    """The number at the head of `text`, when a unit and the end of a sentence are all that follows it."""
+    if text.startswith("<"):  # SVAMP's prose chains state <203>; an open < alone is "less than"
+        inner, closed, rest = text[1:].partition(">")
+        text = inner + rest if closed else ""
+    lead = _LEAD.match(text)
+    match = _NUMBER.match(text, lead.end() if lead else 0)
+    value = _value(match) if match else None
+    if match is None or value is None:
+        return None
+    at, scale = match.end(), Fraction(1)
+    if percent := _PERCENT.match(text, at):
+        at, scale = percent.end(), Fraction(1, 100)
+    elif word := _SCALE.match(text, at):
+        at, scale = word.end(), Fraction(1000 if word["k"] else _SCALES[word["word"].lower()])
+    unit = _UNIT.match(text, at)
+    end = unit.end() if unit else at
+    if _NOT_A_UNIT.match(text, at, end) or not _END.match(text, end) or _HEDGED.match(text, end):
+        return None
+    return Number(value, scale)
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    """None for a zero denominator, two signs, and a mixed number whose fraction is not below 1."""
+    if match["sign"] and match["inner"]:
+        return None
+    if match["whole"]:
+        num, den = int(match["num"]), int(match["den"])
+        value = int(match["whole"]) + Fraction(num, den) if num < den else None
+    elif match["upper"]:
+        lower = _plain(match["lower"])
+        value = _plain(match["upper"]) / lower if lower else None
+    else:
+        value = _plain(match["plain"]) * Fraction(10) ** int(match["e"] or match["power"] or 0)
+    negative = match["inner"] or (match["sign"] or "+").lower() in ("-", "negative", "minus")
+    return -value if value is not None and negative else value
+
+
+def _plain(digits: str) -> Fraction:
+    return Fraction(re.sub(r"[^0-9.]", "", digits))

@@ -1,0 +1,78 @@
+"""Options: does a text choose the gold letter of a multiple-choice question? (MathQA in ReFT, arXiv 2401.08967, section 3.)
+
+Invariant: pure, total and bounded. Only a statement that chooses ONE letter counts, as `c`, `(C)`, `c ) 38` or `option c`; two letters, a
+letter in a word and the article "a" choose none. A right letter may stand below a wrong chain (section 3.6: reward hacking);
+parts["value_agrees"] says so without changing the score.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+
+from minirl.episode import Verdict
+from minirl.recipe.maths import MathsCredit
+from minirl.verify.numeric import Number, figures, number
+from minirl.verify.stated import Stated, stated
+
+LETTERS = "abcde"
+_LEAD = r"(?:[\s*_\"'“‘`(\[{<$]|\\\(|\\(?:text|textbf|mathrm|mathbf)\b|(?:the\s++)?(?:answer\s++)?(?:option|choice|letter)\b)*+"
+_CLOSE = r"[\s*_\"'”’`$]*+(?P<bracket>[)\]}>:]|\.(?=\s*[^\s\w]*[0-9]))?(?:[\s*_\"'”’`$)\]}>]|\\\))*+"
+_CHOICE = re.compile(rf"{_LEAD}(?P<letter>[A-Za-z])(?![\w'’+#-]){_CLOSE}", re.IGNORECASE)
+_END = re.compile(r"\Z|[.!](?!\w)|[;,(]")
+# A second letter in the form of an option, or a word that takes the first one back.
+_SECOND = re.compile(
+    r"\b(?:or|nor|not|and)\b|[(\[]\s*[a-e]\s*[)\]]|(?<![\w'’)\]])[a-e]\s*[)\]]|[,/&]\s*[a-e]\s*(?:[.!;,]|\Z)", re.IGNORECASE
+)
+# What the extraction of MathQA left before a value ("a ) 2" inside option a, "s . 180" for "rs . 180") and after it ("288 cm 2").
+_STRAY = re.compile(r"^\s*(?:[a-e]\s*[).]|[a-z]\s*=|r?s\b\s*\.?)\s*|(?<=[a-z])\s*\^?\s*[23]\s*\.?\s*$")
+
+
+def letter(text: str, options: int = len(LETTERS)) -> str | None:
+    """The letter, in lower case, that `text` states as its answer; None where it states none of the first `options`, or more than one."""
+    found = stated(text)
+    choice = None if found is None else _choice(found.statement)
+    return choice[0] if choice and choice[0] in LETTERS[:options] else None
+
+
+def option_value(option: str) -> Number | None:
+    """The number that an option of MathQA is; None for a ratio, a formula or "none of these"."""
+    return number(_STRAY.sub("", option))
+
+
+def verify(gold: str, options: Sequence[str], text: str, credit: MathsCredit) -> Verdict:
+    """Score 1.0 when `text` states the letter `gold` last, else what `credit` gives.
+
+    parts["error_kind"]: "wrong_answer" (another letter), "no_answer" (no single letter), or None. parts["value_agrees"]: whether the value
+    that the chosen option has is the last number of the chain (or the one stated with the letter); None where either is no number. On
+    MathQA's own rationales it is True for 92% of the right letters and 1% of the others.
+    """
+    found = stated(text)
+    choice = None if found is None else _choice(found.statement)
+    if found is None or choice is None or choice[0] not in LETTERS[: len(options)]:
+        return Verdict(credit.no_answer, False, {"error_kind": "no_answer", "value_agrees": None})
+    agrees = _agrees(option_value(options[LETTERS.index(choice[0])]), choice[1], found)
+    if choice[0] == gold:
+        return Verdict(1.0, True, {"error_kind": None, "value_agrees": agrees})
+    return Verdict(credit.wrong_answer, False, {"error_kind": "wrong_answer", "value_agrees": agrees})
+
+
+def _choice(statement: str) -> tuple[str, str] | None:
+    """The letter that a statement chooses, and what it says after it: ("c", "38") of "(c) 38"."""
+    match = _CHOICE.match(statement)
+    if match is None:
+        return None
+    after = statement[match.end() :]
+    if _SECOND.search(after) or not (match["bracket"] or _END.match(after)):
+        return None
+    return match["letter"].lower(), after
+
+
+def _agrees(value: Number | None, said: str, found: Stated) -> bool | None:
+    if value is None:
+        return None
+    beside = option_value(said)
+    last = [abs(beside.value)] if beside else figures(found.before)
+    # Figures have no sign: in a chain a minus may be an operation.
+    return any(abs(figure - abs(value.value)) <= Fraction(1, 100) for figure in last) if last else None

@@ -1,0 +1,105 @@
+"""Programs: does the `solution()` in a text return the gold number? (ReFT's P-CoT, arXiv 2401.08967.)
+
+Invariant: the text is read line by line and handed to the sandbox as it stands; nothing of it is executed, compiled or parsed here, and
+whatever it is, a Verdict comes back within the sandbox's limits.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator
+from fractions import Fraction
+
+from minirl.episode import Verdict
+from minirl.recipe.maths import MathsCredit
+from minirl.verify.sandbox import DEFAULT, Limits, Result, plain_number, run_program
+
+FENCE = "```"
+_HEAD = re.compile(r"(?:async\s+)?def\s+solution\b")
+# Lines at the margin that belong to a program: what a prose sentence does not begin with.
+_CODE = re.compile(r"def\s+\w+\s*\(|class\s+\w+\s*[(:]|import\s+[\w., ]+$|from\s+[\w.]+\s+import\b|[A-Za-z_]\w*\s*=[^=]|[@#)\]}]")
+
+
+def extract(text: str) -> str | None:
+    """The program in `text`: the last fenced block that defines `solution`, else the first bare definition of it; None without either.
+
+    A fence that is never closed runs to the end (a completion cut short). A bare program may begin with imports, constants or helpers and
+    ends at the first line at the margin that is no code, or at a second `def solution`: models write on. What precedes </think> is thought.
+    """
+    lines = text.rpartition("</think>")[2].replace("\r\n", "\n").split("\n")
+    blocks = [block for block in _fenced(lines) if any(map(_HEAD.match, block))]
+    block = blocks[-1] if blocks else _bare(lines)
+    return "\n".join(block) + "\n" if block else None
+
+
+def answer(text: str, *, limits: Limits = DEFAULT) -> Result | None:
+    """What the program in `text` returns, as a vote over samples needs it; None where there is no program."""
+    program = extract(text)
+    return None if program is None else run_program(program, limits=limits)
+
+
+def verify(gold: str | float, text: str, credit: MathsCredit, *, tolerance: float = 0.01, limits: Limits = DEFAULT) -> Verdict:
+    """Score 1.0 when the program in `text` returns a number that differs from `gold` by at most `tolerance`, else what `credit` gives.
+
+    The tolerance is the paper's: absolute, and inclusive for the decimal numbers as written, so 1.01 is right for 1. There is no relative
+    one: 0.005 is right for 0.015, and a large number has to be right in every digit before the point, which a program's is.
+    parts["error_kind"]: "wrong_answer" (credit.wrong_answer), or "no_program", "program_error", "timeout", "memory", "no_number" (all of
+    them credit.no_answer), or None. Raises ValueError for a `gold` that is no plain number, UserError where there is no sandbox.
+    """
+    target = plain_number(str(gold).strip())
+    if target is None:
+        raise ValueError(f"gold answer: got {gold!r}, expected a plain finite number")
+    result = answer(text, limits=limits)
+    if result is None or result.value is None:
+        return Verdict(credit.no_answer, False, {"error_kind": result.error if result else "no_program"})
+    # As decimal numbers: in binary 1.01 - 1 is more than 0.01.
+    if abs(Fraction(str(result.value)) - Fraction(str(target))) <= Fraction(str(tolerance)):
+        return Verdict(1.0, True, {"error_kind": None})
+    return Verdict(credit.wrong_answer, False, {"error_kind": "wrong_answer"})
+
+
+def _fenced(lines: list[str]) -> Iterator[list[str]]:
+    """The blocks between fences, each moved to the margin."""
+    block: list[str] | None = None
+    for line in lines:
+        if not line.lstrip().startswith(FENCE):
+            if block is not None:
+                block.append(line)
+        elif block is None:
+            block = []
+        else:
+            yield textwrap.dedent("\n".join(block)).split("\n")
+            block = None
+    if block:
+        yield textwrap.dedent("\n".join(block)).split("\n")
+
+
+def _bare(lines: list[str]) -> list[str]:
+    head = next((i for i, line in enumerate(lines) if _HEAD.match(line)), None)
+    if head is None:
+        return []
+    start = head
+    for i in range(head - 1, -1, -1):
+        if _CODE.match(lines[i]):
+            start = i
+        elif lines[i].strip() and not lines[i][0].isspace():
+            break
+    end, open_quote = head + 1, ""
+    for line in lines[end:]:
+        margin = bool(line) and not line[0].isspace() and not open_quote
+        if margin and (_HEAD.match(line) or not _CODE.match(line)):
+            break
+        open_quote = _after(line, open_quote)
+        end += 1
+    return lines[start:end]
+
+
+def _after(line: str, open_quote: str) -> str:
+    """Which triple quote is open after `line`: a docstring's further lines may stand at the margin."""
+    for found in re.findall(r"""'{3}|"{3}""", line):
+        if found == open_quote:
+            open_quote = ""
+        elif not open_quote:
+            open_quote = found
+    return open_quote

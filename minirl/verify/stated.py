@@ -1,0 +1,64 @@
+"""Where a text states its answer: the last "the answer is", `####` (GSM8K's own mark) or \\boxed{...}.
+
+Invariant: only a statement counts. A sentence that denies or doubts ("the answer is not", "I doubt that the answer is") states nothing,
+and nothing before the last statement is ever read as the answer. Linear in the text, of which the last MAX_CHARS are looked at.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+MAX_CHARS = 16_384
+MAX_STATEMENT = 240
+PHRASE = "The answer is"
+
+# `####` is also a Markdown heading: it is a mark only where a number follows.
+_MARK = re.compile(
+    r"\bthe\s++(?:(?:final|correct|right)\s++)?answer\s++is(?P<denied>n['’]t)?\b"
+    r"|####(?=[ \t]*+[^\s\w#]{0,3}[ \t]*+\.?[0-9])|\\(?:boxed|fbox)\s*+\{",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(r"\b(?:(?:can)?not|never|n?either|nor|or|doubt|whether|unless)\b|n['’]t\b", re.IGNORECASE)
+_CLAUSE_END = re.compile(r"[.,;:!?\n]")
+_HEDGED = re.compile(r"[\s.,;()$*\\\]]*+(?:or|and|nor|not|versus|vs)\b", re.IGNORECASE)
+
+
+class Stated(NamedTuple):
+    """statement: one line of at most MAX_STATEMENT characters, or what a box holds. before: the text up to where the answer is stated."""
+
+    statement: str
+    before: str
+
+
+def stated(text: str) -> Stated | None:
+    """The last statement of an answer in `text`; None where there is none, or the last one is denied, hedged or a box never closed."""
+    text = text[-MAX_CHARS:]
+    marks = list(_MARK.finditer(text))
+    if not marks:
+        return None
+    mark = marks[-1]
+    clause = _CLAUSE_END.split(text[max(0, mark.start() - MAX_STATEMENT) : mark.start()])[-1]
+    if mark["denied"] or _DENIED.search(clause):
+        return None
+    # "The answer is \boxed{5}" is one statement; the reasoning ends where its first mark begins.
+    line = text.rfind("\n", 0, mark.start()) + 1
+    before = text[: next(m.start() for m in marks if m.start() >= line)]
+    rest = text[mark.end() : mark.end() + 4 * MAX_STATEMENT]
+    if mark[0].endswith("{"):
+        end = _closing(rest)
+        if end is None or end > MAX_STATEMENT or _HEDGED.match(rest, end + 1):
+            return None
+        return Stated(rest[:end], before)
+    statement = rest.lstrip(" \t\r\n:*").partition("\n")[0]
+    return Stated(statement[:MAX_STATEMENT], before)
+
+
+def _closing(text: str) -> int | None:
+    """Where the brace that was opened before `text` closes."""
+    depth = 1
+    for at, char in enumerate(text):
+        depth += (char == "{") - (char == "}")
+        if depth == 0:
+            return at
+    return None
