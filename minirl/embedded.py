@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import re
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ import zipfile
 from pathlib import Path
 
 from minirl.errors import UserError
+from minirl.files import cache_dir
 from minirl.hub import hub_answers
 
 EMBEDDED = "smollm2-135m"
@@ -84,14 +84,6 @@ def cached_snapshot(repo: str) -> str | None:
     shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     wanted = {"config.json", "tokenizer_config.json", *shards}
     return str(folder) if all((folder / file).is_file() for file in wanted) else None
-
-
-def cache_dir() -> Path:
-    """$MINIRL_CACHE, else `minirl` in the user's cache folder."""
-    own = os.environ.get("MINIRL_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minirl"
 
 
 def _check_folder(folder: Path) -> str:

@@ -19,6 +19,14 @@ import filelock
 from minirl.errors import UserError
 
 
+def cache_dir() -> Path:
+    """$MINIRL_CACHE, else `minirl` in the user's cache folder."""
+    own = os.environ.get("MINIRL_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minirl"
+
+
 def write_file(path: Path, text: str) -> None:
     """Replace a file in one rename, on the disk when this returns."""
     temp = _temp(path)

@@ -115,9 +115,8 @@ def test_bf16_is_as_near_to_float32_as_plain_rows_are(arch: str, tmp_path: Path)
     while len(drawn) < len(rows):
         drawn |= sampler.poll()
     again = [
-        Row(r.tokens + c.tokens, (False,) * r.length + (True,) * len(c.tokens), (0.0,) * r.length + c.logprobs, 1.0, 1.0, r.episode, r.group)
-        for r in rows
-        for c in (drawn[r.episode],)
+        replace(r, tokens=r.tokens + c.tokens, mask=(False,) * r.length + (True,) * len(c.tokens), old=(0.0,) * r.length + c.logprobs)
+        for r, c in ((r, drawn[r.episode]) for r in rows)
     ]
     batch = collate_plain(again, pad=258, device=policy.device)
     with torch.no_grad():

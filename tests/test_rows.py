@@ -16,7 +16,7 @@ import pytest
 
 from minirl import hub
 from minirl.errors import UserError
-from minirl.tasks.rows import read_rows
+from minirl.rows import read_rows
 
 ROWS = [{"a": 1, "b": "ä\u2028x"}, {"a": [2], "b": None}, {"a": {"c": 3}, "b": ""}]
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,7 +175,7 @@ split = {"name": "train", "num_bytes": size, "num_examples": count, "dataset_nam
 names = {"builder_name": "parquet", "dataset_name": "some-rows", "config_name": "default", "version": "0.0.0"}
 DatasetInfo(features=features, splits={"train": split}, **names).write_to_directory(str(folder))
 from minirl.errors import UserError
-from minirl.tasks.rows import read_rows
+from minirl.rows import read_rows
 print(list(read_rows("owner/some-rows", ["a"])))
 for source, split in (("owner/other", "train"), ("owner/some-rows", "test")):
     try:
