@@ -6,6 +6,7 @@ of the weights, the ask's tokens and its seed alone (given the same logits), wha
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ def open_sampler(
     """The live sampler where the model's attention allows it, else the plain one. The numbers are those of recipe.Sampling."""
     if policy.shares_prefixes:
         return LiveSampler(policy, chat, rows=rows, cache_tokens=cache_tokens, cuda_graphs=cuda_graphs)
+    kind = policy.model.get_base_model().config.get_text_config().model_type
+    logging.getLogger("minirl").info("%s models cannot share prefixes here: sampling by `generate`, learning on plain rows, both slower", kind)
     return PlainSampler(policy, chat, rows=rows)
 
 

@@ -278,12 +278,15 @@ def test_uniforms_are_a_function_of_the_seed() -> None:
     assert uniforms(Ask((1,), 5, 1.0, (), 8)) != one
 
 
-def test_a_family_without_slots_takes_the_plain_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_family_without_slots_takes_the_plain_sampler_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     policy, chat = opened(tmp_path)
-    assert isinstance(open_sampler(policy, chat, rows=2), LiveSampler)
-    policy.shares_prefixes = False
-    sampler: Any = open_sampler(policy, chat, rows=2)
+    with caplog.at_level("INFO", logger="minirl"):
+        assert isinstance(open_sampler(policy, chat, rows=2), LiveSampler)
+        assert caplog.messages == []
+        policy.shares_prefixes = False
+        sampler: Any = open_sampler(policy, chat, rows=2)
     assert isinstance(sampler, PlainSampler)
+    assert caplog.messages == ["llama models cannot share prefixes here: sampling by `generate`, learning on plain rows, both slower"]
 
 
 def test_a_models_own_generation_config_warps_nothing(tmp_path: Path) -> None:
