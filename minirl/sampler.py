@@ -38,7 +38,7 @@ def open_sampler(
     if policy.shares_prefixes:
         return LiveSampler(policy, chat, rows=rows, cache_tokens=cache_tokens, cuda_graphs=cuda_graphs)
     kind = policy.model.get_base_model().config.get_text_config().model_type
-    logging.getLogger("minirl").info("%s models cannot share prefixes here: sampling by `generate`, learning on plain rows, both slower", kind)
+    logging.getLogger("minirl").info("%s models cannot share prefixes here: sampling by `generate`, learning on plain rows", kind)
     return PlainSampler(policy, chat, rows=rows)
 
 
