@@ -24,7 +24,15 @@ OPERATORS = "+-*/"
 # Draws without a new problem, and draws a wanted problem, before a recipe is called too narrow: 0.1 s, and seconds at the default size.
 MAX_MISSES, MAX_TRIES = 20_000, 500
 MAX_TRIALS = 3  # most other wrong tries of a demonstrated reflection
-GIVE_UP = 0.5  # chance that it stops after a wrong try
+GIVE_UP = 0.25  # chance that it stops after a wrong try
+# Half of the demonstrated reflections are what models say by themselves: true, and of no use to a retry.
+VAGUE_SHARE = 0.5
+VAGUE = (
+    "That does not come to {target}. I should be more careful with the arithmetic.",
+    "The value is wrong. I would look at the operators again.",
+    "I missed {target}. Another combination of the numbers is needed.",
+    "I did not check the result. Next time I would check it against {target}.",
+)
 MAX_WAYS = 100  # solutions that a demonstration is chosen from: every one of 3 numbers, and a bounded search for 6
 WRONG_TRIES = 200  # draws of a wrong attempt before all are taken to reach the target (as with 2 + 2 and 2 * 2)
 
@@ -157,11 +165,12 @@ def solutions(numbers: Sequence[int], target: int, operators: str) -> Iterator[W
 
 
 def demonstrate(problem: Problem, rng: Random, *, operators: str) -> Demonstration:
-    """A right answer, a wrong attempt, and a reflection that works the attempt out and then tries others, one operation at a time.
+    """A right answer, a wrong attempt, and a reflection: some vague words, or the attempt worked out and others tried.
 
     "8 + (3 - 2): 3 - 2 = 1, 8 + 1 = 9, not 13. (8 + 3) + 2: 8 + 3 = 11, 11 + 2 = 13, yes.": a retry can copy what was found.
-    Tries come in random order and are given up at random, so not every reflection finds a solution: how long to go on is left for
-    reinforcement learning to find. The attempt misses the target; only where no expression over all the numbers does, it leaves one out.
+    Tries come in random order and are given up at random, so not every such reflection finds a solution. Which kind of reflection helps,
+    and how long to go on, is left for reinforcement learning to find. The attempt misses the target; only where no expression over all the
+    numbers does, it leaves one out.
     """
     numbers, target = problem.answer["numbers"], problem.answer["target"]
     ways = list(itertools.islice(solutions(numbers, target, operators), MAX_WAYS))
@@ -176,6 +185,9 @@ def demonstrate(problem: Problem, rng: Random, *, operators: str) -> Demonstrati
     else:
         value, wrong = None, (str(numbers[0]),)
         fault = f"{numbers[0]} leaves out {', '.join(map(str, numbers[1:]))}."
+    if rng.random() < VAGUE_SHARE:
+        vague = rng.choice(VAGUE).format(target=target)
+        return Demonstration(_answer(solution[-1]), _answer(wrong[-1]), vague, settled=False)
     others = _misses(numbers, target, operators, rng, count=1 + MAX_TRIALS)
     trials = list(_trials([way for other, way in others.items() if other != value][:MAX_TRIALS], solution, rng))
     return Demonstration(_answer(solution[-1]), _answer(wrong[-1]), " ".join([fault, *trials]), settled=trials[-1].endswith("yes."))
