@@ -5,24 +5,29 @@ Invariant: a reward of None is "not scored" and gets the advantage None; a group
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import sqrt
 
 from minirl.episode import Group
 from minirl.recipe import Learner
 
 EPSILON = 1e-6  # added to the standard deviation, as in the ReSearch code
+Total = Callable[[list[float]], list[float]]
+"""Adds up each number of a list over all processes."""
 
 
 def advantages(group: Group, learner: Learner) -> list[float | None]:
     """One advantage an episode, shared by all its trained tokens; None for an episode that no loss may touch.
 
     baseline `mean` and scale `std` are GRPO (arXiv 2402.03300, eq. 3), `leave_one_out` is RLOO (arXiv 2402.14740, eq. 8). The standard
-    deviation is the sample's (n - 1). Under loss `nll` every episode counts 1: its likelihood is raised whatever its reward.
+    deviation is the sample's (n - 1). Under loss `nll` every episode counts 1: its likelihood is raised whatever its reward. Under `ppo`
+    every scored episode counts 1, which says no more than that it takes part: each of its tokens gets its own advantage (see ppo.py).
     """
     usable = [e.trained_tokens > 0 and not (learner.drop_overlong and e.finish == "length") for e in group.episodes]
     if learner.loss == "nll":
         return [1.0 if use else None for use in usable]
+    if learner.loss == "ppo":
+        return [1.0 if use and reward is not None else None for use, reward in zip(usable, group.rewards, strict=True)]
     scored = [reward for reward in group.rewards if reward is not None]
     values = iter(_center_and_scale(scored, learner))
     shaped = [None if reward is None else next(values) for reward in group.rewards]
@@ -32,6 +37,53 @@ def advantages(group: Group, learner: Learner) -> list[float | None]:
 def is_dead(values: Sequence[float | None]) -> bool:
     """Whether a group teaches nothing: no advantage differs from zero. Such groups cost no forward pass."""
     return not any(values)
+
+
+def token_rewards(score: float, logprobs: Sequence[float], reference: Sequence[float], beta: float) -> list[float]:
+    """The reward of each trained token of one episode: the penalty -beta * (logprob - reference), and at the last token the score too.
+
+    logprobs: the sampler's, of the trained tokens alone; reference: those of the reference policy. ReFT (arXiv 2401.08967, section 3.2).
+    """
+    penalties = [-beta * (logprob - anchor) for logprob, anchor in zip(logprobs, reference, strict=True)]
+    return [*penalties[:-1], penalties[-1] + score]
+
+
+def gae(rewards: Sequence[float], values: Sequence[float], gamma: float, lam: float) -> tuple[list[float], list[float]]:
+    """Advantages and returns of one episode's trained tokens (generalised advantage estimation, arXiv 1506.02438, eq. 16).
+
+    What stands between two trained turns is skipped: the token after the last one of a turn is the first one of the next. After the last
+    of all the episode is over and worth 0. A return is an advantage plus the value, the target that the value head learns.
+    """
+    advantages = [0.0] * len(rewards)
+    following, after = 0.0, 0.0  # the next token's advantage and value
+    for t in reversed(range(len(rewards))):
+        following = rewards[t] + gamma * after - values[t] + gamma * lam * following
+        advantages[t], after = following, values[t]
+    return advantages, [advantage + value for advantage, value in zip(advantages, values, strict=True)]
+
+
+def moments(values: Sequence[float], total: Total = list) -> tuple[float, float]:
+    """Mean and population variance of the values of all processes together; zeros where nobody has any."""
+    count, added = total([float(len(values)), sum(values)])
+    mean = added / count if count else 0.0
+    (squares,) = total([sum((value - mean) * (value - mean) for value in values)])
+    return mean, squares / count if count else 0.0
+
+
+def whiten(values: Sequence[float], total: Total = list) -> list[float]:
+    """Values less their mean, over their population standard deviation; both are those of all processes together."""
+    mean, variance = moments(values, total)
+    return [(value - mean) / (sqrt(variance) + EPSILON) for value in values]
+
+
+def explained_variance(values: Sequence[float], returns: Sequence[float], total: Total = list) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 where values foretell every return, 0 where they are no better than one constant.
+
+    0 too where all returns are equal: there is nothing to explain.
+    """
+    left = moments([r - v for r, v in zip(returns, values, strict=True)], total)[1]
+    whole = moments(returns, total)[1]
+    return 1.0 - left / whole if whole else 0.0
 
 
 def _center_and_scale(rewards: Sequence[float], learner: Learner) -> list[float]:

@@ -1,49 +1,40 @@
 """Learner: groups in, one step of the adapter out.
 
-credit -> batch -> loss -> optimizer. Invariant: every denominator is taken over the whole optimizer step on all processes, so the
+credit -> batch -> objective -> optimizer. Invariant: every denominator is taken over the whole optimizer step on all processes, so the
 gradient is the same for any micro-batch size and any number of processes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from minirl import losses, optim
-from minirl.batch import Batch, Row, row
+from minirl import optim, ppo
+from minirl.batch import Row, row
 from minirl.credit import advantages, is_dead
 from minirl.episode import Group
+from minirl.objective import Sums, objective
 from minirl.policy import Policy
+from minirl.ppo import Experience
 from minirl.recipe import Learner as LearnerNode
 
 MIN_MICRO_TOKENS = 256
+VALUE = "value."  # before the names of the value optimizer's tensors
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class Sums:
-    """Totals over the trained tokens of a step: what the logged means are made of."""
+class Credited(NamedTuple):
+    """A group of a step with its advantages; `first` is the number of its first episode among all of this process's."""
 
-    tokens: Tensor
-    loss: Tensor
-    kl: Tensor
-    entropy: Tensor
-    clipped: Tensor
-    mismatch: Tensor
-    compared: Tensor  # the tokens that `mismatch` is summed over
-
-    @classmethod
-    def zero(cls, device: torch.device) -> Sums:
-        return cls(*(torch.zeros((), dtype=torch.float64, device=device) for _ in cls.__slots__))
-
-    def vector(self) -> Tensor:
-        return torch.stack([getattr(self, name) for name in self.__slots__])
+    first: int
+    group: Group
+    credit: list[float | None]
 
 
 class Learner:
@@ -51,6 +42,7 @@ class Learner:
 
     steps: of the whole stage, for the schedule. pad: the id that fills plain rows. limit_tokens: most trained tokens of an episode, the
     constant denominator of Dr. GRPO. temperature: that of sampling, under which tokens are scored too.
+    Under loss `ppo` the policy gets a value head, which has an optimizer and a gradient norm of its own.
     """
 
     def __init__(
@@ -70,12 +62,16 @@ class Learner:
         self.limit_tokens = limit_tokens
         self.temperature = temperature
         self.pad = pad
-        self.updates_planned = steps * node.passes * node.minibatches
+        updates_a_step = node.passes * node.minibatches
+        self.updates_frozen = min(steps, node.value_warmup) * updates_a_step  # in which the adapter waits for the value head
+        self.updates_planned = steps * updates_a_step - self.updates_frozen
         self.updates = 0
         self.skipped = 0
         self.micro_tokens = node.micro_tokens
         self.parameters = list(policy.trainable.values())
         self.optimizer = optim.build(node, self.parameters, policy.device)
+        self.value_parameters = list(policy.add_value_head().parameters()) if node.loss == "ppo" else []
+        self.value_optimizer = optim.build_value(node, self.value_parameters) if self.value_parameters else None
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
         # The scaler begins to exist with its first loss, and a process whose groups are all dead has none.
         self.scaler.scale(torch.zeros((), device=policy.device))
@@ -84,65 +80,83 @@ class Learner:
         """Train on this process's share of a step's groups; the step's means over all processes.
 
         kl, entropy, clip and mismatch_kl are means over trained tokens; mismatch_kl is the k3 estimate of KL(sampler || learner) before
-        the first update, which is what a wrong mask, position or weight shows up in.
+        the first update, which is what a wrong mask, position or weight shows up in. PPO's kl, value, return and explained_variance are
+        those of before the first update, its approx_kl the mean k3 estimate of KL(sampler || learner) over all of them.
         """
-        credits = [advantages(group, self.node) for group in groups]
+        firsts = accumulate((len(group.episodes) for group in groups), initial=0)
+        items = [Credited(first, group, advantages(group, self.node)) for first, group in zip(firsts, groups, strict=False)]
         sums = Sums.zero(self.policy.device)
         norms: list[float] = []
         self.policy.model.train()  # every dropout is zero; this is what gradient checkpointing goes by
+        experience = self._experience(items) if self.node.loss == "ppo" else None
         for number in range(self.node.passes):
-            for chunk in _split(list(zip(groups, credits, strict=True)), self.node.minibatches):
+            for chunk in _split(items, self.node.minibatches):
                 first = number == 0 and self.updates % (self.node.passes * self.node.minibatches) == 0
-                norms.append(self._one_update(self._rows(chunk), sums, measure_mismatch=first))
+                norms.append(self._one_update(self._rows(chunk), sums, experience, measure_mismatch=first))
                 self.updates += 1
         self.policy.model.eval()
-        tokens, loss, kl, entropy, clipped, mismatch, compared = self.accelerator.reduce(sums.vector(), "sum").tolist()
-        made = self.node.passes * self.node.minibatches
-        per_token = max(tokens, 1.0)
-        stats = {"loss": loss / made, "grad_norm": sum(norms) / made, "lr": self.learning_rate(self.updates - 1)}
+        return self._means(items, sums, norms, experience)
+
+    def _means(self, items: list[Credited], sums: Sums, norms: list[float], experience: Experience | None) -> dict[str, float]:
+        """What is logged of a step."""
+        totals = self.accelerator.reduce(sums.vector(), "sum").tolist()
+        total = dict(zip(Sums.__slots__, totals, strict=True))
+        made, per_token = len(norms), max(total["tokens"], 1.0)
+        stats = {"loss": total["loss"] / made, "grad_norm": sum(norms) / made, "lr": self.learning_rate(self.updates - 1)}
         if self.node.loss != "nll":
-            counts = torch.tensor([len(groups), sum(map(is_dead, credits))], dtype=torch.float32, device=self.policy.device)
-            stats["groups"], stats["dead"] = self.accelerator.reduce(counts, "sum").tolist()
-            stats |= {"entropy": entropy / per_token, "clip": clipped / per_token, "mismatch_kl": mismatch / max(compared, 1.0)}
-        if self.node.beta > 0:
-            stats["kl"] = kl / per_token
-        stats |= {"trained_tokens": tokens / self.node.passes, "skipped": float(self.skipped)}
-        return stats
+            stats["groups"], stats["dead"] = self._total([float(len(items)), float(sum(is_dead(item.credit) for item in items))])
+            stats |= {"entropy": total["entropy"] / per_token, "clip": total["clipped"] / per_token}
+            stats["mismatch_kl"] = total["mismatch"] / max(total["compared"], 1.0)
+        if self.node.penalises_loss:
+            stats["kl"] = total["kl"] / per_token
+        if experience is not None:
+            stats |= experience.stats | {"approx_kl": total["moved"] / per_token}
+            stats |= {"value_loss": total["value_loss"] / made, "value_clip": total["value_clipped"] / per_token}
+        return stats | {"trained_tokens": total["tokens"] / self.node.passes, "skipped": float(self.skipped)}
 
     def learning_rate(self, update: int) -> float:
-        """That of an update, counted from 0: a pure function, so that resuming needs no scheduler state."""
-        rising = math.ceil(round(self.node.warmup * self.updates_planned, 9))  # 0.07 * 100 is a little more than 7
-        if update < rising:
-            return self.node.lr * (update + 1) / rising
-        progress = (update - rising) / max(1, self.updates_planned - rising)
-        if self.node.schedule == "constant":
-            return self.node.lr
-        if self.node.schedule == "linear":
-            return self.node.lr * (1.0 - progress)
-        return self.node.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+        """The adapter's at an update, counted from 0: a pure function, so that resuming needs no scheduler state."""
+        return optim.learning_rate(self.node, update - self.updates_frozen, self.updates_planned)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values that a resumed run needs."""
         tensors, plain = optim.flatten(self.optimizer)
+        if self.value_optimizer is not None:  # torch's AdamW: its state is tensors alone
+            tensors |= {VALUE + name: tensor for name, tensor in optim.flatten(self.value_optimizer)[0].items()}
         counts = {"updates": self.updates, "skipped": self.skipped, "micro_tokens": self.micro_tokens}
         return tensors, {"optimizer": plain, "scaler": self.scaler.state_dict(), **counts}
 
     def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         """What `state` gave."""
-        optim.unflatten(self.optimizer, tensors, plain["optimizer"])
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(VALUE)}
+        optim.unflatten(self.optimizer, own, plain["optimizer"])
+        if self.value_optimizer is not None:
+            theirs = {name.removeprefix(VALUE): tensor for name, tensor in tensors.items() if name.startswith(VALUE)}
+            optim.unflatten(self.value_optimizer, theirs, {})
         self.scaler.load_state_dict(plain["scaler"])
         self.updates, self.skipped, self.micro_tokens = plain["updates"], plain["skipped"], plain["micro_tokens"]
 
-    def _rows(self, chunk: Sequence[tuple[Group, list[float | None]]]) -> list[Row]:
+    def _experience(self, items: list[Credited]) -> Experience:
+        """What PPO trains a step towards; the two forward passes of it may run out of memory like any other."""
+        rows = self._rows(items)
+
+        def look() -> ppo.Seen:
+            batches = self.policy.batches(rows, self.micro_tokens, pad=self.pad)
+            return ppo.look(self.policy, rows, batches, temperature=self.temperature, reference=self.node.beta > 0)
+
+        scores = {item.first + i: e.reward for item in items for i, e in enumerate(item.group.episodes) if e.reward is not None}
+        value_only = self.updates < self.updates_frozen
+        return ppo.experience(self._within_memory(look), scores, self.node, self._total, value_only=value_only)
+
+    def _rows(self, chunk: Sequence[Credited]) -> list[Row]:
         """The live episodes of a minibatch, each with its token weight; dead groups count in the denominators and cost nothing else."""
         counted = [
-            (e, a, None if is_dead(credit) else number)
-            for number, (group, credit) in enumerate(chunk)
-            for e, a in zip(group.episodes, credit, strict=True)
+            (item.first + i, e, a, None if is_dead(item.credit) else number)
+            for number, item in enumerate(chunk)
+            for i, (e, a) in enumerate(zip(item.group.episodes, item.credit, strict=True))
             if a is not None
         ]
-        local = torch.tensor([len(counted), sum(e.trained_tokens for e, _, _ in counted)], dtype=torch.float64)
-        episodes, tokens = self.accelerator.reduce(local.to(self.policy.device), "sum").tolist()
+        episodes, tokens = self._total([float(len(counted)), float(sum(e.trained_tokens for _, e, _, _ in counted))])
 
         def weight(trained_tokens: int) -> float:
             if self.node.aggregate == "token":
@@ -151,94 +165,92 @@ class Learner:
 
         return [
             row(e, advantage=a, weight=weight(e.trained_tokens), number=number, group=group)
-            for number, (e, a, group) in enumerate(counted)
+            for number, e, a, group in counted
             if group is not None
         ]
 
-    def _one_update(self, rows: list[Row], sums: Sums, *, measure_mismatch: bool) -> float:
+    def _one_update(self, rows: list[Row], sums: Sums, experience: Experience | None, *, measure_mismatch: bool) -> float:
         """Accumulate the gradient of all rows and apply it; its norm before clipping (0.0 when there was nothing to learn)."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.updates)
+
+        def accumulated() -> Sums:
+            self._zero_gradients()
+            found = Sums.zero(self.policy.device)
+            for batch in self.policy.batches(rows, self.micro_tokens, pad=self.pad):
+                loss = objective(
+                    self.policy,
+                    self.node,
+                    batch,
+                    found,
+                    temperature=self.temperature,
+                    experience=experience,
+                    measure_mismatch=measure_mismatch,
+                )
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            return found
+
+        sums.add(self._within_memory(accumulated))
+        return self._apply(bool(rows), value_only=experience is not None and experience.value_only)
+
+    def _within_memory(self, attempt: Callable[[], T]) -> T:
+        """The attempt, begun again with micro-batches half as large as often as it runs out of memory."""
         while True:
-            self.optimizer.zero_grad(set_to_none=False)
-            attempt = Sums.zero(self.policy.device)
             try:
-                for batch in self.policy.batches(rows, self.micro_tokens, pad=self.pad):
-                    self._backward(batch, attempt, measure_mismatch)
-                break
+                return attempt()
             except torch.OutOfMemoryError:
                 if self.micro_tokens <= MIN_MICRO_TOKENS:
                     raise
                 self.micro_tokens //= 2
             torch.cuda.empty_cache()  # here, where the failed forward's tensors are no longer held by the traceback
-        for name in Sums.__slots__:
-            setattr(sums, name, getattr(sums, name) + getattr(attempt, name))
-        return self._apply(bool(rows))
 
-    def _backward(self, batch: Batch, sums: Sums, measure_mismatch: bool) -> None:
-        node, reference = self.node, None
-        if node.beta > 0:
-            # Before the policy's own forward: the swap must not touch weights that a backward pass still needs.
-            with self.policy.reference():
-                reference, _ = self.policy.logprobs(batch, temperature=self.temperature)
-        logprobs, entropy = self.policy.logprobs(
-            batch, temperature=self.temperature, entropy=node.loss != "nll", entropy_grad=node.entropy != 0
-        )
-        clipped = torch.zeros_like(batch.old, dtype=torch.bool)
-        if node.loss == "nll":
-            loss = losses.nll(logprobs, batch.weights)
-        else:
-            loss, clipped = losses.policy_loss(
-                logprobs,
-                batch.old,
-                batch.advantages,
-                batch.weights,
-                clip_low=node.clip_low,
-                clip_high=node.clip_high,
-                episode=batch.episode if node.ratio == "sequence" else None,
-            )
-            if measure_mismatch:
-                sums.compared += batch.old.numel()
-                sums.mismatch += losses.kl_k3(batch.old, logprobs.detach()).double().sum()
-        if reference is not None:
-            kl = losses.kl_k3(logprobs, reference)
-            loss = loss + node.beta * (batch.weights * kl).sum()
-            sums.kl += kl.detach().double().sum()
-        if entropy is not None:
-            sums.entropy += entropy.detach().double().sum()
-            if node.entropy:
-                loss = loss - node.entropy * (batch.weights * entropy).sum()
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        sums.loss += loss.detach().double()
-        sums.clipped += clipped.double().sum()
-        sums.tokens += batch.old.numel()
+    def _apply(self, live: bool, *, value_only: bool = False) -> float:
+        """Sum the gradient over processes, clip it, step; a gradient that is not finite skips the step and is counted.
 
-    def _apply(self, live: bool) -> float:
-        """Sum the gradient over processes, clip it, step; a gradient that is not finite skips the step and is counted."""
-        anything = self.accelerator.reduce(torch.tensor(float(live), device=self.policy.device), "sum").item()
-        if not anything:
+        The adapter's and the value head's are clipped apart, so that a bad value does not shrink the policy's step; neither steps where
+        one of the two is not finite. With value_only the adapter stays as it is, moments and weight decay included.
+        """
+        if not self._total([float(live)])[0]:
             return 0.0
         self._reduce_gradients()
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.node.grad_clip).item()
-        if not math.isfinite(norm):
+        for optimizer in self._optimizers():
+            self.scaler.unscale_(optimizer)
+        parts = [self.parameters, self.value_parameters] if self.value_parameters else [self.parameters]
+        norms = [torch.nn.utils.clip_grad_norm_(part, self.node.grad_clip).item() for part in parts]
+        if all(map(math.isfinite, norms)):
+            for optimizer in self._optimizers()[value_only:]:
+                self.scaler.step(optimizer)
+        else:
             self.skipped += 1
-            self.optimizer.zero_grad(set_to_none=False)
-        if math.isfinite(norm) or self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # skips by itself where unscale_ found a gradient that is not finite
+            self._zero_gradients()
         self.scaler.update()
-        return norm if math.isfinite(norm) else 0.0
+        return norms[0] if all(map(math.isfinite, norms)) else 0.0
 
     def _reduce_gradients(self) -> None:
-        for p in self.parameters:
+        parameters = [*self.parameters, *self.value_parameters]
+        for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         if self.accelerator.num_processes == 1:
             return
-        flat = torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
+        flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
         flat = self.accelerator.reduce(flat, "sum")
-        for p, piece in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+        for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = piece.view_as(p).clone()
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """The adapter's, and the value head's where there is one."""
+        return [self.optimizer] if self.value_optimizer is None else [self.optimizer, self.value_optimizer]
+
+    def _zero_gradients(self) -> None:
+        for optimizer in self._optimizers():
+            optimizer.zero_grad(set_to_none=False)
+
+    def _total(self, numbers: list[float]) -> list[float]:
+        """Each number added up over all processes."""
+        local = torch.tensor(numbers, dtype=torch.float64, device=self.policy.device)
+        total: list[float] = self.accelerator.reduce(local, "sum").tolist()
+        return total
 
 
 def _split(items: list[T], count: int) -> Iterator[list[T]]:

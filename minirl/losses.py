@@ -43,6 +43,19 @@ def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     return torch.expm1(difference) - difference
 
 
+def value_loss(values: Tensor, old: Tensor, returns: Tensor, weights: Tensor, *, clip: float | None) -> tuple[Tensor, Tensor]:
+    """Half the squared error of the values, summed with `weights`; and which tokens were clipped, (N,) bool.
+
+    values carries the gradient; old are those of before the step. The larger error of the value and of the value held within `clip` of
+    the old one counts (ReFT, arXiv 2401.08967, section 3.2): a value that has gone further than that towards its return gets no gradient.
+    """
+    error = (values - returns).square()
+    if clip is None:
+        return 0.5 * (weights * error).sum(), torch.zeros_like(error, dtype=torch.bool)
+    held = (old + (values - old).clamp(-clip, clip) - returns).square()
+    return 0.5 * (weights * torch.maximum(error, held)).sum(), (held > error).detach()
+
+
 def nll(logprobs: Tensor, weights: Tensor) -> Tensor:
     """Weighted negative log-likelihood."""
     return -(weights * logprobs).sum()

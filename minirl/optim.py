@@ -1,7 +1,8 @@
-"""Optimizers: torch's AdamW or bitsandbytes' smaller ones, and their state as flat tensors that safetensors can hold."""
+"""Optimizers: torch's AdamW or bitsandbytes' smaller ones, their rate, and their state as flat tensors that safetensors can hold."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,6 +28,26 @@ def build(node: Learner, parameters: list[torch.nn.Parameter], device: torch.dev
     }
     optimizer: torch.optim.Optimizer = kinds[node.optimizer](parameters, **common)
     return optimizer
+
+
+def build_value(node: Learner, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW of the value head, whose few numbers are worth float32 whatever the adapter's optimizer is."""
+    return torch.optim.AdamW(parameters, lr=node.value_lr, betas=node.betas, weight_decay=0.0)
+
+
+def learning_rate(node: Learner, update: int, planned: int) -> float:
+    """The adapter's rate at an update, counted from 0, of so many planned; 0.0 before the first, while only a value head learns."""
+    rising = math.ceil(round(node.warmup * planned, 9))  # 0.07 * 100 is a little more than 7
+    if update < 0:
+        return 0.0
+    if update < rising:
+        return node.lr * (update + 1) / rising
+    progress = (update - rising) / max(1, planned - rising)
+    if node.schedule == "constant":
+        return node.lr
+    if node.schedule == "linear":
+        return node.lr * (1.0 - progress)
+    return node.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Policy: the model with its adapter, the log-probabilities it gives, and the frozen reference it is held to.
 
-Invariant: the reference is a snapshot of the adapter's weights, not "adapter off": after a warm-up the bare model is the wrong anchor.
+Invariant: the reference is a snapshot of the adapter's weights, not "adapter off": after a warm-up the bare model is the wrong anchor. A
+value head, where a stage needs one, is no part of the reference.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ from minirl.attention import Cached, Layout
 from minirl.batch import Batch, Row, collate, collate_plain, pack, pack_plain
 from minirl.errors import UserError
 from minirl.head import Head
+from minirl.value import FILE as VALUE_HEAD
+from minirl.value import ValueHead
 
 WEIGHTS = "policy.safetensors"
 
 
 class Policy:
-    """model: a peft model with one adapter, on `device`, computing in `dtype`; only the adapter's parameters require a gradient."""
+    """model: a peft model with one adapter, on `device`, computing in `dtype`; only the adapter's parameters require a gradient.
+
+    trainable: the adapter's weights. value_head: None until PPO needs it (`add_value_head`) or a saved one is loaded; it then stays.
+    """
 
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.model = model
@@ -38,18 +44,42 @@ class Policy:
         # A mask of four dimensions is handed through as it is: the layout alone says who sees whom.
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         self.trainable: dict[str, torch.nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.value_head: ValueHead | None = None
         self._reference: dict[str, Tensor] | None = None
 
+    def states(self, batch: Batch) -> Tensor:
+        """The trunk's last hidden states where each trained token is predicted, (N, D)."""
+        hidden = self.hidden(batch.tokens, batch.positions, batch.layout or batch.present)
+        return hidden.flatten(0, 1).index_select(0, batch.seen)
+
     def logprobs(
-        self, batch: Batch, *, temperature: float, entropy: bool = False, entropy_grad: bool = False
+        self, batch: Batch, *, temperature: float, entropy: bool = False, entropy_grad: bool = False, states: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each trained token under logits / temperature, (N,) float32; and the entropy there, (N,), where asked.
 
         The vocabulary projection runs on trained positions alone. The entropy carries a gradient only with `entropy_grad`.
+        states: those of this batch, where they are at hand already.
         """
-        hidden = self.hidden(batch.tokens, batch.positions, batch.layout or batch.present)
-        seen = hidden.flatten(0, 1).index_select(0, batch.seen)  # (N, D)
+        seen = self.states(batch) if states is None else states
         return self.head.logprobs(seen, batch.target, temperature=temperature, entropy=entropy, entropy_grad=entropy_grad)
+
+    def values(self, batch: Batch, *, states: Tensor | None = None) -> Tensor:
+        """The value head's estimate of the return from each trained token on, (N,) float32, made before that token is seen."""
+        if self.value_head is None:
+            raise RuntimeError("expected add_value_head() before values()")
+        out: Tensor = self.value_head(self.states(batch) if states is None else states)
+        return out
+
+    def add_value_head(self) -> ValueHead:
+        """The value head; a fresh one where there was none."""
+        if self.value_head is None:
+            self.value_head = ValueHead(self.model.get_base_model().config.get_text_config().hidden_size, self.device)
+        return self.value_head
+
+    def load_value_head(self, folder: Path) -> None:
+        """The value head that stands beside an adapter; nothing happens where none does. Raises UserError for another model's."""
+        if (folder / VALUE_HEAD).exists():
+            self.add_value_head().load(folder)
 
     def hidden(self, tokens: Tensor, positions: Tensor, sight: Layout | Cached | Tensor | None, cache: Any = None) -> Tensor:
         """Last hidden states (B, T, D) of tokens and positions (B, T); `sight` says who sees whom, as a layout or a padding mask."""
@@ -102,8 +132,10 @@ class Policy:
                 p.data = live[name]
 
     def save(self, folder: Path) -> None:
-        """The trainable weights, float32, as one safetensors file."""
+        """The trainable weights, float32, as one safetensors file; the value head's, where there is one, as another."""
         save_file({name: p.detach().cpu().contiguous() for name, p in self.trainable.items()}, folder / WEIGHTS)
+        if self.value_head is not None:
+            self.value_head.save(folder)
 
     def load(self, folder: Path) -> None:
         """Weights that `save` wrote. Raises UserError where they are another adapter's."""
@@ -114,3 +146,4 @@ class Policy:
         with torch.no_grad():
             for name, p in self.trainable.items():
                 p.copy_(stored[name])
+        self.load_value_head(folder)

@@ -36,6 +36,7 @@ FIELDS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("kl", "KL", lambda x: f"{x:.2g}"),
     ("entropy", "entropy", lambda x: f"{x:.3f}"),
     ("clip", "clipped", lambda x: f"{x:.1%}"),
+    ("explained_variance", "explained", lambda x: f"{x:.2f}"),
     ("grad_norm", "grad", lambda x: f"{x:.3g}"),
     ("lr", "lr", lambda x: f"{x:.2g}"),
     ("mismatch_kl", "mismatch", lambda x: f"{x:.1g}"),

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,6 +159,8 @@ def open_session(node: recipe.Recipe, run: Run, accelerator: Accelerator, progre
     run.check_model(models.fingerprint(loaded.model))
     chat = Chat(loaded.tokenizer, eos=eos(loaded.model))
     policy = Policy(loaded.model, loaded.device, loaded.dtype)
+    if node.model.adapter is not None:
+        policy.load_value_head(Path(node.model.adapter).expanduser())  # that of an earlier run's last ppo stage
     for line in (models.describe(loaded), *task.notes):
         progress.say(line)
     if (weights := run.weights()) is not None:

@@ -188,6 +188,12 @@ def _save(policy: Policy, learner: Learner, folder: Path) -> None:
     (folder / LEARNER_STATE).write_text(json.dumps(plain))
 
 
+def _export(policy: Policy, folder: Path) -> None:
+    models.save_adapter(policy.model, folder)
+    if policy.value_head is not None:
+        policy.value_head.save(folder)
+
+
 def _problems(s: Session, index: int, stage: recipe.Stage) -> Sequence[Problem]:
     """What the stage plays: the task's problems, or what the collect stage before it kept."""
     if index == 0 or isinstance(stage, recipe.Collect) or not isinstance(s.recipe.stages[index - 1], recipe.Collect):
@@ -226,8 +232,8 @@ def _draw(
 
 
 def _finish(s: Session) -> None:
-    """The adapter for plain peft, the report, and the mark that all is done."""
+    """The adapter for plain peft (with the value head beside it, where there is one), the report, and the mark that all is done."""
     if s.accelerator.is_main_process:
-        write_folder(s.run.folder / "adapter", lambda folder: models.save_adapter(s.policy.model, folder))
+        write_folder(s.run.folder / "adapter", lambda folder: _export(s.policy, folder))
         s.progress.say(f"report: {write_report(s.run.folder)}")
     s.run.advance(Position(len(s.recipe.stages), 0), finished=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minirl.losses import kl_k3, nll, policy_loss
+from minirl.losses import kl_k3, nll, policy_loss, value_loss
 from minirl.recipe import Learner
 
 LN2 = math.log(2.0)
@@ -177,6 +177,33 @@ def test_nll_by_hand() -> None:
     assert logprobs.grad.tolist() == [-0.5, -0.25, -0.25]
 
 
+def test_value_loss_by_hand() -> None:
+    """Catches: min for max, a clip around the return in place of the old value, the half left out, a gradient where the clip holds."""
+    values = torch.tensor([0.5, 0.9, 0.1, 0.9, 1.0], requires_grad=True)
+    old = torch.tensor([0.4, 0.4, 0.4, 0.4, 1.0])
+    returns = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0])
+    weights = torch.tensor([0.2, 0.2, 0.2, 0.3, 0.1])
+    loss, clipped = value_loss(values, old, returns, weights, clip=0.2)
+    # 1: inside, 0.5^2. 2: held at 0.6, 0.4^2 > 0.1^2. 3: held at 0.2, 0.8^2 < 0.9^2. 4: held at 0.6, 0.6^2 < 0.9^2. 5: exact.
+    assert loss.item() == pytest.approx(0.5 * (0.2 * 0.25 + 0.2 * 0.16 + 0.2 * 0.81 + 0.3 * 0.81))
+    assert clipped.tolist() == [False, True, False, False, False]
+    loss.backward()
+    assert values.grad is not None
+    # weight * (value - return), and 0 where the value had gone its 0.2 towards the return
+    assert values.grad.tolist() == pytest.approx([-0.1, 0.0, -0.18, 0.27, 0.0], abs=1e-7)
+
+
+def test_value_loss_without_a_clip_is_half_the_squared_error() -> None:
+    """Catches: None taken for 0 (nothing would ever be learnt) or for the default."""
+    values = torch.tensor([0.9, -3.0], requires_grad=True)
+    loss, clipped = value_loss(values, torch.zeros(2), torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.5]), clip=None)
+    assert loss.item() == pytest.approx(0.5 * (0.5 * 0.01 + 0.5 * 16.0))
+    assert clipped.tolist() == [False, False]
+    loss.backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == pytest.approx([-0.05, -2.0])
+
+
 # baseline, scale, ratio, aggregate, clip_low, clip_high, beta, drop_overlong
 PRESETS: dict[str, tuple[Any, ...]] = {
     "grpo": ("mean", "std", "token", "sequence", 0.2, 0.2, 0.001, False),
@@ -185,6 +212,7 @@ PRESETS: dict[str, tuple[Any, ...]] = {
     "gspo": ("mean", "std", "sequence", "sequence", 3e-4, 4e-4, 0.001, False),
     "rloo": ("leave_one_out", "none", "token", "constant", 0.2, 0.2, 0.001, False),
     "reinforce": ("none", "none", "token", "sequence", None, None, 0.0, False),
+    "ppo": ("none", "none", "token", "sequence", 0.2, 0.2, 0.05, False),
     "nll": ("mean", "std", "token", "token", 0.2, 0.2, 0.0, False),
 }
 SWITCHES = ("baseline", "scale", "ratio", "aggregate", "clip_low", "clip_high", "beta", "drop_overlong")
@@ -214,3 +242,27 @@ def test_an_explicit_number_overrides_the_preset(loss: Any, explicit: dict[str, 
     node = Learner(loss=loss, **explicit)
     expected = dict(zip(SWITCHES, PRESETS[loss], strict=True)) | explicit
     assert {name: getattr(node, name) for name in SWITCHES} == expected
+
+
+def test_ppos_numbers_are_refused_where_they_do_nothing() -> None:
+    """Catches: a value_coef written beside loss grpo that changes nothing without a word; a group baseline beside the value head."""
+    node = Learner(loss="ppo")
+    paper = {"passes": 2, "gamma": 1.0, "gae_lambda": 0.95, "value_coef": 5.0, "value_clip": 0.2, "value_warmup": 0, "value_detach": False}
+    assert {name: getattr(node, name) for name in paper} == paper
+    assert not node.penalises_loss
+    assert [Learner(beta=0.1).penalises_loss, Learner(beta=0.0).penalises_loss] == [True, False]
+    for name, value in {
+        "value_lr": 1.0,
+        "value_coef": 1.0,
+        "value_clip": None,
+        "value_detach": True,
+        "value_warmup": 3,
+        "gamma": 0.9,
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}: got .* which loss 'grpo' does not use"):
+            Learner.model_validate({name: value})
+        assert getattr(Learner.model_validate({"loss": "ppo", name: value}), name) == value
+    with pytest.raises(ValueError, match="baseline: got 'mean', expected none"):
+        Learner(loss="ppo", baseline="mean")
+    for loss in get_args(Learner.model_fields["loss"].annotation):
+        assert Learner.model_validate(Learner(loss=loss).model_dump()) == Learner(loss=loss)  # a resolved recipe reads back

@@ -18,14 +18,17 @@ import pytest
 from conftest import ENVIRONMENT, Cli, Start, minirl, recipe
 
 WARM_UP = {"kind": "train", "method": "demonstrate", "steps": 3, "group": 1, "batch": 4, "reflections": 0.5}
+PPO = {"loss": "ppo", "lr": 5e-3, "minibatches": 2, "value_warmup": 1}
 STAGES = [
     WARM_UP | {"learner": {"loss": "nll", "lr": 1e-3}},
     {"kind": "collect", "problems": 8, "samples": 2, "batch": 2},
     {"kind": "train", "method": "reflect", "steps": 5, "group": 4, "batch": 3, "learner": {"lr": 5e-3, "beta": 0.01, "minibatches": 2}},
     {"kind": "train", "method": "reflect", "steps": 3, "group": 3, "batch": 2, "attempts": 2, "learner": {"lr": 5e-3, "loss": "rloo"}},
+    {"kind": "train", "method": "single", "steps": 4, "group": 1, "batch": 4, "learner": PPO},
 ]
 ROWS = ("metrics.jsonl", "evals.jsonl", "episodes.jsonl", "kept/1.jsonl")
-FILES = (*ROWS, "recipe.yaml", "adapter/adapter_model.safetensors", "adapter/adapter_config.json")
+ADAPTER = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/value_head.safetensors")
+FILES = (*ROWS, "recipe.yaml", *ADAPTER)
 
 
 @pytest.fixture(scope="module")

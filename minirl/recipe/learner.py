@@ -65,8 +65,9 @@ class Learner(Frozen):
     """ppo: weight of the value loss beside the policy's. It is for the trunk: under AdamW the head's own step hardly depends on it."""
     value_clip: PositiveFloat | None = 0.2
     """ppo: a value is trained no further than this from what it was before the step; None for no clipping."""
-    value_lr: PositiveFloat = 1e-4
-    """ppo: learning rate of the value head, the same at every step. Its optimizer is AdamW in float32, without weight decay."""
+    value_lr: PositiveFloat = 0.05
+    """ppo: learning rate of the value head, the same at every step: about the most that one update moves a value. Its optimizer is AdamW
+    in float32, without weight decay."""
     value_detach: bool = False
     """ppo: keep the value loss out of the trunk, so that the adapter learns from the policy's loss alone."""
     value_warmup: NonNegativeInt = 0
