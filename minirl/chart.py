@@ -11,7 +11,7 @@ from itertools import groupby, pairwise
 from math import ceil, floor, isfinite, log10
 from typing import Any
 
-from minirl.statistics import summarise
+from minirl.statistics import Interval, summarise
 
 Rows = Sequence[Mapping[str, Any]]
 Point = tuple[float, float]
@@ -19,6 +19,10 @@ Point = tuple[float, float]
 CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("metrics", "Reward", (("reward", "mean"),)),
     ("metrics", "Solved in training", (("first", "first try"), ("second", "second try"))),
+    ("metrics", "EM and F1 in training", (("em", "exact match"), ("f1", "F1"), ("format", "good form"))),
+    ("metrics", "Searches an episode", (("searches", "searches"),)),
+    ("metrics", "Gold paragraphs found", (("recall", "share"),)),
+    ("metrics", "Response with results", (("response", "tokens"),)),
     ("metrics", "KL to the reference", (("kl", "KL"),)),
     ("metrics", "Entropy", (("entropy", "nats a token"),)),
     ("metrics", "Groups without signal", (("dead_share", "share"),)),
@@ -39,7 +43,7 @@ def curves(rows: Mapping[str, Rows]) -> str:
     metrics = [{**row, **_dead_share(row)} for row in rows["metrics"]]
     place = {(row.get("stage"), row.get("step")): number for number, row in enumerate(metrics, start=1)}
     borders = [number for number, (a, b) in enumerate(pairwise(metrics), start=1) if a.get("stage") != b.get("stage")]
-    charts = [_held_out_chart(rows["evals"], metrics, borders)]
+    charts = [_held_out_chart(rows["evals"], metrics, borders), *_score_charts(rows["evals"], metrics, borders)]
     for source, title, columns in CURVES:
         placed = [(place.get((row.get("stage"), row.get("step"))), row) for row in (metrics if source == "metrics" else rows["timings"])]
         lines = []
@@ -64,19 +68,44 @@ def _dead_share(row: Mapping[str, Any]) -> dict[str, float]:
 
 def _held_out_chart(evals: Rows, metrics: Rows, borders: Sequence[int]) -> str:
     """The evaluations over the steps that came before each, with their intervals."""
+    found = [{key: said[key] for key in ("first", "second", "fixed")} for said in map(summarise, evals)]
+    names = (("first", "first try"), ("second", "two tries"), ("fixed", "fixed"))
+    return _evals_chart("Held-out", names, found, evals, metrics, borders, top=1.0)
+
+
+def _score_charts(evals: Rows, metrics: Rows, borders: Sequence[int]) -> list[str]:
+    """The paper's dynamics of search (arXiv 2503.19470, section 4), on held-out questions: empty text where nothing searches."""
+    found = [summarise(row)["scores"] for row in evals]
+    shares = (("em", "exact match"), ("f1", "F1"), ("judged", "judged right"))
+    return [
+        _evals_chart("Held-out answers", shares, found, evals, metrics, borders, top=1.0),
+        _evals_chart("Held-out searches", (("searches", "an episode"),), found, evals, metrics, borders),
+        _evals_chart("Held-out response", (("response", "tokens"),), found, evals, metrics, borders),
+    ]
+
+
+def _evals_chart(
+    title: str,
+    names: Sequence[tuple[str, str]],
+    found: Sequence[Mapping[str, Interval | None]],
+    evals: Rows,
+    metrics: Rows,
+    borders: Sequence[int],
+    top: float | None = None,
+) -> str:
+    """A chart of some numbers of each evaluation over the steps that came before it."""
     lines, bands = [], []
-    said = [summarise(row) for row in evals]
-    for key, name in (("first", "first try"), ("second", "two tries"), ("fixed", "fixed")):
+    for key, name in names:
         points, band = [], []
-        for row, summary in zip(evals, said, strict=True):
+        for row, numbers in zip(evals, found, strict=True):
             done = (row.get("stage", 0), row.get("step", 0))
             x = float(sum((m.get("stage", 0), m.get("step", 0)) < done for m in metrics))
-            if (found := summary[key]) is not None:
-                points.append((x, found.value))
-                band.append((x, found.low, found.high))
+            if (number := numbers.get(key)) is not None:
+                points.append((x, number.value))
+                band.append((x, number.low, number.high))
         lines.append((name, [points] if points else []))
         bands.append(band)
-    return _chart("Held-out", lines, len(metrics), borders, bands=bands, top=1.0)
+    return _chart(title, lines, len(metrics), borders, bands=bands, top=top)
 
 
 def _chart(

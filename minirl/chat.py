@@ -15,6 +15,12 @@ from minirl.errors import UserError
 
 # Marks that no template contains.
 _SYSTEM, _USER, _REPLY, _TOOL = "\u2402system\u2403", "\u2402user\u2403", "\u2402reply\u2403", "a_tool_that_no_template_has"
+# For base models: a transcript. An assistant's turn ends with the end-of-text token, the one that such a model knows.
+PLAIN = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}{{ 'User: ' + m.content }}"
+    "{% else %}{{ 'Assistant:\n' + m.content + eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
+)
 _TOOLS = [{"type": "function", "function": {"name": _TOOL, "description": "", "parameters": {"type": "object", "properties": {}}}}]
 
 
@@ -23,15 +29,19 @@ class Chat:
 
     end: the id that ends an assistant turn; eos: every id that ends a completion. renders_system, renders_tools: whether the template
     shows a system message and tools to the model; what it does not show is written into the first message that it does.
+    plain: take the tokenizer of a base model and write a transcript ("User: ... Assistant: ...") in place of its chat template.
     """
 
-    def __init__(self, tokenizer: Any, eos: Sequence[int] = ()) -> None:
-        if not getattr(tokenizer, "chat_template", None):
+    def __init__(self, tokenizer: Any, eos: Sequence[int] = (), *, plain: bool = False) -> None:
+        if not plain and not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 f"model {getattr(tokenizer, 'name_or_path', '?')!r} has no chat template; expected a chat or instruct model "
-                "(use its -Instruct version, or add a chat_template.jinja to a local copy)"
+                "(use its -Instruct version, set model.template=plain for a base model, or add a chat_template.jinja to a local copy)"
             )
         self.tokenizer = tokenizer
+        self._template = PLAIN if plain else None
+        start = tokenizer.encode("", add_special_tokens=True)[:1] if plain else []
+        self._start = tuple(token for token in start if token == tokenizer.bos_token_id)  # templates write it themselves
         self.end, self._before_user, self._after_user = self._markers()
         user = {"role": "user", "content": _USER}
         self.renders_system = self._shows(_SYSTEM, [{"role": "system", "content": _SYSTEM}, user])
@@ -54,7 +64,7 @@ class Chat:
             messages = [{"role": "system", "content": "\n\n".join(system)}, {"role": "user", "content": problem.prompt}]
         else:
             messages = [{"role": "user", "content": "\n\n".join([*system, problem.prompt])}]
-        return self._encode(self._render(messages, list(problem.tools) if self.renders_tools else []))
+        return (*self._start, *self._encode(self._render(messages, list(problem.tools) if self.renders_tools else [])))
 
     def user(self, text: str, *, after: Sequence[int]) -> tuple[int, ...]:
         """A user message to append after an assistant turn whose last sampled ids are `after`.
@@ -67,6 +77,10 @@ class Chat:
     def reply(self, text: str) -> tuple[int, ...]:
         """An assistant message as the model itself would have written it, with its end marker: for demonstrations."""
         return (*self._encode(text), self.end)
+
+    def inside(self, text: str) -> tuple[int, ...]:
+        """Text to append inside an assistant turn that goes on after it, such as a retrieved result; encoded on its own."""
+        return self._encode(text)
 
     def text(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """What the tokens say; special tokens are left out unless asked for."""
@@ -104,10 +118,13 @@ class Chat:
         from jinja2 import TemplateError
 
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tools=list(tools) or None, add_generation_prompt=True, tokenize=False))
+            rendered = self.tokenizer.apply_chat_template(
+                messages, tools=list(tools) or None, chat_template=self._template, add_generation_prompt=True, tokenize=False
+            )
         except (TemplateError, TypeError) as error:  # TypeError: a template that adds text to what is none
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"model {self._name!r}: its chat template does not take {roles} ({error}); use another template") from error
+        return str(rendered)
 
     @property
     def _name(self) -> str:

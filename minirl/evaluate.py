@@ -7,32 +7,52 @@ at every evaluation of a run, so that two evaluations can be compared in pairs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from minirl import recipe
 from minirl.chat import Chat
-from minirl.episode import Episode, Problem, regroup
-from minirl.methods.reflect import reflect
-from minirl.methods.single import single
+from minirl.episode import Episode, Part, Problem, regroup
+from minirl.judge import Case, Judge
+from minirl.methods import evaluated_by
+from minirl.metrics import SCORES
 from minirl.rollout import Sampler, Talk, play
 from minirl.tasks import Task
+from minirl.tasks.qa import SearchTask
+from minirl.verify.qa import read
 
 
 def evaluate(
-    problems: Sequence[Problem], task: Task, chat: Chat, sampler: Sampler, sampling: recipe.Sampling, node: recipe.Eval, seed: int
+    problems: Sequence[Problem],
+    task: Task,
+    chat: Chat,
+    sampler: Sampler,
+    sampling: recipe.Sampling,
+    node: recipe.Eval,
+    seed: int,
+    judge: Judge | None = None,
 ) -> tuple[list[dict[str, Any]], list[Episode]]:
     """One row a problem for `Run.log_eval` (see `statistics.summarise`), and the first episode of each.
 
+    judge: asked about every answer of a question-answering task, once all are there (part `judged`).
     With tries 2 a failed first try is followed by a reflection and a second; `second` then counts problems solved within two tries.
     """
-    method = reflect if node.tries == 2 else single
+    method = evaluated_by(node, task)
 
     def talk(problem: Problem, sample: int) -> Talk:
         return Talk(problem, chat, sampling, temperature=node.temperature, seed=f"{seed}/eval/{problem.id}/{sample}")
 
     episodes = play([method(talk(p, k), task) for p in problems for k in range(node.samples)], sampler)
+    if judge is not None and isinstance(task, SearchTask):
+        verdicts = judge([_case(episode, task, chat) for episode in episodes])
+        episodes = [replace(e, parts={**e.parts, "judged": v}) for e, v in zip(episodes, verdicts, strict=True)]
     groups = regroup(episodes, node.samples)
     return [_row(group.episodes, node.tries) for group in groups], [group.episodes[0] for group in groups]
+
+
+def _case(episode: Episode, task: SearchTask, chat: Chat) -> Case:
+    said = chat.text([token for turn in episode.turns[1:] for token in turn.tokens])
+    return Case(episode.problem.prompt, tuple(episode.problem.answer["golds"]), read(said, task.tags).answer)
 
 
 def _row(episodes: Sequence[Episode], tries: int) -> dict[str, Any]:
@@ -45,4 +65,10 @@ def _row(episodes: Sequence[Episode], tries: int) -> dict[str, Any]:
     if tries == 2:
         row["second"] = [int(bool(e.parts["second"])) for e in episodes]
         row["second_error"] = [e.parts.get("second_error") for e in episodes]
-    return row
+    scores = {name: [_number(e.parts.get(name)) for e in episodes] for name in SCORES}
+    known = {name: values for name, values in scores.items() if any(value is not None for value in values)}
+    return row | ({"scores": known} if known else {})
+
+
+def _number(value: Part) -> float | None:
+    return None if value is None else float(value)

@@ -10,6 +10,10 @@ from typing import NamedTuple
 
 from minirl.episode import Episode, Part
 
+SCORES = ("em", "f1", "format", "recall", "searches", "response", "judged")
+"""What an episode of question answering is counted by: exact match, F1, good form, the share of gold paragraphs found, searches, tokens of
+the whole answer with the results, and a judge's verdict."""
+
 
 class Facts(NamedTuple):
     """What is counted of an episode; light enough to send between processes."""
@@ -26,10 +30,15 @@ class Facts(NamedTuple):
 
 
 def means(facts: Sequence[Facts]) -> dict[str, float]:
-    """reward, first and second (shares that passed), overlong (share cut by the token limit), length (trained tokens); sampled is a sum."""
+    """reward, first and second (shares that passed), overlong (share cut by the token limit), length (trained tokens); sampled is a sum.
+
+    Beside them the SCORES that the episodes have.
+    """
     columns: dict[str, list[float]] = {"reward": [f.reward for f in facts if f.reward is not None]}
     for name in ("first", "second"):
         columns[name] = [float(bool(f.parts[name])) for f in facts if name in f.parts]
+    for name in SCORES:
+        columns[name] = [float(value) for f in facts if (value := f.parts.get(name)) is not None]
     columns["overlong"] = [float(f.finish == "length") for f in facts]
     columns["length"] = [float(f.trained_tokens) for f in facts]
     found = {name: sum(values) / len(values) for name, values in columns.items() if values}

@@ -117,6 +117,7 @@ class Progress:
         """A line with the shares of an evaluation, as `statistics.summarise` gives them."""
         names = (("first", "1st try"), ("second", "within 2 tries"), ("fixed", "failures fixed"))
         shares = [f"{name} {i.value:.1%} [{i.low:.1%}, {i.high:.1%}]" for key, name in names if (i := summary.get(key)) is not None]
+        shares += [f"{name} {i.value:.3g} [{i.low:.3g}, {i.high:.3g}]" for name, i in summary.get("scores", {}).items()]
         self.say(f"evaluation {label} on {summary.get('problems')} problems: {', '.join(shares)}")
 
     def _line(self, text: str) -> None:

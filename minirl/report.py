@@ -18,11 +18,20 @@ from minirl.chart import curves, is_number
 from minirl.errors import UserError
 from minirl.files import read_rows, write_file
 from minirl.rundir import LATER, standing
-from minirl.statistics import Difference, Interval, compare, summarise
+from minirl.statistics import COUNTS, Difference, Interval, compare, summarise
 
 Rows = Sequence[Mapping[str, Any]]
 
 SHARES = (("first", "First try"), ("second", "Within two tries"), ("fixed", "Failures fixed by the retry"))
+SCORES = {
+    "em": "Exact match",
+    "f1": "F1",
+    "judged": "Judged right",
+    "format": "Good form",
+    "recall": "Gold paragraphs found",
+    "searches": "Searches",
+    "response": "Tokens, results included",
+}
 EPISODES_EACH = 3
 
 
@@ -136,7 +145,7 @@ def _evaluations(evals: Rows) -> str:
     temperature = said[last]["temperature"]
     note = "Each share with its 95 % interval (Wilson, at the effective sample size of problems). "
     note += "Greedy decoding." if temperature == 0 else f"Sampled at temperature {_text(temperature)}."
-    parts = [_cards(evals, said, start, last), "<h2>Held-out problems</h2>", table, f'<p class="note">{note}</p>']
+    parts = [_cards(evals, said, start, last), "<h2>Held-out problems</h2>", table, f'<p class="note">{note}</p>', _scores(said)]
     parts += [_differences([(evals[i], evals[last]) for i in dict.fromkeys((before, start)) if i != last])]
     parts += [_errors([said[i] for i in shown]), _pass_at_k([said[i] for i in shown])]
     return "<section>" + "\n".join(part for part in parts if part) + "</section>"
@@ -153,6 +162,19 @@ def _cards(evals: Rows, said: Sequence[dict[str, Any]], start: int, last: int) -
         sure = f"{_points(change)}, {_p(change)}" if start != last and change is not None else "at start"
         cards.append(f'<div class="card"><div class="name">{title}</div><div class="big">{big}</div><div class="sure">{sure}</div></div>')
     return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _scores(said: Sequence[dict[str, Any]]) -> str:
+    """What the answers and the searches of each evaluation are counted by; nothing where no question was searched for."""
+    names = [name for name in SCORES if any(name in s["scores"] for s in said)]
+    lines = [[_text(s["label"]), str(s["step"]), *(_score(name, s["scores"].get(name)) for name in names)] for s in said]
+    return f"<h3>Answers and searches</h3>{_table(['Evaluation', 'Step', *map(SCORES.__getitem__, names)], lines)}" if names else ""
+
+
+def _score(name: str, found: Interval | None) -> str:
+    if found is None or name not in COUNTS:
+        return _share(found)
+    return f"{found.value:.4g} <small>{found.low:.4g} to {found.high:.4g}</small>"
 
 
 def _differences(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:
@@ -186,6 +208,7 @@ def _later_evaluations(evals: Rows, later: Rows) -> str:
         if len(found) == 2 and found["base"] is not found["adapter"]:
             pairs.append((found["base"], found["adapter"]))
     table = _table(["Evaluation", "Problems", *(title for _, title in SHARES)], lines)
+    table += _scores([{**summarise(row), "step": ", ".join(map(_text, row.get("changed") or []))} for row in later])
     note = "By <code>minirl eval</code>: base is the model as the run found it, adapter its final one. Compared where all settings agree."
     return f'<section><h2>Evaluated afterwards</h2>{table}<p class="note">{note}</p>{_differences(pairs)}</section>'
 

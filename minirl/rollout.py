@@ -1,20 +1,33 @@
 """Rollout: a method is a generator written for ONE episode; `play` runs many of them against one sampler.
 
 Invariant: an episode is resumed as soon as its own completion is there, in whatever order the sampler finishes, and what it becomes
-does not depend on the others: each ask carries its own seed.
+does not depend on the others: each ask carries its own seed, and a search is a function of its query alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from minirl.chat import Chat
-from minirl.episode import Ask, Completion, Episode, Part, Problem, Turn, Verdict
+from minirl.episode import Ask, Completion, Episode, Finish, Part, Problem, Turn, Verdict
 from minirl.recipe import Sampling
+from minirl.retrieve import Passage, Retriever
 
-Play = Generator[Ask, Completion, Episode]
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What a method puts to a retriever; it is answered with at most `k` passages, best first."""
+
+    retriever: Retriever
+    query: str
+    k: int
+
+
+# An Ask is answered with a Completion, a Lookup with a list of passages.
+Play = Generator[Ask | Lookup, Any, Episode]
 
 
 class Sampler(Protocol):
@@ -37,7 +50,13 @@ class Talk:
         self.temperature = temperature
         self.turns: list[Turn] = list(problem.context) or [Turn("prompt", chat.prompt(problem))]
         self.seed = seed
-        self._finish = "stop"
+        self._dropped = 0  # turns of conversations that `begin` has ended
+        self._finish: Finish = "stop"
+
+    def begin(self, user: str, *, system: str | None = None) -> None:
+        """Put the problem in a method's own words, or begin again in others: nothing that was said before stays in the conversation."""
+        self._dropped += len(self.turns) - 1
+        self.turns = [Turn("prompt", self.chat.prompt(replace(self.problem, prompt=user, system=system)))]
 
     def tell(self, kind: str, text: str) -> None:
         """Append a user message."""
@@ -46,7 +65,7 @@ class Talk:
     def ask(self, kind: str, *, max_tokens: int, trained: bool = False, stop: tuple[str, ...] = ()) -> Generator[Ask, Completion, str]:
         """Let the model speak: appends its turn and returns its text. Use as `text = yield from talk.ask(...)`."""
         tokens = tuple(token for turn in self.turns for token in turn.tokens)
-        completion = yield Ask(tokens, max_tokens, self.temperature, stop, seed_of(self.seed, len(self.turns)))
+        completion = yield Ask(tokens, max_tokens, self.temperature, stop, seed_of(self.seed, self._dropped + len(self.turns)))
         self.turns.append(Turn(kind, completion.tokens, completion.logprobs, trained))
         if trained or not any(turn.trained for turn in self.turns):
             self._finish = completion.finish  # that of the trained turn, where there is one: overlong filtering goes by it
@@ -56,6 +75,19 @@ class Talk:
         """Append an assistant message that nobody sampled: a demonstration."""
         self.turns.append(Turn(kind, self.chat.reply(text), None, trained))
 
+    def insert(self, kind: str, tokens: Sequence[int], *, trained: bool = False) -> None:
+        """Append ids that nobody sampled inside the assistant's turn, which goes on after them; see `Chat.inside`."""
+        self.turns.append(Turn(kind, tuple(tokens), None, trained))
+
+    @property
+    def replied(self) -> tuple[int, ...]:
+        """All tokens after the prompt (or the problem's context), results included."""
+        return tuple(token for turn in self.turns[len(self.problem.context) or 1 :] for token in turn.tokens)
+
+    def cut(self) -> None:
+        """There was no room for more, however the last words ended."""
+        self._finish = "length"
+
     def end(self, verdict: Verdict | None, **parts: Part) -> Episode:
         """The finished episode; a verdict of None is "not scored"."""
         reward = None if verdict is None else verdict.score
@@ -63,27 +95,50 @@ class Talk:
 
 
 def play(plays: Iterable[Play], sampler: Sampler, *, on_done: Callable[[Episode], Any] | None = None) -> list[Episode]:
-    """Run every episode to its end; the episodes in the order of `plays`."""
+    """Run every episode to its end; the episodes in the order of `plays`.
+
+    Whoever waits for passages is answered before the sampler works on, all of them by one call of their retriever.
+    """
     running = dict(enumerate(plays))
+    lookups: dict[int, Lookup] = {}
     done: dict[int, Episode] = {}
 
-    def advance(key: int, completion: Completion | None) -> None:
+    def advance(key: int, answer: Completion | list[Passage] | None) -> None:
         try:
-            ask = next(running[key]) if completion is None else running[key].send(completion)
+            wanted = running[key].send(answer)
         except StopIteration as stop:
             done[key] = stop.value
             del running[key]
             if on_done is not None:
                 on_done(stop.value)
         else:
-            sampler.add(key, ask)
+            if isinstance(wanted, Lookup):
+                lookups[key] = wanted
+            else:
+                sampler.add(key, wanted)
 
     for key in list(running):
         advance(key, None)
     while running:
-        for key, completion in sampler.poll():
-            advance(key, completion)
+        while lookups:
+            found = look_up(lookups)
+            lookups.clear()
+            for key, passages in found.items():
+                advance(key, passages)
+        if running:
+            for key, completion in sampler.poll():
+                advance(key, completion)
     return [done[key] for key in sorted(done)]
+
+
+def look_up(lookups: Mapping[int, Lookup]) -> dict[int, list[Passage]]:
+    """The passages of each lookup: one search a retriever, for all that ask it."""
+    found: dict[int, list[Passage]] = {}
+    for retriever in {id(lookup.retriever): lookup.retriever for lookup in lookups.values()}.values():
+        keys = [key for key, lookup in lookups.items() if lookup.retriever is retriever]
+        answers = retriever.search([lookups[key].query for key in keys], max(lookups[key].k for key in keys))
+        found |= {key: passages[: lookups[key].k] for key, passages in zip(keys, answers, strict=True)}
+    return found
 
 
 def seed_of(*parts: object) -> int:

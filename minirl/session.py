@@ -131,6 +131,7 @@ class Session:
         self.log_episodes(episodes[: self.recipe.save.episodes], stage=stage, step=step, label=label)
         self.progress.evaluation(label, summary)
         self._track({f"eval/{key}": summary[key].value for key in ("first", "second", "fixed") if summary[key] is not None}, stage, step)
+        self._track({f"eval/{name}": found.value for name, found in summary["scores"].items()}, stage, step)
         return float(summary["second" if node.tries == 2 else "first"].value)
 
     def log(self, row: dict[str, Any], times: dict[str, float], episodes: Sequence[Episode] = ()) -> None:
@@ -157,7 +158,7 @@ def open_session(node: recipe.Recipe, run: Run, accelerator: Accelerator, progre
     with accelerator.main_process_first():  # the others find the model in the cache
         loaded = models.load_model(node.model, node.seed, accelerator.device)
     run.check_model(models.fingerprint(loaded.model))
-    chat = Chat(loaded.tokenizer, eos=eos(loaded.model))
+    chat = Chat(loaded.tokenizer, eos=eos(loaded.model), plain=node.model.template == "plain")
     policy = Policy(loaded.model, loaded.device, loaded.dtype)
     if node.model.adapter is not None:
         policy.load_value_head(Path(node.model.adapter).expanduser())  # that of an earlier run's last ppo stage

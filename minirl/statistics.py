@@ -22,9 +22,12 @@ GRID = 200
 FLIPS = 20_000
 """Sign flips drawn where the exact test would be too large."""
 
+COUNTS = ("searches", "response")
+"""The scores that are no shares."""
+
 
 class Interval(NamedTuple):
-    """A share with its 95 % interval."""
+    """A share (or, from `mean_interval`, a mean) with its 95 % interval."""
 
     value: float
     low: float
@@ -78,6 +81,14 @@ def cluster_interval(per_problem_means: Sequence[float], samples: int = 1) -> In
     return ratio_interval([mean * samples for mean in per_problem_means], [samples] * len(per_problem_means))
 
 
+def mean_interval(per_problem_means: Sequence[float]) -> Interval:
+    """Mean over problems of a number that is no share, with its normal 95 % interval; that of a single problem has no width."""
+    n = len(per_problem_means)
+    centre = sum(per_problem_means) / n
+    half = Z * sqrt(sum((value - centre) ** 2 for value in per_problem_means) / (n * (n - 1))) if n > 1 else 0.0
+    return Interval(centre, centre - half, centre + half)
+
+
 def paired(before: Sequence[float], after: Sequence[float]) -> Difference:
     """Compare two evaluations problem by problem (values in [0, 1], same order).
 
@@ -123,13 +134,14 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 class _Tries(NamedTuple):
-    """One problem of an evaluation: how many samples, passed on the first try, passed within two, and the errors of each try."""
+    """One problem of an evaluation: how many samples, passed on the first try, passed within two, the errors of each try, its scores."""
 
     samples: int
     first: int
     second: int
     first_errors: list[str]
     second_errors: list[str]
+    scores: dict[str, list[float]]
 
 
 def _tries(row: Mapping[str, Any]) -> dict[str, _Tries]:
@@ -140,8 +152,9 @@ def _tries(row: Mapping[str, Any]) -> dict[str, _Tries]:
             first = [bool(x) for x in problem["first"]]
             second = [bool(x) for x in problem.get("second") or [None] * len(first)]
             errors = [[str(e) for e in problem.get(key) or () if e is not None] for key in ("first_error", "second_error")]
+            scores = {str(name): [float(x) for x in values if x is not None] for name, values in problem.get("scores", {}).items()}
             within = sum(a or b for a, b in zip(first, second, strict=True))
-            found[str(problem["id"])] = _Tries(len(first), sum(first), within, *errors)
+            found[str(problem["id"])] = _Tries(len(first), sum(first), within, errors[0], errors[1], scores)
         if len(found) != len(row["problems"]) or not found or any(t.samples == 0 for t in found.values()):
             raise ValueError("expected problems with an id of their own and at least one sample each")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -155,7 +168,8 @@ def summarise(row: Mapping[str, Any]) -> dict[str, Any]:
 
     first: passed at once. second: passed within two tries. fixed: share of the failed first tries that the retry mends; second and
     fixed are None for a single try, fixed also where nothing failed. pass_at_k: {k: Interval} over first tries, k = 1 .. samples.
-    first_errors, second_errors: {kind: count}, commonest first. UserError for a row that is none.
+    first_errors, second_errors: {kind: count}, commonest first. scores: {name: Interval} of the metrics.SCORES that the row has, over the
+    problems that have them. UserError for a row that is none.
     """
     problems = list(_tries(row).values())
     samples = min(t.samples for t in problems)
@@ -173,7 +187,15 @@ def summarise(row: Mapping[str, Any]) -> dict[str, Any]:
         "pass_at_k": {k: cluster_interval(values, samples // k) for k, values in by_k.items()},
         "first_errors": dict(Counter(e for t in problems for e in t.first_errors).most_common()),
         "second_errors": dict(Counter(e for t in problems for e in t.second_errors).most_common()),
+        "scores": {name: _score(name, problems) for name in dict.fromkeys(name for t in problems for name in t.scores)},
     }
+
+
+def _score(name: str, problems: Sequence[_Tries]) -> Interval:
+    values = [found for t in problems if (found := t.scores.get(name))]
+    if name in COUNTS:
+        return mean_interval([sum(found) / len(found) for found in values])
+    return ratio_interval([sum(found) for found in values], [len(found) for found in values])
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Difference | None]:

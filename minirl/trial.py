@@ -1,25 +1,34 @@
-"""A trial: a finished run's adapter, or its base model, on the held-out problems.
+"""A trial: a finished run's adapter, or its base model, on the held-out problems, by the run's own method or by another.
 
 Invariant: the run itself is left as it is; what is found is kept beside its own evaluations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from minirl import models, recipe
 from minirl.chat import Chat
+from minirl.endpoint import EndpointSampler, Messages
+from minirl.episode import Ask, Completion
 from minirl.errors import UserError
 from minirl.evaluate import evaluate
+from minirl.judge import Judge
+from minirl.plain import PlainSampler
 from minirl.policy import Policy
 from minirl.progress import Progress
 from minirl.rundir import add_later_eval
-from minirl.sampler import open_sampler
+from minirl.sampler import LiveSampler, open_sampler
 from minirl.session import eos, eval_settings, texts
-from minirl.statistics import summarise
-from minirl.tasks import open_task
+from minirl.statistics import COUNTS, Interval, summarise
+from minirl.tasks import Task, open_task
+
+BASELINES = ("no_rag", "naive_rag", "iter_retgen", "ircot")
 
 
 class Evaluation(NamedTuple):
@@ -29,31 +38,143 @@ class Evaluation(NamedTuple):
     episodes: list[dict[str, Any]]
 
 
-def evaluate_run(folder: Path, overrides: Sequence[str] = (), *, base: bool = False, progress: Progress | None = None) -> Evaluation:
+class Opened(NamedTuple):
+    """A run's task with its model, under a label: "base" or "adapter"."""
+
+    folder: Path
+    label: str
+    chat: Chat
+    task: Task
+    policy: Policy
+    sampler: LiveSampler | PlainSampler
+    judge: Judge | None
+
+
+def evaluate_run(
+    folder: Path, overrides: Sequence[str] = (), *, base: bool = False, method: str | None = None, progress: Progress | None = None
+) -> Evaluation:
     """Evaluate a run's final adapter, or with `base` its model as it was at the start, and keep the result beside it.
 
-    overrides: `eval.samples=8` and the like, laid over the run's own recipe; the model's shape cannot change.
+    overrides: `eval.samples=8` and the like, laid over the run's own recipe; the model's shape cannot change. method: as in
+    `eval.method`, e.g. a baseline that retrieves.
     """
+    node = _recipe(folder, overrides, method)
+    with progress or Progress() as shown:
+        return _evaluate(_open(folder, node, shown, base=base), node, overrides, method, shown)
+
+
+def compare_methods(folder: Path, overrides: Sequence[str] = (), *, progress: Progress | None = None) -> list[Evaluation]:
+    """ReSearch's table for a run's data set (arXiv 2503.19470, table 1): the baselines and search with the base model, then search with
+    the adapter, where the run has made one. Each result is kept beside the run.
+    """
+    adapter = (folder / "adapter").is_dir()
+    wanted = [(True, (*BASELINES, "search")), *([(False, ("search",))] if adapter else [])]
+    nodes = {method: _recipe(folder, overrides, method) for method in (*BASELINES, "search")}
+    with progress or Progress() as shown:
+        found = []
+        for base, methods in wanted:
+            opened = _open(folder, nodes["search"], shown, base=base)
+            found += [_evaluate(opened, nodes[method], overrides, method, shown) for method in methods]
+    return found
+
+
+def _recipe(folder: Path, overrides: Sequence[str], method: str | None) -> recipe.Recipe:
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder}: no recipe.yaml there; expected a run folder, e.g. runs/r3_countdown")
-    node = recipe.load(folder / "recipe.yaml", overrides)
+    return recipe.load(folder / "recipe.yaml", [*overrides, *([f"eval.method={method}"] if method else [])])
+
+
+def _open(folder: Path, node: recipe.Recipe, shown: Progress, *, base: bool) -> Opened:
     if not base:
         if not (folder / "adapter").is_dir():
             raise UserError(f"{folder}: no adapter yet; finish the run first (the same `minirl run` takes it up again), or use --base")
         node = node.model_copy(update={"model": node.model.model_copy(update={"adapter": str(folder / "adapter")})})
     loaded = models.load_model(node.model, node.seed)
-    chat, policy = Chat(loaded.tokenizer, eos=eos(loaded.model)), Policy(loaded.model, loaded.device, loaded.dtype)
-    task = open_task(node.task, node.seed)
-    with progress or Progress() as shown:
-        shown.say(models.describe(loaded))
-        sampler = open_sampler(
-            policy, chat, rows=node.sampling.rows, cache_tokens=node.sampling.cache_tokens, cuda_graphs=node.sampling.cuda_graphs
-        )
-        label = "base" if base else "adapter"
-        rows, episodes = evaluate(task.held_out[: node.eval.problems], task, chat, sampler, node.sampling, node.eval, node.seed)
-        row = {"label": label, "stage": len(node.stages), "step": 0} | eval_settings(node.eval)
-        row |= {"changed": [text for text in overrides if not text.startswith("eval.")], "problems": rows}
-        summary = summarise(row)
-        shown.evaluation(label, summary)
-        add_later_eval(folder, row)
-    return Evaluation(summary, [{"label": label, **e.to_json(), "texts": texts(chat, e)} for e in episodes])
+    chat = Chat(loaded.tokenizer, eos=eos(loaded.model), plain=node.model.template == "plain")
+    policy, task = Policy(loaded.model, loaded.device, loaded.dtype), open_task(node.task, node.seed)
+    shown.say(models.describe(loaded))
+    sampling = node.sampling
+    sampler = open_sampler(policy, chat, rows=sampling.rows, cache_tokens=sampling.cache_tokens, cuda_graphs=sampling.cuda_graphs)
+    return Opened(folder, "base" if base else "adapter", chat, task, policy, sampler, _judge(node.eval.judge, policy, chat, sampler))
+
+
+def _judge(node: recipe.Judge | None, policy: Policy, chat: Chat, sampler: LiveSampler | PlainSampler) -> Judge | None:
+    if node is None:
+        return None
+    if node.kind == "endpoint":
+        return Judge(Messages(), EndpointSampler(node), max_tokens=node.max_tokens)
+    return Judge(chat, BaseSampler(policy, sampler), max_tokens=node.max_tokens)
+
+
+class BaseSampler:
+    """The policy's own sampler with the adapter off: between two polls of it the weights and the cache are the adapter's again."""
+
+    def __init__(self, policy: Policy, sampler: LiveSampler | PlainSampler) -> None:
+        self._policy = policy
+        self._sampler = sampler
+        self._waiting: list[tuple[int, Ask]] = []
+
+    def add(self, key: int, ask: Ask) -> None:
+        """Queue an ask."""
+        self._waiting.append((key, ask))
+
+    def poll(self) -> list[tuple[int, Completion]]:
+        """Answer all that wait."""
+        self._sampler.reset()
+        answers: list[tuple[int, Completion]] = []
+        with bare(self._policy):
+            for key, ask in self._waiting:
+                self._sampler.add(key, ask)
+            while len(answers) < len(self._waiting):
+                answers += self._sampler.poll()
+            self._sampler.reset()
+        self._waiting = []
+        return answers
+
+
+@contextmanager
+def bare(policy: Policy) -> Iterator[None]:
+    """Inside, the model computes without what its adapter has learned: LoRA's second factor is 0, as in a fresh one."""
+    live = {name: p.data for name, p in policy.trainable.items() if ".lora_B." in name}
+    try:
+        for name in live:
+            policy.trainable[name].data = torch.zeros_like(live[name])
+        yield
+    finally:
+        for name, data in live.items():
+            policy.trainable[name].data = data
+
+
+def _evaluate(opened: Opened, node: recipe.Recipe, overrides: Sequence[str], method: str | None, shown: Progress) -> Evaluation:
+    chat, task, label = opened.chat, opened.task, opened.label
+    opened.sampler.reset()
+    problems = task.held_out[: node.eval.problems]
+    rows, episodes = evaluate(problems, task, chat, opened.sampler, node.sampling, node.eval, node.seed, opened.judge)
+    if opened.judge is not None and opened.judge.unreadable:
+        shown.say(f"judge: {opened.judge.unreadable} of {opened.judge.asked} verdicts so far could not be read; they count for nothing")
+    row = {"label": label, "stage": len(node.stages), "step": 0} | eval_settings(node.eval)
+    changed = [text for text in overrides if not text.startswith("eval.")] + ([f"eval.method={method}"] if method else [])
+    row |= {"changed": changed, "problems": rows}
+    summary = summarise(row)
+    shown.evaluation(f"{label}, {method}" if method else label, summary)
+    add_later_eval(opened.folder, row)
+    kept = [{"label": label, **e.to_json(), "texts": texts(chat, e)} for e in episodes]
+    return Evaluation(summary | {"method": method}, kept)
+
+
+def table(found: Sequence[Evaluation]) -> str:
+    """ReSearch's table as text, a line an evaluation: percent with 95 % intervals, and searches an episode."""
+    names = [name for name in ("em", "f1", "judged", "recall", "searches") if any(name in e.summary["scores"] for e in found)]
+    lines = [["model", "method", *names]]
+    for evaluation in found:
+        said = evaluation.summary
+        cells = [(name, said["scores"].get(name)) for name in names]
+        lines.append([str(said["label"]), str(said["method"]), *("-" if i is None else _cell(name, i) for name, i in cells)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _cell(name: str, found: Interval) -> str:
+    if name in COUNTS:
+        return f"{found.value:.2f}"
+    return f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"

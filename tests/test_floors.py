@@ -22,7 +22,7 @@ FLOORS = {
         1: "metrics recipe verify retrieve rows hub files statistics losses optim",
         2: "tasks chat rundir state chart batch attention credit head value",
         3: "rollout policy models embedded sampling slots report progress",
-        4: "methods evaluate sampler plain learner agreement decode ppo objective",
+        4: "methods evaluate judge endpoint sampler plain learner agreement decode ppo objective",
         5: "session trial train bench",
         6: "cli __main__",
     }.items()
@@ -30,7 +30,7 @@ FLOORS = {
 }
 LEARN = {"models", "embedded", "policy", "batch", "attention", "credit", "losses", "optim", "learner"}
 LEARN |= {"agreement", "decode", "objective", "ppo", "value", "sampler", "sampling", "plain", "slots", "head"}
-PLAY = {"metrics", "methods", "rollout", "tasks", "verify", "retrieve", "evaluate"}
+PLAY = {"metrics", "methods", "judge", "endpoint", "rollout", "tasks", "verify", "retrieve", "evaluate"}
 BOTH = {"session", "trial", "bench", "train", "cli", "__main__"}
 LIGHT = set(FLOORS) - LEARN - BOTH  # the play and record wings, and what they stand on
 HEAVY = {"torch", "accelerate", "peft", "bitsandbytes", "safetensors"}

@@ -83,7 +83,7 @@ def test_unknown_keys_at_every_level(changes: dict[str, Any], path: str, got: st
         ({"stages": [{"method": "single", "steps": 1}]}, "stages[0].kind: Field required"),
         ({"stages": [{"kind": "trian"}]}, "stages[0].kind: got 'trian', expected one of 'collect', 'train'"),
         ({"stages": [{"kind": "train", "method": "single"}]}, "stages[0].steps: Field required"),
-        ({"stages": [{**TRAIN, "method": "reflekt"}]}, "stages[0].method: Input should be 'single', 'reflect' or 'demonstrate'"),
+        ({"stages": [{**TRAIN, "method": "reflekt"}]}, "stages[0].method: Input should be 'single', 'reflect', 'search' or 'demonstrate'"),
         ({"stages": [TRAIN, {**TRAIN, "steps": -1}]}, "stages[1].steps: Input should be greater than 0 (got '-1')"),
         ({"stages": [{**TRAIN, "learner": {"lr": float("inf")}}]}, "stages[0].learner.lr: Input should be a finite number"),
         ({"stages": [{**TRAIN, "learner": {"lr": float("nan")}}]}, "stages[0].learner.lr: Input should be a finite number"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minirl.errors import UserError
-from minirl.statistics import cluster_interval, compare, paired, pass_at_k, ratio_interval, summarise, wilson
+from minirl.statistics import Z, cluster_interval, compare, mean_interval, paired, pass_at_k, ratio_interval, summarise, wilson
 
 
 def test_wilson_against_textbook_values() -> None:
@@ -174,3 +174,16 @@ def test_compare_pairs_by_id() -> None:
 def test_rows_that_are_no_evaluation(problems: Any) -> None:
     with pytest.raises(UserError, match="evaluation 'start': not a row of evals"):
         summarise({"label": "start", "tries": 1, "problems": problems})
+
+
+def test_scores_are_summarised_over_the_problems_that_have_them() -> None:
+    scores = [{"f1": [1.0], "searches": [2.0], "recall": [None]}, {"f1": [0.5], "searches": [4.0], "recall": [0.5]}, {"f1": [0.0]}]
+    problems = [{"id": str(n), "first": [0], "scores": found} for n, found in enumerate(scores)]
+    found = summarise({"label": "start", "problems": problems})["scores"]
+    assert found["f1"].value == pytest.approx(0.5)
+    assert found["f1"].low < 0.2 < 0.8 < found["f1"].high
+    assert found["recall"] == ratio_interval([0.5], [1])
+    # Two problems, standard deviation sqrt(2), standard error 1.
+    assert found["searches"] == pytest.approx((3.0, 3.0 - Z, 3.0 + Z))
+    assert mean_interval([7.0]) == (7.0, 7.0, 7.0)
+    assert summarise({"label": "start", "problems": [{"id": "p", "first": [1]}]})["scores"] == {}

@@ -7,12 +7,27 @@ from functools import partial
 
 from minirl import recipe
 from minirl.methods.demonstrate import demonstrate
+from minirl.methods.ircot import ircot
+from minirl.methods.iter_retgen import iter_retgen
+from minirl.methods.naive_rag import naive_rag
+from minirl.methods.no_rag import no_rag
 from minirl.methods.reflect import reflect
+from minirl.methods.search import search
 from minirl.methods.single import single
 from minirl.rollout import Play, Talk
 from minirl.tasks import Task
+from minirl.tasks.qa import SearchTask
 
 Method = Callable[[Talk, Task], Play]
+EVALUATED: dict[str, Method] = {
+    "single": single,
+    "no_rag": no_rag,
+    "naive_rag": naive_rag,
+    "iter_retgen": iter_retgen,
+    "ircot": ircot,
+    "search": search,
+}
+"""What an evaluation with one try can play; the order is that of the table (see `trial.compare_methods`)."""
 
 
 def method_of(stage: recipe.Stage) -> Method:
@@ -21,4 +36,13 @@ def method_of(stage: recipe.Stage) -> Method:
         return single
     if stage.method == "reflect":
         return partial(reflect, train_all=stage.train_all)
+    if stage.method == "search":
+        return search
     return partial(demonstrate, share=stage.reflections)
+
+
+def evaluated_by(node: recipe.Eval, task: Task) -> Method:
+    """The method that an evaluation names; where it names none, search for question answering, else single. With 2 tries, reflect."""
+    if node.tries == 2:
+        return reflect
+    return EVALUATED[node.method or ("search" if isinstance(task, SearchTask) else "single")]

@@ -6,18 +6,20 @@ trained). A model too small to reflect by itself needs to have seen it: R3 is kn
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from random import Random
 
-from minirl.episode import Ask, Completion, Episode
 from minirl.errors import UserError
+from minirl.methods.demonstrate_search import demonstrate_search
 from minirl.methods.reflect import REFLECT, RETRY
-from minirl.rollout import Talk
+from minirl.rollout import Play, Talk
 from minirl.tasks import Task
+from minirl.tasks.qa import SearchTask
 
 
-def demonstrate(talk: Talk, task: Task, *, share: float) -> Generator[Ask, Completion, Episode]:
-    """Prompt and a right answer; or prompt, wrong attempt, reflection, right retry, in `share` of the cases."""
+def demonstrate(talk: Talk, task: Task, *, share: float) -> Play:
+    """Prompt and a right answer; or prompt, wrong attempt, reflection, right retry, in `share` of the cases; or searches and an answer."""
+    if isinstance(task, SearchTask) and not share:
+        return (yield from demonstrate_search(talk, task))
     if task.demonstrate is None:
         raise UserError(f"task {task.name!r} has no demonstrations; expected a task with gold solutions for method demonstrate")
     rng = Random(talk.seed)
@@ -34,4 +36,3 @@ def demonstrate(talk: Talk, task: Task, *, share: float) -> Generator[Ask, Compl
     else:
         talk.reply("attempt", shown.answer, trained=True)
     return talk.end(None)
-    yield  # a generator like its siblings, though it asks nothing

@@ -5,6 +5,7 @@ refused with its path and the nearest known key, never ignored.
 """
 
 from minirl.recipe.base import Frozen
+from minirl.recipe.judge import Judge
 from minirl.recipe.learner import PRESETS, Learner
 from minirl.recipe.maths import Gsm8k, Mathqa, Maths, MathsCredit, ProgramLimits, Svamp
 from minirl.recipe.qa import QA, Bamboogle, HotpotQA, MuSiQue, TwoWikiMultiHopQA
@@ -28,6 +29,7 @@ __all__ = [
     "FunctionCallingCredit",
     "Gsm8k",
     "HotpotQA",
+    "Judge",
     "Learner",
     "Lora",
     "Mathqa",

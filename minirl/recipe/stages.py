@@ -36,8 +36,9 @@ class Train(Frozen):
 
     kind: Literal["train"]
     """Names this kind of stage."""
-    method: Literal["single", "reflect", "demonstrate"]
-    """single: one attempt. reflect: a reflection on a failed attempt, then a retry. demonstrate: gold solutions (SFT)."""
+    method: Literal["single", "reflect", "search", "demonstrate"]
+    """single: one attempt. reflect: a reflection on a failed attempt, then a retry. search: thoughts, searches and an answer (ReSearch).
+    demonstrate: gold solutions, or for a question-answering task searches that lead to the answer (SFT)."""
     steps: PositiveInt
     """Steps: each plays `batch` groups and updates the adapter."""
     group: PositiveInt = 8

@@ -8,8 +8,12 @@ import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from minirl.recipe.base import Frozen, NonNegative
+from minirl.recipe.judge import Judge
+from minirl.recipe.qa import QA
 from minirl.recipe.stages import Collect, Stage
 from minirl.recipe.tasks import Task
+
+SEARCHING = ("search", "no_rag", "naive_rag", "iter_retgen", "ircot")
 
 
 class Lora(Frozen):
@@ -30,6 +34,8 @@ class Model(Frozen):
     """A hub id, a local folder, or `smollm2-135m` (the embedded default, which needs no hub)."""
     quantize: Literal["none", "nf4", "int8"] = "none"
     """bitsandbytes quantisation of the frozen base weights."""
+    template: Literal["chat", "plain"] = "chat"
+    """chat: the model's own chat template. plain: a transcript of user and assistant, for base models."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """What the model computes in; auto takes the fastest that the device does well."""
     lora: Lora = Lora()
@@ -46,9 +52,13 @@ class Sampling(Frozen):
     temperature: PositiveFloat = 1.0
     """Of the policy in training; the loss scores tokens under the same temperature."""
     attempt_tokens: PositiveInt = 512
-    """Most tokens of an attempt or a retry."""
+    """Most tokens of an attempt or a retry; for method search of the whole turn, results included."""
     reflection_tokens: PositiveInt = 256
     """Most tokens of a reflection."""
+    result_tokens: PositiveInt = 1024
+    """search and the baselines that retrieve: most tokens of the passages that one search brings (Search-R1: 500)."""
+    searches: PositiveInt | None = None
+    """search: most searches an episode; None for as many as `attempt_tokens` has room for (ReSearch)."""
     rows: PositiveInt = 64
     """Most completions decoded together."""
     cache_tokens: PositiveInt | None = None
@@ -69,15 +79,22 @@ class Eval(Frozen):
     """Independent episodes a problem."""
     tries: Literal[1, 2] = 1
     """2 adds a reflection and a second try after each failed first (R3's four numbers)."""
+    method: Literal["single", "no_rag", "naive_rag", "iter_retgen", "ircot", "search"] | None = None
+    """How a try is made: one attempt, one of the baselines without and with retrieval, or search. None: search where the task is
+    question answering, else single."""
     temperature: NonNegative = 0.0
     """0 is greedy."""
     start: bool = True
     """Evaluate before the first stage."""
+    judge: Judge | None = None
+    """For question answering, `minirl eval` only: a model that says whether an answer means what a gold answer means."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.temperature == 0 and self.samples > 1:
             raise ValueError(f"samples: got {self.samples} at temperature 0, where all are equal; set temperature or expected samples 1")
+        if self.tries == 2 and self.method not in (None, "single"):
+            raise ValueError(f"tries: got 2 with method {self.method!r}, expected 1: only a single attempt is reflected on")
         return self
 
 
@@ -114,6 +131,21 @@ class Recipe(Frozen):
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Trackers that get the metrics too, through accelerate."""
 
+    @model_validator(mode="after")
+    def _check_searches(self) -> Self:
+        searched = isinstance(self.task, QA)
+        named = [(f"stages[{n}].method", stage.method) for n, stage in enumerate(self.stages)] + [("eval.method", self.eval.method)]
+        for where, method in named:
+            if not searched and method in SEARCHING:
+                raise ValueError(f"{where}: got {method!r} for task {self.task.name!r}, expected a question-answering task to search in")
+            if searched and method in ("single", "reflect"):
+                raise ValueError(f"{where}: got {method!r} for task {self.task.name!r}, expected search: its questions are searched for")
+        if not searched and self.eval.judge is not None:
+            raise ValueError(f"eval.judge: got a judge for task {self.task.name!r}, expected none: its verifier is exact")
+        if searched and self.eval.tries == 2:
+            raise ValueError(f"eval.tries: got 2 for task {self.task.name!r}, expected 1: searches are not reflected on")
+        return self
+
     def dump(self) -> str:
         """The resolved recipe as YAML, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -132,4 +164,5 @@ class Recipe(Frozen):
         node = self.eval
         when = ["before the first stage"] * node.start + ["after each train stage"] + [f"every {node.every} steps"] * bool(node.every)
         tries = f"{node.problems} held-out problems x {node.samples}, {node.tries} tries, temperature {node.temperature:g}"
+        tries += f", method {node.method}" if node.method else ""
         return "\n".join([*lines, f"  evaluation {', '.join(when)}: {tries}"])

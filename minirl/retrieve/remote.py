@@ -48,7 +48,7 @@ class Remote:
         for number in range(tries):
             if number:
                 time.sleep(FIRST_PAUSE_S * 2 ** (number - 1))
-            answer = _within(request, self._node.timeout_s)
+            answer = within(request, self._node.timeout_s)
             if isinstance(answer, bytes):
                 if len(answer) > MAX_BYTES:
                     raise UserError(
@@ -56,7 +56,7 @@ class Remote:
                     )
                 return answer
             said = f"{type(answer).__name__}: {answer}"[:200]
-            if not _passing(answer):
+            if not passing(answer):
                 raise UserError(f"{url}: the server refused ({said}), {_EXPECTED}; see that the address is that of its search")
         raise UserError(f"{url}: no answer in {tries} tries ({said}); see that the server runs, or raise `timeout_s` of the retriever")
 
@@ -85,7 +85,7 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _within(request: urllib.request.Request, limit_s: float) -> bytes | Exception:
+def within(request: urllib.request.Request, limit_s: float) -> bytes | Exception:
     """The answer's first MAX_BYTES + 1 bytes, or why there is none after `limit_s`."""
     got: list[bytes | Exception] = []
     # A socket's timeout bounds neither the look-up of a name nor a server that drips bytes; not waiting for a thread bounds both.
@@ -115,7 +115,7 @@ def _post(request: urllib.request.Request, limit_s: float) -> bytes | Exception:
         return error
 
 
-def _passing(error: Exception) -> bool:
+def passing(error: Exception) -> bool:
     """Whether it may be well the next time."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code in (408, 429) or error.code >= 500

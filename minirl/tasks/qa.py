@@ -14,7 +14,7 @@ import html
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -25,8 +25,10 @@ from pydantic import AliasChoices, BaseModel, Field, StringConstraints, Validati
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
 from minirl.recipe.qa import QA
+from minirl.retrieve import Retriever
 from minirl.rows import SUFFIXES, read_rows
 from minirl.tasks import Task
+from minirl.tasks.corpus import Corpus
 from minirl.verify.qa import RESEARCH, STYLES, Tags, answer_text, normalise, verify
 
 MOST_NAMED = 0.5  # a title is looked up by its known words only where they are more than this share of it
@@ -56,11 +58,14 @@ class SearchTask(Task):
 
     passages: the data set's own paragraphs (title, text), pooled over the problems and each once; empty where it has none.
     plan: problem -> Plan, for demonstrations. tags: what `verify` reads, and so what a method has to write.
+    retriever: what searches are answered from, opened at the first of them; k: passages a search.
     """
 
     passages: Sequence[tuple[str, str]] = ()
     plan: Callable[[Problem], Plan] | None = None
     tags: Tags = RESEARCH
+    retriever: Retriever | None = field(default=None, compare=False)
+    k: int = 5
 
 
 def open_task(node: QA, seed: int) -> SearchTask:
@@ -96,6 +101,8 @@ def open_task(node: QA, seed: int) -> SearchTask:
         passages=passages,
         plan=plan,
         tags=STYLES[node.tags],
+        retriever=Corpus(node.retriever, passages, lambda titles: coverage_note(problems, titles)),
+        k=node.retriever.k,
     )
 
 

@@ -1,0 +1,114 @@
+"""A sampler behind HTTP: any server that speaks OpenAI's chat completions, for judges.
+
+Invariant: every ask is answered within (retries + 1) * timeout_s and the pauses between, at most `concurrency` of them are under way, and
+a server's fault is one line. A completion from here is text alone: `tokens` and `logprobs` are empty, for the server's ids are none of
+ours. So nothing of it can be trained, and a conversation cannot go on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+import time
+import urllib.request
+from collections import deque
+from typing import Any
+
+from minirl.chat import Chat
+from minirl.episode import Ask, Completion, Problem
+from minirl.errors import UserError
+from minirl.recipe import Judge
+from minirl.retrieve.remote import MAX_BYTES, passing, within
+
+FIRST_PAUSE_S = 1.0
+_EXPECTED = "expected chat completions: {choices: [{message: {content}, finish_reason}]}"
+
+
+class Messages(Chat):
+    """Stands in for a Chat where the server holds the tokenizer: a prompt is its messages as JSON, one token a byte."""
+
+    def __init__(self) -> None:
+        """No tokenizer, so nothing of a Chat but `prompt`."""
+
+    def prompt(self, problem: Problem) -> tuple[int, ...]:
+        """The first messages of a problem."""
+        system = [{"role": "system", "content": problem.system}] if problem.system else []
+        return tuple(json.dumps([*system, {"role": "user", "content": problem.prompt}]).encode())
+
+
+class EndpointSampler:
+    """Posts each ask in a thread of its own. Raises UserError from `poll` for a server that gives no answer, refuses, or says nonsense."""
+
+    def __init__(self, node: Judge) -> None:
+        self._node = node
+        self._url = str(node.url)
+        self._waiting: deque[tuple[int, Ask]] = deque()
+        self._running = 0
+        self._done: queue.SimpleQueue[tuple[int, Completion | UserError]] = queue.SimpleQueue()
+        self._headers = {"Content-Type": "application/json"}
+        if node.key_env is not None:
+            if not (key := os.environ.get(node.key_env)):
+                raise UserError(f"judge.key_env: {node.key_env} is not set, expected the key of {self._url} in that environment variable")
+            self._headers["Authorization"] = f"Bearer {key}"
+
+    def add(self, key: int, ask: Ask) -> None:
+        """Queue an ask whose tokens are of `Messages`."""
+        self._waiting.append((key, ask))
+
+    def reset(self) -> None:
+        """Nothing outlives a poll."""
+
+    def poll(self) -> list[tuple[int, Completion]]:
+        """Wait until at least one ask is answered; all that are."""
+        while self._waiting and self._running < self._node.concurrency:
+            threading.Thread(target=self._answer, args=self._waiting.popleft(), daemon=True).start()
+            self._running += 1
+        if not self._running:
+            raise RuntimeError("poll: expected at least one ask")
+        found = [self._done.get()]
+        while not self._done.empty():
+            found.append(self._done.get())
+        self._running -= len(found)
+        answers = []
+        for key, answer in found:
+            if isinstance(answer, UserError):
+                raise answer
+            answers.append((key, answer))
+        return answers
+
+    def _answer(self, key: int, ask: Ask) -> None:
+        try:
+            self._done.put((key, self._read(self._post(ask))))
+        except UserError as error:
+            self._done.put((key, error))
+        except Exception as error:  # of a thread: whoever polls must hear of it, or would wait for ever
+            self._done.put((key, UserError(f"{self._url}: {type(error).__name__}: {error}")))
+
+    def _post(self, ask: Ask) -> bytes:
+        body = {"model": self._node.model, "messages": json.loads(bytes(ask.tokens)), "max_tokens": ask.max_tokens}
+        body |= {"temperature": ask.temperature, "seed": ask.seed % 2**31} | ({"stop": list(ask.stop)} if ask.stop else {})
+        request, said = urllib.request.Request(self._url, json.dumps(body).encode(), self._headers), ""
+        for number in range(self._node.retries + 1):
+            if number:
+                time.sleep(FIRST_PAUSE_S * 2 ** (number - 1))
+            answer = within(request, self._node.timeout_s)
+            if isinstance(answer, bytes):
+                return answer
+            said = f"{type(answer).__name__}: {answer}"[:200]
+            if not passing(answer):
+                raise UserError(f"{self._url}: the server refused ({said}), {_EXPECTED}; see to the address, the model's name and the key")
+        raise UserError(f"{self._url}: no answer in {self._node.retries + 1} tries ({said}); see that the server runs, or raise timeout_s")
+
+    def _read(self, answer: bytes) -> Completion:
+        try:
+            if len(answer) > MAX_BYTES:
+                raise ValueError(f"more than {MAX_BYTES} bytes")
+            choice: dict[str, Any] = json.loads(answer)["choices"][0]
+            text = choice["message"]["content"]
+            if not isinstance(text, str):
+                raise TypeError(f"content is {type(text).__name__}")
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+            raise UserError(f"{self._url}: got {answer[:40]!r} ({type(error).__name__}: {error}), {_EXPECTED}; mend the server") from error
+        return Completion((), (), text, "length" if choice.get("finish_reason") == "length" else "stop")

@@ -1,0 +1,172 @@
+"""The baselines without training: what each retrieves, what it shows, how often it asks, and how its answer is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from scripted import Scripted
+from tiny import byte_tokenizer
+
+from minirl import recipe
+from minirl.chat import Chat
+from minirl.episode import Ask, Episode, Problem, Verdict
+from minirl.errors import UserError
+from minirl.methods import EVALUATED, Method, evaluated_by
+from minirl.methods.ircot import ircot
+from minirl.methods.iter_retgen import iter_retgen
+from minirl.methods.naive_rag import naive_rag
+from minirl.methods.no_rag import no_rag
+from minirl.methods.rag import within
+from minirl.methods.search import search
+from minirl.methods.single import single
+from minirl.recipe import Sampling
+from minirl.retrieve import Passage
+from minirl.rollout import Talk, play
+from minirl.tasks import Task
+from minirl.tasks.qa import SearchTask
+from minirl.verify.qa import verify
+
+CHAT = Chat(byte_tokenizer())
+QUESTION = "Where was the director born?"
+PROBLEM = Problem("q", QUESTION, {"golds": ["Putney"], "titles": ["The Third Man", "Carol Reed"], "paragraphs": [], "steps": []})
+FILM, REED = Passage("The Third Man", "Directed by Carol Reed."), Passage("Carol Reed", "Born in Putney.")
+PUTNEY, ROME = "It was in Putney. <answer>\\boxed{Putney}</answer>", "In Rome. <answer>\\boxed{Rome}</answer>"
+
+
+class Library:
+    """Finds the film for the question, and Carol Reed for whatever names him."""
+
+    def __init__(self) -> None:
+        self.queries: list[list[str]] = []
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        self.queries.append(list(queries))
+        return [([FILM] if QUESTION in query else []) + ([REED] if "Carol Reed" in query else []) for query in queries]
+
+
+def scored(problem: Problem, text: str) -> Verdict:
+    return verify(problem.answer["golds"], text)
+
+
+def played(method: Method, script: Callable[[str, Ask], str], **sampling: Any) -> tuple[Episode, Scripted, list[str]]:
+    """One episode, its sampler, and the queries."""
+    library = Library()
+    task = SearchTask("films", (), (PROBLEM,), scored, stop=("</answer>",), retriever=library, k=5)
+    sampler = Scripted(CHAT, script)
+    talk = Talk(PROBLEM, CHAT, Sampling(**({"attempt_tokens": 300} | sampling)), temperature=0.0, seed="0")
+    (episode,) = play([method(talk, task)], sampler)
+    assert not any(episode.mask)
+    return episode, sampler, [query for queries in library.queries for query in queries]
+
+
+def user(ask: Ask) -> str:
+    """The user message of an ask."""
+    return CHAT.text(ask.tokens, special=True).partition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
+
+
+def test_no_rag() -> None:
+    episode, sampler, queries = played(no_rag, lambda text, ask: PUTNEY)
+    assert queries == []
+    assert [user(ask) for ask in sampler.asks] == [QUESTION]
+    assert (episode.reward, episode.parts) == (
+        1.0,
+        {"em": 1.0, "f1": 1.0, "searches": 0, "response": len(PUTNEY), "recall": None, "first": True, "first_error": None},
+    )
+
+
+def test_naive_rag() -> None:
+    episode, sampler, queries = played(naive_rag, lambda text, ask: ROME)
+    assert queries == [QUESTION]
+    assert [user(ask) for ask in sampler.asks] == [f"The Third Man\nDirected by Carol Reed.\n\nQuestion: {QUESTION}"]
+    assert (episode.reward, episode.parts["first_error"], episode.parts["recall"], episode.parts["searches"]) == (0.0, "wrong", 0.5, 1)
+
+
+def test_iter_retgen_searches_with_its_last_answer() -> None:
+    first = "It is by Carol Reed. <answer>\\boxed{Vienna}</answer>"
+
+    def script(text: str, ask: Ask) -> str:
+        return PUTNEY if "Born in Putney" in text else first
+
+    episode, sampler, queries = played(iter_retgen, script)
+    assert queries == [QUESTION, f"{QUESTION} {first}", f"{QUESTION} {PUTNEY}"]
+    film, both = FILM.text, f"{FILM.text}\n\n{REED.title}\n{REED.text}"
+    assert [user(ask) for ask in sampler.asks] == [f"The Third Man\n{found}\n\nQuestion: {QUESTION}" for found in (film, both, film)]
+    assert len({ask.seed for ask in sampler.asks}) == 3
+    # The third round finds less than the second, and its answer is the one that counts.
+    assert CHAT.text(episode.turns[-1].tokens) == first
+    assert (episode.parts["em"], episode.parts["searches"], episode.parts["recall"]) == (0.0, 3, 1.0)
+    assert [turn.kind for turn in episode.turns] == ["prompt", "attempt"]
+
+
+def test_ircot_searches_with_each_sentence_and_keeps_what_it_found() -> None:
+    first, second, third = "The film is by Carol Reed.", " He was born in Putney.", " <answer>\\boxed{Putney}</answer>"
+
+    def script(text: str, ask: Ask) -> str:
+        said = text.rpartition("assistant\n")[2]
+        return third if second in said else f"{second} So" if first in said else f"{first} And"
+
+    episode, sampler, queries = played(ircot, script)
+    assert queries == [QUESTION, first, second.strip()]
+    film, both = FILM.text, f"{FILM.text}\n\n{REED.title}\n{REED.text}"
+    assert [user(ask) for ask in sampler.asks] == [f"The Third Man\n{found}\n\nQuestion: {QUESTION}" for found in (film, both, both)]
+    ends = [CHAT.text(ask.tokens, special=True).rpartition("assistant\n")[2] for ask in sampler.asks]
+    assert ends == ["", first, first + second], "the model goes on with its own sentences, and with nothing behind them"
+    assert (episode.parts["em"], episode.parts["searches"], episode.parts["recall"]) == (1.0, 3, 1.0)
+
+
+def test_ircot_ends_with_an_answer() -> None:
+    episode, sampler, queries = played(ircot, lambda text, ask: "<answer>\\boxed{Putney}</answer>")
+    assert (len(queries), len(sampler.asks), episode.parts["em"], episode.parts["searches"]) == (1, 1, 1.0, 1)
+
+
+def test_ircot_has_a_limit() -> None:
+    episode, sampler, queries = played(ircot, lambda text, ask: " And Carol Reed. And" if ask.stop != ("</answer>",) else PUTNEY)
+    assert queries == [QUESTION, *["And Carol Reed."] * 4]
+    assert [ask.stop == ("</answer>",) for ask in sampler.asks] == [False] * 4 + [True]
+    assert (episode.parts["em"], episode.parts["searches"]) == (1.0, 5)
+
+
+def test_ircot_ends_where_the_model_has_nothing_to_say() -> None:
+    episode, sampler, _ = played(ircot, lambda text, ask: "" if "Reed" in text.rpartition("assistant\n")[2] else "It is by Carol Reed.")
+    assert len(sampler.asks) == 2
+    assert (episode.parts["first_error"], episode.parts["em"], episode.parts["searches"]) == ("answer", 0.0, 2)
+
+
+@pytest.mark.parametrize("method", [naive_rag, iter_retgen, ircot])
+def test_passages_have_a_budget(method: Method) -> None:
+    _, sampler, _ = played(method, lambda text, ask: PUTNEY, result_tokens=20)
+    assert user(sampler.asks[0]) == f"The Third Man\nDirect\n\nQuestion: {QUESTION}"
+
+
+def test_within() -> None:
+    talk = Talk(PROBLEM, CHAT, Sampling(result_tokens=len("The Third Man\nDirected by Carol Reed.") + 14), temperature=0.0, seed="0")
+    assert within(talk, [FILM, REED]) == [FILM, Passage("Carol Reed", "Bor")]
+    talk = Talk(PROBLEM, CHAT, Sampling(result_tokens=40), temperature=0.0, seed="0")
+    assert within(talk, [FILM, REED]) == [FILM], "no title without text"
+
+
+def test_the_method_of_an_evaluation() -> None:
+    plain, searched = Task("sums", (), (), scored), SearchTask("films", (), (), scored)
+    assert evaluated_by(recipe.Eval(), plain) is single
+    assert evaluated_by(recipe.Eval(), searched) is search
+    assert {evaluated_by(recipe.Eval(method=name), searched) for name in EVALUATED} == set(EVALUATED.values())  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="nothing to search"):
+        play([no_rag(Talk(PROBLEM, CHAT, Sampling(), temperature=0.0, seed="0"), plain)], Scripted(CHAT, lambda text, ask: ""))
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "said"),
+    [
+        ({"name": "countdown"}, {"eval": {"method": "search"}}, "eval.method: got 'search' for task 'countdown'"),
+        ({"name": "countdown"}, {"stages": [{"kind": "train", "method": "search", "steps": 1}]}, "stages[0].method: got 'search' for task"),
+        ({"name": "hotpotqa"}, {}, "stages[0].method: got 'single' for task 'hotpotqa', expected search"),
+        ({"name": "hotpotqa"}, {"stages": [{"kind": "train", "method": "search", "steps": 1}], "eval": {"tries": 2}}, "eval.tries: got 2"),
+    ],
+)
+def test_methods_that_do_not_fit_the_task(task: dict[str, Any], more: dict[str, Any], said: str) -> None:
+    whole = {"model": {"name": "m"}, "task": task, "stages": [{"kind": "train", "method": "single", "steps": 1}]} | more
+    with pytest.raises(UserError) as error:
+        recipe.parse(whole, "r.yaml")
+    assert said in str(error.value)
