@@ -5,6 +5,7 @@ Invariant: a user's mistake ends in one line on standard error and exit code 2, 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -70,12 +71,17 @@ def eval_(
     folder: FolderArgument,
     set_: SetOption = None,
     base: Annotated[bool, typer.Option("--base", help="Evaluate the model without the run's adapter")] = False,
+    method: Annotated[str | None, typer.Option("--method", help="no_rag, naive_rag, iter_retgen, ircot or search")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Question answering: the baselines beside search, base and adapter")] = False,
 ) -> None:
     """Evaluate a run's adapter on its held-out problems; --set eval.samples=8 --set eval.temperature=1 gives pass@k."""
     with _one_line():
-        from minirl.trial import evaluate_run
+        from minirl import trial
 
-        summary = evaluate_run(folder, set_ or (), base=base).summary
+        if table:
+            typer.echo(trial.table(trial.compare_methods(folder, set_ or ())))
+            return
+        summary = trial.evaluate_run(folder, set_ or (), base=base, method=method).summary
         for k, share in summary["pass_at_k"].items():
             typer.echo(f"pass@{k} {share.value:.1%} [{share.low:.1%}, {share.high:.1%}]")
         for name in ("first_errors", "second_errors"):
@@ -89,6 +95,52 @@ def report(folder: FolderArgument) -> None:
         from minirl.report import write_report
 
         typer.echo(write_report(folder))
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option("--model", help="A hub id, a local folder or smollm2-135m")] = "smollm2-135m",
+    random_weights: Annotated[
+        str | None,
+        typer.Option("--random-weights", help="A hub id or config.json: that shape with random weights", metavar="CONFIG"),
+    ] = None,
+    quantize: Annotated[str, typer.Option("--quantize", help="none, nf4 or int8")] = "none",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16 or fp32")] = "auto",
+    checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, slower updates, on all sides")] = False,
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Replay decode steps from captured graphs")] = False,
+    sections: Annotated[str, typer.Option("--sections", help="Some of rollout,update,step,ceilings")] = "rollout,update,step,ceilings",
+    repeats: Annotated[int, typer.Option("--repeats", help="Counted rounds, after one to warm up")] = 3,
+    step_tokens: Annotated[str | None, typer.Option("--step-tokens", help="Of whole steps, e.g. 512/512", metavar="PROMPT/NEW")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: whether it works, not how fast it is")] = False,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write every number to this file", metavar="PATH")] = None,
+) -> None:
+    """Measure rollouts, updates and whole steps on this machine, beside transformers' generate, padded rows and TRL."""
+    with _one_line():
+        if json_ is not None and not json_.parent.is_dir():
+            raise UserError(f"--json: {json_.parent} is not a folder; make it first, an hour's figures would be lost")
+        from rich.console import Console
+
+        from minirl import bench as benches
+
+        options = benches.Options.parse(
+            model=model,
+            random_weights=random_weights,
+            quantize=quantize,
+            dtype=dtype,
+            gradient_checkpointing=checkpointing,
+            cuda_graphs=cuda_graphs,
+            sections=sections,
+            repeats=repeats,
+            quick=quick,
+            step_tokens=step_tokens,
+        )
+
+        def keep(report: benches.Report) -> None:
+            if json_ is not None:
+                json_.write_text(json.dumps(report.to_json(), indent=1) + "\n")
+
+        found = benches.bench(options, lambda line: typer.echo(line, err=True), keep)
+        Console().print(benches.render(found))
 
 
 def _has_accelerator() -> bool:

@@ -1,0 +1,101 @@
+"""transformers' `generate` as a sampler: called directly and well, as what the live sampler is measured against.
+
+Invariant: it does nothing that it need not: left-padded lock-step batches, exact sampling at temperature 1, no log-probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from minirl import models
+from minirl.chat import Chat
+from minirl.episode import Ask, Completion
+from minirl.policy import Policy
+
+
+class Generate:
+    """Decodes all waiting asks together, up to `rows`, and gives them back when the longest has ended. Lengths alone end a completion.
+
+    model: a transformers model, LoRA layers inside or not.
+    """
+
+    def __init__(self, model: Any, chat: Chat, device: torch.device, *, rows: int) -> None:
+        self.model = model
+        self.chat = chat
+        self.device = device
+        self.rows = rows
+        self._queue: list[tuple[int, Ask]] = []
+
+    def add(self, key: int, ask: Ask) -> None:
+        """Queue an ask; its seed and temperature are not used."""
+        self._queue.append((key, ask))
+
+    def poll(self) -> list[tuple[int, Completion]]:
+        """The completions of the next asks, those of like length together."""
+        waiting = sorted(self._queue, key=lambda item: -len(item[1].tokens))
+        chosen, self._queue = waiting[: self.rows], waiting[self.rows :]
+        replies = self._generate([ask for _, ask in chosen])
+        return [(key, reply) for (key, _), reply in zip(chosen, replies, strict=True)]
+
+    @torch.no_grad()
+    def _generate(self, asks: Sequence[Ask]) -> list[Completion]:
+        longest, pad = max(len(ask.tokens) for ask in asks), self.chat.tokenizer.pad_token_id
+        tokens = torch.tensor([[pad] * (longest - len(ask.tokens)) + list(ask.tokens) for ask in asks], device=self.device)
+        present = torch.tensor([[0] * (longest - len(ask.tokens)) + [1] * len(ask.tokens) for ask in asks], device=self.device)
+        limits = torch.tensor([ask.max_tokens for ask in asks], device=self.device)
+        settings = GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=int(limits.max()), pad_token_id=pad, disable_compile=True
+        )
+        # What the model's own generation config sets (an end token, top-k, penalties) would be taken wherever ours is silent.
+        kept, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        try:
+            out = self.model.generate(
+                input_ids=tokens,
+                attention_mask=present,
+                generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([Limits(limits + longest)]),
+            )
+        finally:
+            self.model.generation_config = kept
+        sampled = [row[: ask.max_tokens] for row, ask in zip(out[:, longest:].tolist(), asks, strict=True)]
+        return [Completion(tuple(row), (0.0,) * len(row), self.chat.text(row), "length") for row in sampled]
+
+
+class Limits(StoppingCriteria):  # type: ignore[misc]
+    """Tells `generate` which rows have as many tokens as they were to have."""
+
+    def __init__(self, lengths: Tensor) -> None:
+        self.lengths = lengths
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        return self.lengths <= input_ids.shape[1]
+
+
+@contextmanager
+def stock(policy: Policy, attention: str, adapter: torch.dtype = torch.float32) -> Iterator[Any]:
+    """The policy's transformers model as transformers and peft ship it: their attention and their LoRA, nothing of ours.
+
+    attention: the implementation it was loaded with. adapter: what the adapter's weights are held in; in the model's own type `generate`
+    need not cast anything.
+    """
+    base = policy.model.get_base_model()
+    ours, masters = base.config._attn_implementation, {name: p.data for name, p in policy.trainable.items()}
+    layers = [module for module in policy.model.modules() if hasattr(module, "lora_A")]
+    try:
+        base.set_attn_implementation(attention)
+        for layer in layers:
+            vars(layer).pop("forward", None)
+        for p in policy.trainable.values():
+            p.data = p.data.to(adapter)
+        yield base
+    finally:
+        for name, p in policy.trainable.items():
+            p.data = masters[name]
+        models.lean_lora(policy.model)
+        base.set_attn_implementation(ours)

@@ -1,0 +1,68 @@
+"""A model of a published shape with random weights: speed and memory without the weights.
+
+Invariant: it is written as a plain model folder and then loaded like any other, so that quantising it, its adapter and its dtype are the
+real thing. What it says is noise.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from minirl.embedded import quiet
+from minirl.errors import UserError
+from minirl.hub import hub_answers
+from minirl.models import LOAD_ERRORS
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_random_model(source: str, folder: Path, dtype: torch.dtype, device: torch.device) -> Path:
+    """Write a model of `source`'s shape with random weights of `dtype` into `folder`, with a tokenizer; returns the folder.
+
+    source: a hub id, a config.json, or a folder with one. Its own tokenizer is taken where there is one with a chat template, else one
+    token a byte. Raises UserError where there is no configuration of a causal language model.
+    """
+    quiet()
+    path = Path(source).expanduser()
+    local = path.exists()
+    if not local and not hub_answers():
+        raise UserError(f"--random-weights: {source}: no such file or folder, and the hub does not answer; give a local config.json")
+    try:
+        config = AutoConfig.from_pretrained(str(path) if local else source, trust_remote_code=False)
+        # Drawn on the device: billions of normal numbers take minutes on a CPU.
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"--random-weights: {source}: not the configuration of a causal language model ({reason})") from error
+    model.save_pretrained(folder)
+    _tokenizer(str(path.parent if path.is_file() else path) if local else source).save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(source: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except LOAD_ERRORS:  # a bare config.json has none beside it, and any will do: the text is noise
+        return byte_tokenizer()
+    return tokenizer if tokenizer.chat_template else byte_tokenizer()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, ids 0 to 255, and three special tokens; the ChatML template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(tokenizer_models.BPE(vocab={character: number for number, character in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<pad>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<pad>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer

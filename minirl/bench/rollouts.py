@@ -1,0 +1,130 @@
+"""Rollouts: the live sampler beside `generate`, on the same episodes.
+
+Invariant: both sides sample exactly the same number of tokens, turn by turn, because every length is decided beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from functools import partial
+from random import Random
+
+from minirl.bench.generate import Generate, stock
+from minirl.bench.measure import Measurement, by_turns, rates
+from minirl.bench.setup import WORDS, Bench
+from minirl.episode import Ask, Completion, Episode, Problem, Verdict
+from minirl.methods.reflect import failed, reflect
+from minirl.methods.single import single
+from minirl.rollout import Sampler, Talk, play
+from minirl.tasks import Task
+
+FAIL = Task("bench", (), (), lambda problem, text: Verdict(0.0, False, {"error_kind": "scripted"}))
+"""A task whose every attempt fails, so that every R3 episode has its three turns."""
+Plan = Sequence[tuple[int, str]]
+"""Tokens to sample in each turn, and what is told after it (nothing after the last)."""
+
+
+def measure_rollouts(bench: Bench) -> list[Measurement]:
+    """Sampled tokens a second, each kind of episode."""
+    rows, new = bench.sizes.rows, bench.sizes.new_tokens
+    live = bench.sampler()
+    generate = Generate(bench.policy.model.get_base_model(), bench.chat, bench.device, rows=rows)
+    kinds: dict[str, Callable[[Sampler], list[Episode]]] = {
+        f"single turn, {new} new": partial(planned, bench, [[(new, "")]] * rows),
+        f"single turn, {uneven(new)[0]}-{new} new": partial(planned, bench, uneven_plans(bench)),
+        f"R3, 3 turns of {new}": partial(r3_from_scratch, bench),
+        "search-like, 1-4 uneven turns": partial(planned, bench, search_plans(bench)),
+    }
+    found = []
+    for what, episodes in kinds.items():
+
+        def ours(episodes: Callable[[Sampler], list[Episode]] = episodes) -> float:
+            live.reset()
+            return sampled(episodes(live))
+
+        def theirs(episodes: Callable[[Sampler], list[Episode]] = episodes) -> float:
+            with stock(bench.policy, bench.stock_attention, adapter=bench.policy.dtype):
+                return sampled(episodes(generate))
+
+        runs = by_turns({"ours": ours, "theirs": theirs}, bench.options.repeats, bench.device)
+        counts = {done for side in runs.values() for _, done in side}
+        if len(counts) != 1:
+            raise RuntimeError(f"{what}: expected both sides to sample the same number of tokens, got {sorted(counts)}")
+        note = f"{rows} episodes of {bench.sizes.prompts} prompts, {counts.pop():.0f} tokens"
+        found.append(Measurement("rollout", what, "tokens/s", rates(runs["ours"]), rates(runs["theirs"]), "generate", note))
+    live.reset()
+    return found
+
+
+def sampled(episodes: Sequence[Episode]) -> int:
+    """Tokens sampled in all of them."""
+    return sum(episode.sampled_tokens for episode in episodes)
+
+
+def talks(bench: Bench, problems: Sequence[Problem], each: int) -> list[Talk]:
+    """`each` conversations about each problem."""
+    return [
+        Talk(problem, bench.chat, bench.sampling(), temperature=1.0, seed=f"{i}/{k}")
+        for i, problem in enumerate(problems)
+        for k in range(each)
+    ]
+
+
+def converse(talk: Talk, plan: Plan) -> Generator[Ask, Completion, Episode]:
+    """A conversation of planned lengths, all of it trained."""
+    for number, (tokens, told) in enumerate(plan):
+        yield from talk.ask("attempt", max_tokens=tokens, trained=True)
+        if number + 1 < len(plan):
+            talk.tell("result", told)
+    return talk.end(None)
+
+
+def planned(bench: Bench, plans: Sequence[Plan], sampler: Sampler) -> list[Episode]:
+    """One conversation a plan, the group's on each prompt."""
+    started = talks(bench, bench.problems, bench.sizes.group)
+    return play([converse(talk, plan) for talk, plan in zip(started, plans, strict=True)], sampler)
+
+
+def uneven(new: int) -> range:
+    """Lengths from a twelfth of `new` to `new`."""
+    return range(max(1, new // 12), new + 1)
+
+
+def uneven_plans(bench: Bench) -> list[Plan]:
+    """One turn each, of evenly drawn lengths; somebody has the longest."""
+    rng, lengths = Random(0), uneven(bench.sizes.new_tokens)
+    return [[(rng.choice(lengths) if i else lengths[-1], "")] for i in range(bench.sizes.rows)]
+
+
+def search_plans(bench: Bench) -> list[Plan]:
+    """1 to 4 turns of a sixth to two thirds of the new tokens each, with results of some 40 to 120 words between them."""
+    rng, new = Random(1), bench.sizes.new_tokens
+    lengths, words = range(max(1, new // 6), max(2, 2 * new // 3)), WORDS.split()
+
+    def told() -> str:
+        return " ".join(rng.choices(words, k=rng.randint(max(1, 5 * new // 12), max(2, 5 * new // 4))))
+
+    return [[(rng.choice(lengths), told()) for _ in range(rng.randint(1, 4))] for _ in range(bench.sizes.rows)]
+
+
+def r3_from_scratch(bench: Bench, sampler: Sampler) -> list[Episode]:
+    """Attempt, reflection, retry, from every prompt and every member of its group."""
+    return play([reflect(talk, FAIL) for talk in talks(bench, bench.problems, bench.sizes.group)], sampler)
+
+
+def grpo_step(bench: Bench, sampler: Sampler) -> list[Episode]:
+    """The episodes of a GRPO step: a group of attempts on each prompt, with rewards that differ within every group."""
+    return rewarded(play([single(talk, FAIL) for talk in talks(bench, bench.problems, bench.sizes.group)], sampler))
+
+
+def r3_step(bench: Bench, sampler: Sampler) -> list[Episode]:
+    """The episodes of an R3 step: one failed attempt on each prompt, then a group of reflections and retries on each failure."""
+    attempts = play([single(talk, FAIL) for talk in talks(bench, bench.problems, 1)], sampler)
+    failures = [failed(episode.problem, episode.turns) for episode in attempts]
+    return rewarded(play([reflect(talk, FAIL) for talk in talks(bench, failures, bench.sizes.group)], sampler))
+
+
+def rewarded(episodes: Sequence[Episode]) -> list[Episode]:
+    """Rewards 0 and 1 by turns: no group is dead, whatever a random model says."""
+    return [replace(episode, reward=float(number % 2)) for number, episode in enumerate(episodes)]
