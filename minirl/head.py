@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minirl import packed
+
 CHUNK_LOGITS = 2**25  # logits alive at once: 128 MiB in float32, and twice that again for their probabilities
 
 
@@ -23,9 +25,19 @@ class Head:
         self.scale: float = getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0)
         self._is_plain = type(linear) is nn.Linear and linear.bias is None and not linear.weight.requires_grad and self.softcap is None
 
+        self._packed: Tensor | None = None
+
+    def pack(self, rows: int) -> None:
+        """Let `logits` be computed from packed weights without a gradient, laid out for some `rows` rows, where that can be."""
+        if self._packed is None and self._is_plain and packed.fits([self.linear.weight]):
+            self._packed = packed.pack(self.linear.weight, rows)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits in float32, (..., V), of hidden states (..., D)."""
-        logits: Tensor = self.linear(hidden).float()
+        if self._packed is not None and not torch.is_grad_enabled():
+            logits = packed.product(hidden, self._packed).float()
+        else:
+            logits = self.linear(hidden).float()
         logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from minirl import recipe
 from minirl.embedded import public_name, quiet, resolve
 from minirl.errors import UserError
+from minirl.lora import lean_lora
 
 # peft imports bitsandbytes, which warns at import about an optional kernel.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -108,47 +108,6 @@ def load_model(node: recipe.Model, seed: int = 0, device: torch.device | None = 
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
     return LoadedModel(model.eval(), tokenizer, device, dtype, node)
-
-
-def lean_lora(model: nn.Module) -> int:
-    """Let every plain LoRA layer compute in the dtype of its input, from float32 masters; returns how many layers were changed.
-
-    peft casts the input up to the adapter's float32, which on a bf16 CPU makes a training step 1.2 to 1.3 times as long. Gradients on A
-    and B stay float32. Disabled, switched and merged adapters behave as in peft; layers with DoRA, a LoRA bias or dropout keep peft's own.
-    """
-    changed = 0
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and _is_plain(module):
-            module.held = None
-            module.forward = MethodType(_lean_forward, module)
-            changed += 1
-    return changed
-
-
-class FixedLora:
-    """Inside it, LoRA layers keep their factors in the compute dtype from one forward to the next: the casts of small factors cost a
-    decode step more than their products. Whoever changes the weights must `clear` it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._layers: list[Any] = [module for module in model.modules() if hasattr(module, "held")]
-        self._held: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in self._layers]
-        self._is_stale = False
-
-    def clear(self) -> None:
-        """The weights have changed. The copies are brought up to date where they stand: a CUDA graph goes by their addresses."""
-        self._is_stale = True
-
-    def __enter__(self) -> None:
-        for layer, held in zip(self._layers, self._held, strict=True):
-            layer.held = held
-            for name, (a, b) in held.items() if self._is_stale else ():
-                a.copy_(layer.lora_A[name].weight)
-                b.copy_(layer.lora_B[name].weight)
-        self._is_stale = False
-
-    def __exit__(self, *_: object) -> None:
-        for layer in self._layers:
-            layer.held = None
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
@@ -300,41 +259,6 @@ def _start_from(model: PeftModel, node: recipe.Model) -> None:
 def _peft_state(model: PeftModel) -> dict[str, Tensor]:
     # save_embedding_layers=False: to decide it by itself, peft would ask the hub about the base model.
     return dict(sorted(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False).items()))
-
-
-def _is_plain(layer: LoraLayer) -> bool:
-    has_dropout = any(isinstance(dropout, nn.Dropout) and dropout.p > 0 for dropout in layer.lora_dropout.values())
-    has_bias = any(linear.bias is not None for linear in layer.lora_B.values())
-    return isinstance(layer.get_base_layer(), nn.Linear) and not (layer.lora_variant or has_dropout or has_bias)
-
-
-def _lean_forward(self: Any, x: Tensor) -> Tensor:
-    """peft's LoRA forward, (..., in) -> (..., out), with the two small products in the dtype of x."""
-    linear = nn.functional.linear
-    result: Tensor = self.base_layer(x)
-    if self.disable_adapters or self.merged:
-        return result
-    for name in self.active_adapters:
-        if name in self.lora_A:
-            a, b = _factors(self, name, x.dtype)
-            low = linear(x, a)
-            if type(self.base_layer) is nn.Linear:
-                # Into the base's output, scaled on the way: a second result and a pass over both cost as much as the product.
-                result.flatten(0, -2).addmm_(low.flatten(0, -2), b.t(), alpha=self.scaling[name])
-            else:  # bitsandbytes' outputs must not be written to
-                result = torch.add(result, linear(low, b), alpha=self.scaling[name])
-    return result
-
-
-def _factors(layer: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A and B in the compute dtype; kept between forwards inside FixedLora."""
-    held: dict[str, tuple[Tensor, Tensor]] | None = layer.held
-    if held is not None and name in held:
-        return held[name]
-    factors = layer.lora_A[name].weight.to(dtype), layer.lora_B[name].weight.to(dtype)
-    if held is not None:
-        held[name] = factors
-    return factors
 
 
 def _first_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from minirl.attention import Cached
 from minirl.chat import Chat
 from minirl.decode import Decoder, GraphDecoder
 from minirl.episode import Ask, Completion, Finish
-from minirl.models import FixedLora
+from minirl.lora import FixedLora
 from minirl.plain import PlainSampler
 from minirl.policy import Policy
 from minirl.sampling import check_finite, pick, stops, uniforms
@@ -28,7 +28,7 @@ from minirl.slots import Slots
 # Asks that wait for each other while others decode (as many as decode, when few do): a prefill reads all weights, like a decode step.
 ADMIT_TOGETHER = 16
 ROUND = 8  # prefill passes are padded to multiples of this many tokens a row: every new shape costs matrix kernels built anew
-PREFILL_TOKENS = 4096  # most padded tokens of one prefill pass
+PREFILL_TOKENS = 1024  # most padded tokens of one prefill pass: in larger ones more of them are padding
 
 
 def open_sampler(
@@ -79,7 +79,8 @@ class LiveSampler:
         self._live: list[Live] = []
         self._ended: list[tuple[int, Completion]] = []
         config = policy.model.get_base_model().config.get_text_config()
-        self._lora = FixedLora(policy.model)
+        self._lora = FixedLora(policy.model, rows)
+        policy.head.pack(rows)
         captures = cuda_graphs and policy.device.type == "cuda"
         self._slots = Slots(config.num_hidden_layers, rows, policy.device, cache_tokens, keeps_memory=captures)
         self._decode = (GraphDecoder if captures else Decoder)(policy, self._slots)

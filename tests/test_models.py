@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from minirl import models, recipe
+from minirl import lora, models, recipe
 from minirl.errors import UserError
 
 CPU = torch.device("cpu")
@@ -152,7 +153,7 @@ def test_lean_forward_follows_switched_and_merged_adapters(folders: Any) -> None
 def test_lean_forward_leaves_dora_and_dropout_to_peft() -> None:
     for settings, changed in (({}, 14), ({"use_dora": True}, 0), ({"lora_dropout": 0.1}, 0), ({"lora_bias": True}, 0)):
         model = get_peft_model(tiny.tiny_model(), LoraConfig(r=2, target_modules="all-linear", **settings))
-        assert models.lean_lora(model) == changed
+        assert lora.lean_lora(model) == changed
 
 
 def test_lean_forward_computes_in_the_input_s_dtype(folders: Any) -> None:
@@ -181,7 +182,7 @@ def dequantised(model: PeftModel) -> PeftModel:
             if base.bias is not None:
                 linear.bias.data.copy_(base.bias.data)
             module.base_layer = linear.requires_grad_(False)
-            module.forward = models.MethodType(models._lean_forward, module)
+            module.forward = MethodType(lora.lean_forward, module)
     return plain
 
 

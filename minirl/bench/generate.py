@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from minirl import models
 from minirl.chat import Chat
 from minirl.episode import Ask, Completion
+from minirl.lora import lean_lora
 from minirl.policy import Policy
 
 
@@ -97,5 +97,5 @@ def stock(policy: Policy, attention: str, adapter: torch.dtype = torch.float32) 
     finally:
         for name, p in policy.trainable.items():
             p.data = masters[name]
-        models.lean_lora(policy.model)
+        lean_lora(policy.model)
         base.set_attn_implementation(ours)
