@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from minirl import cpu_attention
+
 NAME = "minirl"
 # Families whose attention is plain softmax attention through the interface, with or without sliding windows.
 FAMILIES = frozenset({"llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "gemma2", "gemma3", "gemma3_text"})
@@ -159,7 +161,7 @@ def _shared(
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
-    if softcap is None and (window is None or window >= q.shape[2]):
+    if softcap is None and (window is None or window >= q.shape[2]) and not cpu_attention.serves(q):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
     return _masked(q, k, v, layout.mask(0, q.shape[2], window, q.device), scaling, softcap)
 
@@ -171,7 +173,9 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
     shared = heads // key.shape[1]
     query = query.reshape(batch, key.shape[1], shared * length, size)
     mask = mask.repeat(*(1,) * (mask.dim() - 2), shared, 1) if shared > 1 and length > 1 else mask  # a single row is broadcast
-    if softcap is None and key.stride(-1) == 1:
+    if softcap is None and mask.dim() == 2 and cpu_attention.serves(query):
+        out = cpu_attention.attention(query, key, value, mask, size**-0.5 if scaling is None else scaling)
+    elif softcap is None and key.stride(-1) == 1:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     else:  # also for keys that stand by column (slots.py): written out, because the library would be slower, and copy them all first
         scores = (query @ key.transpose(-1, -2)).float() * (size**-0.5 if scaling is None else scaling)

@@ -19,7 +19,7 @@ FLOORS = {
     name: floor
     for floor, names in {
         0: "__init__ errors episode",
-        1: "metrics recipe verify retrieve rows hub files statistics losses optim packed",
+        1: "metrics recipe verify retrieve rows hub files statistics losses optim packed cpu_attention",
         2: "tasks chat rundir state chart batch attention credit head value lora",
         3: "rollout policy models embedded sampling slots report progress",
         4: "methods evaluate judge endpoint sampler plain learner agreement decode ppo objective",
@@ -29,7 +29,8 @@ FLOORS = {
     for name in names.split()
 }
 LEARN = {"models", "embedded", "policy", "batch", "attention", "credit", "losses", "optim", "learner"}
-LEARN |= {"agreement", "decode", "objective", "ppo", "value", "sampler", "sampling", "plain", "slots", "head", "lora", "packed"}
+LEARN |= {"agreement", "decode", "objective", "ppo", "value", "sampler", "sampling", "plain", "slots", "head"}
+LEARN |= {"lora", "packed", "cpu_attention"}
 PLAY = {"metrics", "methods", "judge", "endpoint", "rollout", "tasks", "verify", "retrieve", "evaluate"}
 BOTH = {"session", "trial", "bench", "train", "cli", "__main__"}
 LIGHT = set(FLOORS) - LEARN - BOTH  # the play and record wings, and what they stand on
