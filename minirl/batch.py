@@ -190,5 +190,8 @@ def _fit(bundle: Shared, budget: int) -> list[Shared]:
 
 
 def _fit_loose(rows: Sequence[Row], budget: int) -> list[Shared]:
-    """Rows that share nothing, those of like length together: their attention is padded to the longest."""
-    return [Shared(0, tuple(chunk)) for chunk in pack_plain(rows, budget)]
+    """Rows of different problems, those of like length together: their attention is padded to the longest. They may still begin alike,
+    with a system prompt."""
+    chunks = [tuple(chunk) for chunk in pack_plain(rows, budget)]
+    prefixes = [common_prefix([r.tokens for r in chunk]) if len(chunk) > 1 else 0 for chunk in chunks]
+    return [Shared(prefix if prefix >= MIN_SHARED else 0, chunk) for prefix, chunk in zip(prefixes, chunks, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -37,6 +37,16 @@ def rows_of(rng: Random) -> list[Row]:
     return rows
 
 
+def strangers(rng: Random) -> list[Row]:
+    """Six rows of six problems, with one system prompt of 20 tokens; what they train begins in it."""
+    system, rows = [rng.randrange(256) for _ in range(20)], []
+    for number in range(6):
+        tokens = system + [rng.randrange(256) for _ in range(rng.randrange(8, 30))]
+        mask = [False] * 18 + [True] * (len(tokens) - 18)
+        rows.append(Row(tuple(tokens), tuple(mask), (0.0,) * len(tokens), rng.gauss(0, 1), 1 / 50, number, number))
+    return rows
+
+
 def both(policy: Policy, batches: Iterable[Batch]) -> tuple[dict[int, list[float]], Tensor]:
     """Log-probabilities by episode, and the gradient of their weighted sum."""
     for p in policy.trainable.values():
@@ -60,11 +70,14 @@ def loaded(folder: Path, arch: str, dtype: Literal["fp32", "bf16"] = "fp32", **o
     return model
 
 
+@pytest.mark.parametrize("make", [rows_of, strangers])
 @pytest.mark.parametrize(("arch", "overrides"), CASES)
-def test_shared_prefixes_equal_plain_rows(arch: str, overrides: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_prefixes_equal_plain_rows(
+    arch: str, overrides: dict[str, Any], make: Callable[[Random], list[Row]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches: prefix not causal, a completion that sees another or not all of its prefix, positions that start at 0, a window ignored."""
     model = loaded(tmp_path, arch, **overrides)
-    rows = rows_of(Random(0))
+    rows = make(Random(0))
     with monkeypatch.context() as patch:
         patch.setattr(attention, "supports", lambda config: False)
         plain = Policy(model.model, model.device, model.dtype)
@@ -148,6 +161,16 @@ def test_a_shared_prefix_is_computed_once(tmp_path: Path) -> None:
     assert batch.tokens.shape == (1, 192)  # 140 filled up to a multiple of 64
     assert batch.seen[:6].tolist() == [99, 100, 101, 102, 103, 99]  # a completion's first token is predicted at the prefix's last
     assert batch.positions[0, 98:107].tolist() == [98, 99, 100, 101, 102, 103, 104, 100, 101]
+
+
+def test_different_problems_share_a_system_prompt() -> None:
+    """Catches: sharing looked for inside groups alone, as SFT has none. 20 + 4 * 15 tokens, not 4 * 35; cut by the budget, once a cut."""
+    rows = [Row((*range(20), 100 + i, *range(14)), (False,) * 20 + (True,) * 15, (0.0,) * 35, 1.0, 1.0, i, i) for i in range(4)]
+    ((bundle,),) = pack(rows, 10**6)
+    assert (bundle.prefix, bundle.cost) == (20, 80)
+    assert [(b.prefix, b.cost) for bundles in pack(rows, 70) for b in bundles] == [(20, 50), (20, 50)]
+    short = [Row((*range(15), 100 + i, 7), (False,) * 15 + (True,) * 2, (0.0,) * 17, 1.0, 1.0, i, i) for i in range(4)]
+    assert [b.prefix for bundles in pack(short, 10**6) for b in bundles] == [0]
 
 
 def test_what_is_supported() -> None:
