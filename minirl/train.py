@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from minirl.errors import UserError
 from minirl.files import write_folder
 from minirl.learner import Learner
 from minirl.methods import Method, method_of
+from minirl.methods.demonstrate import as_sampled, demonstrate
 from minirl.methods.reflect import failed
 from minirl.methods.single import single
 from minirl.metrics import Facts, means
@@ -74,6 +76,8 @@ def _run_stages(s: Session) -> None:
         stage = s.recipe.stages[index]
         if isinstance(stage, recipe.Collect):
             _collect(s, index, stage)
+        elif not stage.steps:
+            s.run.advance(Position(index + 1, 0))
         else:
             _train(s, index, stage)
 
@@ -120,6 +124,8 @@ def _train(s: Session, index: int, stage: recipe.Train) -> None:
         began, before = time.monotonic(), s.sampler.tokens
         drawn, tried = _draw(s, index, step, stage, problems)
         groups = _play(s, f"{index}/{step}", method, drawn, stage.group, check=step == began_at, temperature=s.recipe.sampling.temperature)
+        if stage.method == "self_train":
+            groups += _play(s, f"{index}/{step}/shown", partial(demonstrate, share=0.0), drawn, 1, check=False, temperature=1.0)
         sampled = time.monotonic()
         stats = learner.update(groups)
         learned = time.monotonic()
@@ -200,14 +206,16 @@ def _problems(s: Session, index: int, stage: recipe.Stage) -> Sequence[Problem]:
         if not s.task.train:
             raise UserError(f"stages[{index}]: task {s.task.name!r} has no training problems; set task.train above 0, or only evaluate")
         return s.task.train
-    kept = s.run.kept(index - 1)
-    if not kept:
+    episodes = s.run.kept(index - 1)
+    if not episodes:
         raise UserError(f"stages[{index}]: the collect stage before it kept nothing; collect more problems or samples, or change `keep`")
     if stage.method == "reflect":
-        if any(e.parts["first"] for e in kept):
+        if any(e.parts["first"] for e in episodes):
             raise UserError(f"stages[{index}]: method reflect needs failed attempts; set keep: failed in stages[{index - 1}]")
-        return [failed(e.problem, e.turns) for e in kept]
-    return [e.problem for e in kept]
+        return [failed(e.problem, e.turns) for e in episodes]
+    if stage.examples != "demonstrations":
+        return [*(s.task.train if stage.examples == "both" else ()), *map(as_sampled, episodes)]
+    return [e.problem for e in episodes]
 
 
 def _draw(

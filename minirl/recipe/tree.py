@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from minirl.recipe.base import Frozen, NonNegative
 from minirl.recipe.judge import Judge
 from minirl.recipe.qa import QA
-from minirl.recipe.stages import Collect, Stage
+from minirl.recipe.stages import Collect, Stage, Train
 from minirl.recipe.tasks import Task
 
 SEARCHING = ("search", "no_rag", "naive_rag", "iter_retgen", "ircot")
@@ -144,6 +144,18 @@ class Recipe(Frozen):
             raise ValueError(f"eval.judge: got a judge for task {self.task.name!r}, expected none: its verifier is exact")
         if searched and self.eval.tries == 2:
             raise ValueError(f"eval.tries: got 2 for task {self.task.name!r}, expected 1: searches are not reflected on")
+        return self
+
+    @model_validator(mode="after")
+    def _check_kept(self) -> Self:
+        for number, stage in enumerate(self.stages):
+            if not isinstance(stage, Train) or stage.examples == "demonstrations":
+                continue
+            before = self.stages[number - 1] if number else None
+            if not isinstance(before, Collect) or before.keep != "passed":
+                raise ValueError(
+                    f"stages[{number}].examples: got {stage.examples!r}, expected a collect stage with keep 'passed' right before it"
+                )
         return self
 
     def dump(self) -> str:
