@@ -30,6 +30,7 @@ from minirl.metrics import Facts, means
 from minirl.policy import Policy
 from minirl.progress import Progress
 from minirl.report import write_report
+from minirl.reward import RewardModel, Sample
 from minirl.rollout import seed_of
 from minirl.rundir import Run
 from minirl.session import Interrupted, Session, interruptible, length, open_session
@@ -76,6 +77,8 @@ def _run_stages(s: Session) -> None:
         stage = s.recipe.stages[index]
         if isinstance(stage, recipe.Collect):
             _collect(s, index, stage)
+        elif isinstance(stage, recipe.RewardModel):
+            _reward_model(s, index, stage)
         elif not stage.steps:
             s.run.advance(Position(index + 1, 0))
         else:
@@ -147,6 +150,30 @@ def _train(s: Session, index: int, stage: recipe.Train) -> None:
             raise Interrupted
 
 
+def _reward_model(s: Session, index: int, stage: recipe.RewardModel) -> None:
+    """Train a reward model on what the collect stage before has kept, to the run's folder reward_model; all of it or nothing is done."""
+    if s.accelerator.num_processes > 1:
+        raise UserError(f"stages[{index}]: a reward model is trained by one process; run the recipe without `accelerate launch`")
+    s.progress.stage(f"{index} reward model", stage.epochs)
+    problems = sorted({e.problem.id for e in s.run.kept(index - 1)}, key=lambda name: seed_of(s.recipe.seed, index, name))
+    held_out = set(problems[: round(stage.held_out * len(problems))])
+    parts: tuple[list[Sample], list[Sample]] = ([], [])
+    for episode in s.run.kept(index - 1):
+        parts[episode.problem.id in held_out].append(Sample(episode.tokens, bool(episode.parts["first"])))
+    model = RewardModel.fresh(s.recipe.model, models.adapter_state(s.policy.model), s.recipe.seed, s.policy.device)
+    began = time.monotonic()
+
+    def log(row: dict[str, float]) -> None:
+        s.log({"stage": index, **row}, {"learn_s": time.monotonic() - began})
+
+    facts = model.fit(parts[0], parts[1], stage, s.recipe.seed, log, s.asked_to_stop)
+    if facts is not None:
+        write_folder(s.run.folder / "reward_model", lambda folder: model.save(folder, facts))
+        s.run.advance(Position(index + 1, 0))
+    if s.asked_to_stop():
+        raise Interrupted
+
+
 def _play(
     s: Session, seed: str, method: Method, drawn: Sequence[tuple[int, Problem]], size: int, *, check: bool, temperature: float
 ) -> list[Group]:
@@ -200,7 +227,7 @@ def _export(policy: Policy, folder: Path) -> None:
         policy.value_head.save(folder)
 
 
-def _problems(s: Session, index: int, stage: recipe.Stage) -> Sequence[Problem]:
+def _problems(s: Session, index: int, stage: recipe.Collect | recipe.Train) -> Sequence[Problem]:
     """What the stage plays: the task's problems, or what the collect stage before it kept."""
     if index == 0 or isinstance(stage, recipe.Collect) or not isinstance(s.recipe.stages[index - 1], recipe.Collect):
         if not s.task.train:

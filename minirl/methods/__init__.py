@@ -31,7 +31,7 @@ EVALUATED: dict[str, Method] = {
 """What an evaluation with one try can play; the order is that of the table (see `trial.compare_methods`)."""
 
 
-def method_of(stage: recipe.Stage) -> Method:
+def method_of(stage: recipe.Collect | recipe.Train) -> Method:
     """The method a stage names, with the stage's own options bound."""
     if stage.method == "single":
         return single

@@ -78,4 +78,27 @@ class Train(Frozen):
         return self
 
 
-Stage = Annotated[Collect | Train, Field(discriminator="kind")]
+class RewardModel(Frozen):
+    """Train a model that tells right samples from wrong ones on what the collect stage before it kept (ReFT, arXiv 2401.08967, section 4).
+
+    A sequence classifier with two labels and a LoRA adapter that starts from the run's own; `minirl eval --rerank` picks by it. Begun again
+    from its start where a run is taken up in the middle of it, and for one process only.
+    """
+
+    kind: Literal["reward_model"]
+    """Names this kind of stage."""
+    epochs: PositiveInt = 3
+    """How often the samples are gone through (ReFT: 3)."""
+    batch: PositiveInt = 32
+    """Samples an update."""
+    micro_batch: PositiveInt = 8
+    """Samples in one forward pass."""
+    lr: PositiveFloat = 1e-4
+    """Peak learning rate; it rises over the first twentieth of the updates and then falls to 0 along a line."""
+    held_out: Probability = 0.1
+    """Share of the problems whose samples are kept for accuracy and AUC."""
+    balance: bool = True
+    """Weigh right and wrong samples alike, however many there are of each; else by their numbers."""
+
+
+Stage = Annotated[Collect | Train | RewardModel, Field(discriminator="kind")]
