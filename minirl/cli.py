@@ -72,16 +72,29 @@ def eval_(
     set_: SetOption = None,
     base: Annotated[bool, typer.Option("--base", help="Evaluate the model without the run's adapter")] = False,
     method: Annotated[str | None, typer.Option("--method", help="no_rag, naive_rag, iter_retgen, ircot or search")] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="Samples a problem, for pass@k, --vote and --rerank", metavar="K")
+    ] = None,
+    vote: Annotated[bool, typer.Option("--vote", help="Maths: the answer that most samples give")] = False,
+    rerank: Annotated[
+        Path | None, typer.Option("--rerank", help="A run with a reward model, which picks one of the samples", metavar="RUN")
+    ] = None,
     table: Annotated[bool, typer.Option("--table", help="Question answering: the baselines beside search, base and adapter")] = False,
 ) -> None:
-    """Evaluate a run's adapter on its held-out problems; --set eval.samples=8 --set eval.temperature=1 gives pass@k."""
+    """Evaluate a run's adapter on its held-out problems; --samples 8 gives pass@k."""
     with _one_line():
         from minirl import trial
 
         if table:
+            if samples or vote or rerank:
+                raise UserError("--table: got it with --samples, --vote or --rerank, expected it alone: it compares single tries")
             typer.echo(trial.table(trial.compare_methods(folder, set_ or ())))
             return
-        summary = trial.evaluate_run(folder, set_ or (), base=base, method=method).summary
+        found = trial.evaluate_run(folder, set_ or (), base=base, method=method, samples=samples, vote=vote, rerank=rerank)
+        summary = found.summary
+        for name in ("majority", "reranked"):
+            if share := summary["scores"].get(name):
+                typer.echo(f"{name}@{summary['samples']} {share.value:.1%} [{share.low:.1%}, {share.high:.1%}]")
         for k, share in summary["pass_at_k"].items():
             typer.echo(f"pass@{k} {share.value:.1%} [{share.low:.1%}, {share.high:.1%}]")
         for name in ("first_errors", "second_errors"):

@@ -6,7 +6,7 @@ at every evaluation of a run, so that two evaluations can be compared in pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,13 @@ from minirl.judge import Case, Judge
 from minirl.methods import evaluated_by
 from minirl.metrics import SCORES
 from minirl.rollout import Sampler, Talk, play
+from minirl.statistics import majority
 from minirl.tasks import Task
 from minirl.tasks.qa import SearchTask
 from minirl.verify.qa import read
+
+Rank = Callable[[Sequence[Sequence[int]]], Sequence[float]]
+"""A reward model: the token ids of episodes -> the chance that each is right."""
 
 
 def evaluate(
@@ -31,10 +35,13 @@ def evaluate(
     node: recipe.Eval,
     seed: int,
     judge: Judge | None = None,
+    rank: Rank | None = None,
 ) -> tuple[list[dict[str, Any]], list[Episode]]:
     """One row a problem for `Run.log_eval` (see `statistics.summarise`), and the first episode of each.
 
-    judge: asked about every answer of a question-answering task, once all are there (part `judged`).
+    judge: asked about every answer of a question-answering task, once all are there (part `judged`). rank: how likely each sample is
+    right; with it the score `reranked` says whether the sample that it puts first is (the earlier one of equals). With `node.vote` the
+    score `majority` says whether the answer is that most samples give (see `statistics.majority`).
     With tries 2 a failed first try is followed by a reflection and a second; `second` then counts problems solved within two tries.
     """
     method = evaluated_by(node, task)
@@ -47,7 +54,15 @@ def evaluate(
         verdicts = judge([_case(episode, task, chat) for episode in episodes])
         episodes = [replace(e, parts={**e.parts, "judged": v}) for e, v in zip(episodes, verdicts, strict=True)]
     groups = regroup(episodes, node.samples)
-    return [_row(group.episodes, node.tries) for group in groups], [group.episodes[0] for group in groups]
+    rows = [_row(group.episodes, node.tries) for group in groups]
+    for row, group in zip(rows, groups, strict=True):
+        if node.vote:
+            _vote(row, group.episodes)
+    if rank is not None:
+        chances = rank([episode.tokens for episode in episodes])
+        for number, row in enumerate(rows):
+            _rerank(row, chances[number * node.samples : (number + 1) * node.samples])
+    return rows, [group.episodes[0] for group in groups]
 
 
 def _case(episode: Episode, task: SearchTask, chat: Chat) -> Case:
@@ -68,6 +83,17 @@ def _row(episodes: Sequence[Episode], tries: int) -> dict[str, Any]:
     scores = {name: [_number(e.parts.get(name)) for e in episodes] for name in SCORES}
     known = {name: values for name, values in scores.items() if any(value is not None for value in values)}
     return row | ({"scores": known} if known else {})
+
+
+def _vote(row: dict[str, Any], episodes: Sequence[Episode]) -> None:
+    row["answer"] = [None if (answer := e.parts.get("answer")) is None else str(answer) for e in episodes]
+    chosen = majority(row["answer"])
+    row["scores"] = row.get("scores", {}) | {"majority": [float(chosen is not None and row["first"][chosen])]}
+
+
+def _rerank(row: dict[str, Any], chances: Sequence[float]) -> None:
+    row["p_right"] = [round(chance, 6) for chance in chances]
+    row["scores"] = row.get("scores", {}) | {"reranked": [float(row["first"][chances.index(max(chances))])]}
 
 
 def _number(value: Part) -> float | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from minirl import optim, ppo
 from minirl.batch import Row, row
 from minirl.credit import advantages, is_dead
-from minirl.episode import Group
+from minirl.episode import Episode, Group
 from minirl.objective import Sums, objective
 from minirl.policy import Policy
 from minirl.ppo import Experience
@@ -156,18 +156,21 @@ class Learner:
             for i, (e, a) in enumerate(zip(item.group.episodes, item.credit, strict=True))
             if a is not None
         ]
-        episodes, tokens = self._total([float(len(counted)), float(sum(e.trained_tokens for _, e, _, _ in counted))])
+        share = self.node.sampled_share
+        kinds: dict[bool, tuple[float, float, float]] = {}  # the part of the loss, and over how many episodes and tokens
+        for is_sampled in (True, False):
+            lengths = [e.trained_tokens for _, e, _, _ in counted if share is None or _is_sampled(e) == is_sampled]
+            part = 1.0 if share is None else share if is_sampled else 1.0 - share
+            episodes, tokens = self._total([float(len(lengths)), float(sum(lengths))])
+            kinds[is_sampled] = (part, episodes, tokens)
 
-        def weight(trained_tokens: int) -> float:
+        def weight(e: Episode) -> float:
+            part, episodes, tokens = kinds[_is_sampled(e)]
             if self.node.aggregate == "token":
-                return float(1.0 / tokens)
-            return float(1.0 / (episodes * (trained_tokens if self.node.aggregate == "sequence" else self.limit_tokens)))
+                return part / tokens
+            return part / (episodes * (e.trained_tokens if self.node.aggregate == "sequence" else self.limit_tokens))
 
-        return [
-            row(e, advantage=a, weight=weight(e.trained_tokens), number=number, group=group)
-            for number, e, a, group in counted
-            if group is not None
-        ]
+        return [row(e, advantage=a, weight=weight(e), number=number, group=group) for number, e, a, group in counted if group is not None]
 
     def _one_update(self, rows: list[Row], sums: Sums, experience: Experience | None, *, measure_mismatch: bool) -> float:
         """Accumulate the gradient of all rows and apply it; its norm before clipping (0.0 when there was nothing to learn)."""
@@ -251,6 +254,11 @@ class Learner:
         local = torch.tensor(numbers, dtype=torch.float64, device=self.policy.device)
         total: list[float] = self.accelerator.reduce(local, "sum").tolist()
         return total
+
+
+def _is_sampled(episode: Episode) -> bool:
+    """Whether what is trained of an episode was sampled, and not shown."""
+    return all(turn.sampled for turn in episode.turns if turn.trained)
 
 
 def _split(items: list[T], count: int) -> Iterator[list[T]]:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from minirl.episode import Episode, Part
 
-SCORES = ("em", "f1", "format", "recall", "searches", "response", "judged")
+SCORES = ("em", "f1", "format", "recall", "searches", "response", "judged", "lucky")
 """What an episode of question answering is counted by: exact match, F1, good form, the share of gold paragraphs found, searches, tokens of
-the whole answer with the results, and a judge's verdict."""
+the whole answer with the results, and a judge's verdict. Of multiple choice: whether a right letter stands below another value."""
 
 
 class Facts(NamedTuple):

@@ -19,7 +19,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from minirl import recipe
 from minirl.embedded import public_name, quiet, resolve
@@ -33,6 +41,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer  # noqa: E402
 
 ADAPTER = "default"
+HEAD = "score"  # what transformers calls the output layer of a sequence classifier
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What a folder that cannot be loaded makes transformers raise: files missing or torn, an unknown architecture, a package it would need.
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
@@ -110,6 +119,28 @@ def load_model(node: recipe.Model, seed: int = 0, device: torch.device | None = 
     return LoadedModel(model.eval(), tokenizer, device, dtype, node)
 
 
+def load_classifier(node: recipe.Model, labels: int, seed: int = 0, device: torch.device | None = None) -> LoadedModel:
+    """The recipe's model as a sequence classifier with a fresh adapter: its head is part of that, in float32, and starts at zero.
+
+    It reads its last token that is no padding. Raises UserError as `load_model` does; `node.adapter` is left to the caller.
+    """
+    quiet()
+    device = device or pick_device()
+    dtype = pick_dtype(node.dtype, device)
+    path = resolve(node.name)
+    tokenizer = load_tokenizer(path, node.name)
+    base = _load_base(path, node, device, dtype, labels=labels)
+    for config in (base.config, base.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
+    head = getattr(base, HEAD).float()
+    torch.nn.init.zeros_(head.weight)
+    head.register_forward_pre_hook(_in_float32)
+    model = _fresh_adapter(base, node, seed, task_type="SEQ_CLS", modules_to_save=[HEAD])
+    model.peft_config[ADAPTER].base_model_name_or_path = public_name(node.name)
+    lean_lora(model)
+    return LoadedModel(model.eval(), tokenizer, device, dtype, node)
+
+
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
     """Copies of the adapter's weights, float32 on the CPU, under the names of peft's own file."""
     return {name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous() for name, tensor in _peft_state(model).items()}
@@ -163,7 +194,12 @@ def describe(loaded: LoadedModel) -> str:
     )
 
 
-def _load_base(path: str, node: recipe.Model, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def _in_float32(module: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(state.float() for state in states)
+
+
+def _load_base(path: str, node: recipe.Model, device: torch.device, dtype: torch.dtype, labels: int = 0) -> PreTrainedModel:
+    """labels: how many a sequence classifier's head has; 0 for a language model."""
     if node.quantize != "none" and device.type not in ("cuda", "cpu"):
         raise UserError(f"model.quantize: got {node.quantize} on {device.type}, which bitsandbytes is untested on; set model.quantize=none")
     try:
@@ -172,12 +208,15 @@ def _load_base(path: str, node: recipe.Model, device: torch.device, dtype: torch
         for key, value in text.to_dict().items():
             if key.endswith(("dropout", "pdrop")) and value:
                 setattr(text, key, 0.0)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        if labels:
+            config.num_labels = labels
+        kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+        model, report = kind.from_pretrained(
             path,
             config=config,
             dtype=dtype,
             device_map={"": device},
-            quantization_config=_quantization(node.quantize, dtype),
+            quantization_config=_quantization(node.quantize, dtype, [HEAD] if labels else None),
             # sdpa has no soft-cap on attention scores (Gemma 2) and refuses such models.
             attn_implementation="eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa",
             use_safetensors=True,
@@ -189,18 +228,23 @@ def _load_base(path: str, node: recipe.Model, device: torch.device, dtype: torch
             f"model {node.name}: cannot be loaded ({_first_line(error)}); expected a causal language model with safetensors weights that "
             "transformers knows without code of its own; check model.name"
         ) from error
-    if report["missing_keys"]:
-        raise UserError(f"model {node.name}: its files lack weights ({', '.join(sorted(report['missing_keys'])[:3])}, ...); fetch it again")
+    if missing := sorted(set(report["missing_keys"]) - {f"{HEAD}.weight"}):
+        raise UserError(f"model {node.name}: its files lack weights ({', '.join(missing[:3])}, ...); fetch it again")
     _keep_4bit_layout(model)
     return model.requires_grad_(False)
 
 
-def _quantization(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantization(quantize: str, dtype: torch.dtype, skip: list[str] | None) -> BitsAndBytesConfig | None:
+    """skip: modules to leave as they are; None for the library's own choice, a language model's output head."""
     if quantize == "nf4":
         return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skip,
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if quantize == "int8" else None
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip) if quantize == "int8" else None
 
 
 def _keep_4bit_layout(model: nn.Module) -> None:
@@ -213,7 +257,7 @@ def _keep_4bit_layout(model: nn.Module) -> None:
             vars(module)["support_avx512bf16_for_cpu"] = False
 
 
-def _fresh_adapter(base: PreTrainedModel, node: recipe.Model, seed: int) -> PeftModel:
+def _fresh_adapter(base: PreTrainedModel, node: recipe.Model, seed: int, **more: Any) -> PeftModel:
     targets, alpha = node.lora.targets, node.lora.alpha
     settings: dict[str, Any] = {
         "r": node.lora.rank,
@@ -222,6 +266,7 @@ def _fresh_adapter(base: PreTrainedModel, node: recipe.Model, seed: int) -> Peft
         "lora_dropout": 0.0,
         "bias": "none",
         "task_type": "CAUSAL_LM",
+        **more,
     }
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)

@@ -32,6 +32,8 @@ FIELDS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("kept", "kept", lambda x: f"{x:,.0f}"),
     ("dead", "dead", lambda x: f"{x:.0f}"),
     ("length", "length", lambda x: f"{x:.0f}"),
+    ("accuracy", "accuracy", lambda x: f"{x:.3f}"),
+    ("auc", "AUC", lambda x: f"{x:.3f}"),
     ("loss", "loss", lambda x: f"{x:.4f}"),
     ("kl", "KL", lambda x: f"{x:.2g}"),
     ("entropy", "entropy", lambda x: f"{x:.3f}"),

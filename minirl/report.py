@@ -31,6 +31,9 @@ SCORES = {
     "recall": "Gold paragraphs found",
     "searches": "Searches",
     "response": "Tokens, results included",
+    "majority": "Majority of the samples",
+    "reranked": "Best sample by reward model",
+    "lucky": "Right letters below another value",
 }
 EPISODES_EACH = 3
 
@@ -165,10 +168,10 @@ def _cards(evals: Rows, said: Sequence[dict[str, Any]], start: int, last: int) -
 
 
 def _scores(said: Sequence[dict[str, Any]]) -> str:
-    """What the answers and the searches of each evaluation are counted by; nothing where no question was searched for."""
+    """What the answers of each evaluation are counted by beside right and wrong: searches, votes, lucky letters; nothing where none is."""
     names = [name for name in SCORES if any(name in s["scores"] for s in said)]
     lines = [[_text(s["label"]), str(s["step"]), *(_score(name, s["scores"].get(name)) for name in names)] for s in said]
-    return f"<h3>Answers and searches</h3>{_table(['Evaluation', 'Step', *map(SCORES.__getitem__, names)], lines)}" if names else ""
+    return f"<h3>Answers</h3>{_table(['Evaluation', 'Step', *map(SCORES.__getitem__, names)], lines)}" if names else ""
 
 
 def _score(name: str, found: Interval | None) -> str:

@@ -182,7 +182,9 @@ def eos(model: Any) -> list[int]:
 
 
 def length(stage: recipe.Stage) -> int:
-    """How many steps (or collect chunks) a stage has."""
+    """How many steps (collect chunks, a reward model's epochs) a stage has."""
+    if isinstance(stage, recipe.RewardModel):
+        return stage.epochs
     return -(-stage.problems // stage.batch) if isinstance(stage, recipe.Collect) else stage.steps
 
 

@@ -133,6 +133,30 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
+def majority(answers: Sequence[str | None]) -> int | None:
+    """Which sample speaks for the most frequent answer: the first that gave it. Of answers given equally often the one given first wins.
+
+    None stands for no answer and has no vote; None where nobody has one.
+    """
+    counts = Counter(answer for answer in answers if answer is not None)
+    return answers.index(max(counts, key=lambda answer: counts[answer])) if counts else None
+
+
+def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
+    """Area under the ROC curve: how likely a right one scores above a wrong one, ties half (Mann and Whitney 1947); NaN without both."""
+    right = sum(labels)
+    pairs = right * (len(labels) - right)
+    order = sorted(range(len(scores)), key=scores.__getitem__)
+    ranks, start = 0.0, 0
+    while start < len(order):
+        end = start
+        while end < len(order) and scores[order[end]] == scores[order[start]]:
+            end += 1
+        ranks += (start + end + 1) / 2 * sum(labels[i] for i in order[start:end])
+        start = end
+    return (ranks - right * (right + 1) / 2) / pairs if pairs else float("nan")
+
+
 class _Tries(NamedTuple):
     """One problem of an evaluation: how many samples, passed on the first try, passed within two, the errors of each try, its scores."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,12 +23,14 @@ from minirl.errors import UserError
 from minirl.files import write_folder
 from minirl.learner import Learner
 from minirl.methods import Method, method_of
+from minirl.methods.demonstrate import as_sampled, demonstrate
 from minirl.methods.reflect import failed
 from minirl.methods.single import single
 from minirl.metrics import Facts, means
 from minirl.policy import Policy
 from minirl.progress import Progress
 from minirl.report import write_report
+from minirl.reward import RewardModel, Sample
 from minirl.rollout import seed_of
 from minirl.rundir import Run
 from minirl.session import Interrupted, Session, interruptible, length, open_session
@@ -74,6 +77,10 @@ def _run_stages(s: Session) -> None:
         stage = s.recipe.stages[index]
         if isinstance(stage, recipe.Collect):
             _collect(s, index, stage)
+        elif isinstance(stage, recipe.RewardModel):
+            _reward_model(s, index, stage)
+        elif not stage.steps:
+            s.run.advance(Position(index + 1, 0))
         else:
             _train(s, index, stage)
 
@@ -120,6 +127,8 @@ def _train(s: Session, index: int, stage: recipe.Train) -> None:
         began, before = time.monotonic(), s.sampler.tokens
         drawn, tried = _draw(s, index, step, stage, problems)
         groups = _play(s, f"{index}/{step}", method, drawn, stage.group, check=step == began_at, temperature=s.recipe.sampling.temperature)
+        if stage.method == "self_train":
+            groups += _play(s, f"{index}/{step}/shown", partial(demonstrate, share=0.0), drawn, 1, check=False, temperature=1.0)
         sampled = time.monotonic()
         stats = learner.update(groups)
         learned = time.monotonic()
@@ -139,6 +148,30 @@ def _train(s: Session, index: int, stage: recipe.Train) -> None:
             s.run.checkpoint(Position(index, step + 1), lambda folder: _save(s.policy, learner, folder), score=score)
         if stop:
             raise Interrupted
+
+
+def _reward_model(s: Session, index: int, stage: recipe.RewardModel) -> None:
+    """Train a reward model on what the collect stage before has kept, to the run's folder reward_model; all of it or nothing is done."""
+    if s.accelerator.num_processes > 1:
+        raise UserError(f"stages[{index}]: a reward model is trained by one process; run the recipe without `accelerate launch`")
+    s.progress.stage(f"{index} reward model", stage.epochs)
+    problems = sorted({e.problem.id for e in s.run.kept(index - 1)}, key=lambda name: seed_of(s.recipe.seed, index, name))
+    held_out = set(problems[: round(stage.held_out * len(problems))])
+    parts: tuple[list[Sample], list[Sample]] = ([], [])
+    for episode in s.run.kept(index - 1):
+        parts[episode.problem.id in held_out].append(Sample(episode.tokens, bool(episode.parts["first"])))
+    model = RewardModel.fresh(s.recipe.model, models.adapter_state(s.policy.model), s.recipe.seed, s.policy.device)
+    began = time.monotonic()
+
+    def log(row: dict[str, float]) -> None:
+        s.log({"stage": index, **row}, {"learn_s": time.monotonic() - began})
+
+    facts = model.fit(parts[0], parts[1], stage, s.recipe.seed, log, s.asked_to_stop)
+    if facts is not None:
+        write_folder(s.run.folder / "reward_model", lambda folder: model.save(folder, facts))
+        s.run.advance(Position(index + 1, 0))
+    if s.asked_to_stop():
+        raise Interrupted
 
 
 def _play(
@@ -194,20 +227,22 @@ def _export(policy: Policy, folder: Path) -> None:
         policy.value_head.save(folder)
 
 
-def _problems(s: Session, index: int, stage: recipe.Stage) -> Sequence[Problem]:
+def _problems(s: Session, index: int, stage: recipe.Collect | recipe.Train) -> Sequence[Problem]:
     """What the stage plays: the task's problems, or what the collect stage before it kept."""
     if index == 0 or isinstance(stage, recipe.Collect) or not isinstance(s.recipe.stages[index - 1], recipe.Collect):
         if not s.task.train:
             raise UserError(f"stages[{index}]: task {s.task.name!r} has no training problems; set task.train above 0, or only evaluate")
         return s.task.train
-    kept = s.run.kept(index - 1)
-    if not kept:
+    episodes = s.run.kept(index - 1)
+    if not episodes:
         raise UserError(f"stages[{index}]: the collect stage before it kept nothing; collect more problems or samples, or change `keep`")
     if stage.method == "reflect":
-        if any(e.parts["first"] for e in kept):
+        if any(e.parts["first"] for e in episodes):
             raise UserError(f"stages[{index}]: method reflect needs failed attempts; set keep: failed in stages[{index - 1}]")
-        return [failed(e.problem, e.turns) for e in kept]
-    return [e.problem for e in kept]
+        return [failed(e.problem, e.turns) for e in episodes]
+    if stage.examples != "demonstrations":
+        return [*(s.task.train if stage.examples == "both" else ()), *map(as_sampled, episodes)]
+    return [e.problem for e in episodes]
 
 
 def _draw(

@@ -22,6 +22,7 @@ from minirl.judge import Judge
 from minirl.plain import PlainSampler
 from minirl.policy import Policy
 from minirl.progress import Progress
+from minirl.reward import RewardModel
 from minirl.rundir import add_later_eval
 from minirl.sampler import LiveSampler, open_sampler
 from minirl.session import eos, eval_settings, texts
@@ -48,19 +49,50 @@ class Opened(NamedTuple):
     policy: Policy
     sampler: LiveSampler | PlainSampler
     judge: Judge | None
+    rank: RewardModel | None = None
 
 
 def evaluate_run(
-    folder: Path, overrides: Sequence[str] = (), *, base: bool = False, method: str | None = None, progress: Progress | None = None
+    folder: Path,
+    overrides: Sequence[str] = (),
+    *,
+    base: bool = False,
+    method: str | None = None,
+    samples: int | None = None,
+    vote: bool = False,
+    rerank: Path | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a run's final adapter, or with `base` its model as it was at the start, and keep the result beside it.
 
     overrides: `eval.samples=8` and the like, laid over the run's own recipe; the model's shape cannot change. method: as in
-    `eval.method`, e.g. a baseline that retrieves.
+    `eval.method`, e.g. a baseline that retrieves. samples: of each problem, at the temperature of training where the recipe evaluates
+    greedily. vote: as `eval.vote`. rerank: a run with a reward model, which picks one of the samples.
     """
-    node = _recipe(folder, overrides, method)
+    overrides = [*overrides, *([f"eval.samples={samples}"] if samples is not None else []), *(["eval.vote=true"] if vote else [])]
+    node = _recipe(folder, _warmed(folder, overrides) if samples is not None and samples > 1 else overrides, method)
+    if rerank is not None and (node.eval.samples < 2 or node.eval.tries == 2):
+        raise UserError(
+            f"--rerank: got {node.eval.samples} samples of {node.eval.tries} tries, expected at least 2 samples of one try; add --samples 8"
+        )
     with progress or Progress() as shown:
-        return _evaluate(_open(folder, node, shown, base=base), node, overrides, method, shown)
+        rank = None if rerank is None else _reward_model(rerank, node)
+        opened = _open(folder, node, shown, base=base)._replace(rank=rank)
+        return _evaluate(opened, node, overrides, method, shown, [*["vote"] * node.eval.vote, *([f"rerank {rerank}"] if rerank else [])])
+
+
+def _warmed(folder: Path, overrides: Sequence[str]) -> list[str]:
+    """With the temperature of training in place of 0, at which all samples would be equal."""
+    node = _recipe(folder, [text for text in overrides if not text.startswith(("eval.samples=", "eval.vote="))], None)
+    return [*([f"eval.temperature={node.sampling.temperature}"] if node.eval.temperature == 0 else []), *overrides]
+
+
+def _reward_model(folder: Path, node: recipe.Recipe) -> RewardModel:
+    """That of another run, if it reads the same tokens."""
+    theirs = _recipe(folder, (), None).model
+    if (theirs.name, theirs.template) != (node.model.name, node.model.template):
+        raise UserError(f"--rerank: {folder} reads {theirs.name} ({theirs.template}), expected the model of the run, {node.model.name}")
+    return RewardModel.open(folder / "reward_model", theirs)
 
 
 def compare_methods(folder: Path, overrides: Sequence[str] = (), *, progress: Progress | None = None) -> list[Evaluation]:
@@ -145,16 +177,19 @@ def bare(policy: Policy) -> Iterator[None]:
             policy.trainable[name].data = data
 
 
-def _evaluate(opened: Opened, node: recipe.Recipe, overrides: Sequence[str], method: str | None, shown: Progress) -> Evaluation:
+def _evaluate(
+    opened: Opened, node: recipe.Recipe, overrides: Sequence[str], method: str | None, shown: Progress, more: Sequence[str] = ()
+) -> Evaluation:
+    """more: what else tells this evaluation from others, beside the overrides."""
     chat, task, label = opened.chat, opened.task, opened.label
     opened.sampler.reset()
     problems = task.held_out[: node.eval.problems]
-    rows, episodes = evaluate(problems, task, chat, opened.sampler, node.sampling, node.eval, node.seed, opened.judge)
+    rows, episodes = evaluate(problems, task, chat, opened.sampler, node.sampling, node.eval, node.seed, opened.judge, opened.rank)
     if opened.judge is not None and opened.judge.unreadable:
         shown.say(f"judge: {opened.judge.unreadable} of {opened.judge.asked} verdicts so far could not be read; they count for nothing")
     row = {"label": label, "stage": len(node.stages), "step": 0} | eval_settings(node.eval)
     changed = [text for text in overrides if not text.startswith("eval.")] + ([f"eval.method={method}"] if method else [])
-    row |= {"changed": changed, "problems": rows}
+    row |= {"changed": [*changed, *more], "problems": rows}
     summary = summarise(row)
     shown.evaluation(f"{label}, {method}" if method else label, summary)
     add_later_eval(opened.folder, row)

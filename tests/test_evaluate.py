@@ -114,3 +114,53 @@ def test_a_cut_answer_counts_as_the_verifier_says(tries: int) -> None:
     rows, episodes = evaluated(sampler, tries=tries)
     assert [row["first"] for row in rows] == [[0]] * 4
     assert {e.finish for e in episodes} == {"length"}
+
+
+def verify_letter(problem: Problem, text: str) -> Verdict:
+    """Three letters: the first of the text is the answer, another than a to c is none."""
+    answer = text[0] if text[0] in "abc" else None
+    return Verdict(float(answer == problem.answer), answer == problem.answer, {"error_kind": None, "answer": answer})
+
+
+# What the samples of each question say; the right answer is b.
+VOTES = {"a": "bab", "b": "abc", "c": "cbb", "d": "zzz", "e": "zab"}
+
+
+def voted(rank: Any = None, **numbers: Any) -> list[dict[str, Any]]:
+    problems = [Problem(name, f"Question {name}?", "b") for name in VOTES]
+    seeds = {seed_of(f"0/eval/{name}/{k}", 1): said for name, text in VOTES.items() for k, said in enumerate(text)}
+    task = Task("letters", (), problems, verify_letter)
+    sampler = Scripted(CHAT, lambda text, ask: seeds[ask.seed] * 2)
+    node = Eval(samples=3, temperature=1.0, **numbers)
+    return evaluate(problems, task, CHAT, sampler, Sampling(attempt_tokens=20), node, 0, None, rank)[0]
+
+
+def test_majority_of_the_samples() -> None:
+    rows = voted(vote=True)
+    assert [row["answer"] for row in rows] == [["b", "a", "b"], ["a", "b", "c"], ["c", "b", "b"], [None] * 3, [None, "a", "b"]]
+    # A tie goes to the answer given first; a question without any answer is wrong.
+    assert [row["scores"]["majority"] for row in rows] == [[1.0], [0.0], [1.0], [0.0], [0.0]]
+    summary = summarise({"label": "x", "samples": 3, "problems": rows})
+    assert summary["scores"]["majority"].value == 0.4
+    assert summary["scores"]["majority"][1:] == pytest.approx((0.1176, 0.7693), abs=1e-4), "Wilson over 5 questions, not over 15 samples"
+    assert summary["pass_at_k"][3].value == 0.8
+    assert "scores" not in voted()[0]
+    assert "answer" not in voted()[0]
+
+
+def test_the_reward_model_picks_a_sample() -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def rank(rows: Any) -> list[float]:
+        asked.extend(rows)
+        # Sure of b by a hair, the rest alike: 1 - 1e-12 and 1.0 must not tie.
+        return [1.0 if CHAT.text(row).endswith("bb") else 1 - 1e-12 for row in rows]
+
+    rows = voted(rank)
+    assert [row["scores"]["reranked"] for row in rows] == [[1.0], [1.0], [1.0], [0.0], [1.0]]
+    assert rows[0]["p_right"] == [1.0, 1.0, 1.0]
+    assert [CHAT.text(row)[-2:] for row in asked] == [said * 2 for text in VOTES.values() for said in text]
+    assert all(
+        row[: len(CHAT.prompt(Problem("a", "Question a?", "b")))] == CHAT.prompt(Problem("a", "Question a?", "b")) for row in asked[:3]
+    )
+    assert [row["scores"] for row in voted(lambda rows: [0.5] * len(rows))] == [{"reranked": [row["first"][0]]} for row in rows]

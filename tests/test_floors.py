@@ -22,14 +22,14 @@ FLOORS = {
         1: "metrics recipe verify retrieve rows hub files statistics losses optim packed cpu_attention",
         2: "tasks chat rundir state chart batch attention credit head value lora",
         3: "rollout policy models embedded sampling slots report progress",
-        4: "methods evaluate judge endpoint sampler plain learner agreement decode ppo objective",
+        4: "methods evaluate judge reward endpoint sampler plain learner agreement decode ppo objective",
         5: "session trial train bench",
         6: "cli __main__",
     }.items()
     for name in names.split()
 }
 LEARN = {"models", "embedded", "policy", "batch", "attention", "credit", "losses", "optim", "learner"}
-LEARN |= {"agreement", "decode", "objective", "ppo", "value", "sampler", "sampling", "plain", "slots", "head"}
+LEARN |= {"agreement", "decode", "objective", "ppo", "value", "reward", "sampler", "sampling", "plain", "slots", "head"}
 LEARN |= {"lora", "packed", "cpu_attention"}
 PLAY = {"metrics", "methods", "judge", "endpoint", "rollout", "tasks", "verify", "retrieve", "evaluate"}
 BOTH = {"session", "trial", "bench", "train", "cli", "__main__"}

@@ -700,3 +700,24 @@ def test_the_rewarded_arm_becomes_likely(folder: str, name: str) -> None:
     end = distribution().exp()[arm].item()
     assert start < 0.25
     assert end > 0.9
+
+
+def test_the_two_halves_of_online_self_training(policy: Policy, folder: str) -> None:
+    """Each kind's mean over its own tokens, in the shares asked for, whatever their numbers; wrong attempts (no mask) are in neither."""
+    sampled = [replace(e, reward=1.0) for e in group(1, 1.0, 1.0, 1.0).episodes]
+    untrained = tuple(replace(turn, trained=False) for turn in group(4, 0.0).episodes[0].turns)
+    wrong = replace(group(4, 0.0).episodes[0], turns=untrained)
+    shown = [replace(e, turns=tuple(replace(t, logprobs=None) for t in e.turns)) for e in group(2, None).episodes]
+    groups = [Group(sampled[0].problem, tuple(sampled)), Group(wrong.problem, (wrong,)), Group(shown[0].problem, tuple(shown))]
+    plain = Plain(folder, policy)
+
+    def mean(episodes: Sequence[Episode]) -> Tensor:
+        logprobs = torch.cat([plain.logprobs(e)[0] for e in episodes])
+        return -logprobs.sum() / len(logprobs)
+
+    expected = {0.25: 0.25 * mean(sampled) + 0.75 * mean(shown), None: mean([*sampled, *shown])}
+    for share, loss in expected.items():
+        learner = open_learner(policy, loss="nll", sampled_share=share, lr=1e-12)
+        assert learner.update(groups)["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        for name, gradient in plain.gradient(loss).items():
+            torch.testing.assert_close(policy.trainable[name].grad, gradient, atol=1e-5, rtol=1e-4)

@@ -128,7 +128,7 @@ def test_mathqa_by_hand(tmp_path: Path) -> None:
     assert problem.prompt == f"what profit ?\n{listed}\n\n{ASK_LETTER}"
     assert problem.answer == {"letter": "a", "options": ["38", "27.675", "1,000", "5 / 36", "none of these"]}
     verdict = task.verify(problem, "It is 1000.\nThe answer is (a).")
-    assert (verdict.score, verdict.parts) == (1.0, {"error_kind": None, "value_agrees": False})
+    assert (verdict.score, verdict.parts) == (1.0, {"error_kind": None, "answer": "a", "value_agrees": False, "lucky": True})
     assert task.verify(problem, "It is 1000.\nThe answer is (c).").score == 0.1
 
 
@@ -164,6 +164,27 @@ def test_programs_by_hand(tmp_path: Path) -> None:
         assert task.verify(task.train[0], f"```python\n{PROGRAM.format('8 / 2')}\n```").score == 1.0
         assert task.verify(task.train[0], PROGRAM.format("3")).score == 0.1
         assert task.verify(task.train[0], "The answer is 4.").score == 0.0
+
+
+@needs_sandbox
+def test_docstrings_are_left_out_where_the_recipe_says_so(tmp_path: Path) -> None:
+    text = 'def solution():\n    """{}"""\n    return {}'
+    rows = [reft("Four?", 4, text.format("Four?", "len('''four''')")), reft("Five?", 5, text.format("Five?\n\n    And why?\n    ", "5"))]
+    rows += [
+        reft("Six?", 6, "def solution():\n    return 6"),
+        reft("Seven?", 7, 'def solution():\n    x = """no docstring"""\n    return 7'),
+    ]
+    found = {}
+    for docstring in (True, False):
+        task = opened(Svamp, saved(tmp_path, rows), saved(tmp_path, [reft("Q?", 8)], "test.json"), chain="program", docstring=docstring)
+        found[docstring] = {p.prompt.partition("\n")[0]: p.solution for p in task.train}
+    assert found[True] == {row["question"]: row["answer_cot"] for row in rows}
+    assert found[False] == {
+        "Four?": "def solution():\n    return len('''four''')",
+        "Five?": "def solution():\n    return 5",
+        "Six?": "def solution():\n    return 6",
+        "Seven?": rows[3]["answer_cot"],
+    }
 
 
 @needs_sandbox
@@ -346,6 +367,12 @@ def test_real_svamp() -> None:
     task = real(Svamp, "svamp/train_ncot.json", "svamp/test.json")
     assert (len(task.train), len(task.held_out)) == (3074, 1000)
     assert task.notes == ("svamp: rows left out because they have a chain that ends in another answer: 2",)
+    # Both are the data's: svamp_929 rounds 134 / 15 = 8.93 up to whole lorries where 8.93 is gold, svamp_2000 gets 69.32 % for 69.36 %.
+    shown = {p.prompt.partition("\n")[0] for p in task.train}
+    left_out = [
+        r["item_id"] for r in json.loads((DATA / "svamp/train_ncot.json").read_text()) if r["question"].partition("\n")[0] not in shown
+    ]
+    assert left_out == ["svamp_929", "svamp_2000"]
     assert all(p.solution and p.solution.rpartition("\n")[2].startswith("The answer is ") for p in task.train)
 
 

@@ -14,8 +14,9 @@ from minirl.chat import Chat
 from minirl.episode import Ask, Episode, Problem, Verdict
 from minirl.errors import UserError
 from minirl.methods import method_of
-from minirl.methods.demonstrate import demonstrate
+from minirl.methods.demonstrate import as_sampled, demonstrate
 from minirl.methods.reflect import REFLECT, RETRY, failed, reflect
+from minirl.methods.self_train import self_train
 from minirl.methods.single import single
 from minirl.rollout import Talk, play
 from minirl.tasks import Demonstration, Task
@@ -182,6 +183,30 @@ def test_demonstrations_and_sampled_episodes_have_one_shape() -> None:
     assert kinds(sampled) == kinds(demonstrated)
     assert sampled.turns[0] == demonstrated.turns[0]
     assert sampled.turns[4].tokens == demonstrated.turns[4].tokens
+
+
+def test_a_kept_sample_is_shown_id_by_id() -> None:
+    # Ids that the tokenizer would not give for this text: encoded again they would be others.
+    sampled = played(single, sampler_of("It is 4 now. Well"))
+    problem = as_sampled(sampled)
+    sampler = sampler_of("never asked")
+    (episode,) = play([demonstrate(talk_of(problem, CHAT), TASK, share=0.0)], sampler)
+    assert sampler.asks == []
+    assert (episode.tokens, episode.mask) == (sampled.tokens, sampled.mask)
+    assert trained_text(episode) == "It is 4 now."
+    assert episode.reward is None
+    # The log-probabilities are those of other weights, and its tokens were counted when they were sampled.
+    assert not any(turn.sampled for turn in episode.turns)
+    assert episode.sampled_tokens == 0
+    assert (problem.id, problem.answer) == (PROBLEM.id, PROBLEM.answer)
+
+
+@pytest.mark.parametrize("answer", [RIGHT, WRONG])
+def test_self_train_trains_right_attempts_alone(answer: str) -> None:
+    episode, attempt = played(self_train, sampler_of(answer)), played(single, sampler_of(answer))
+    assert (episode.tokens, episode.reward, episode.parts) == (attempt.tokens, attempt.reward, attempt.parts)
+    assert trained_text(episode) == (RIGHT if answer == RIGHT else "")
+    assert all(turn.sampled for turn in episode.turns[1:])
 
 
 def test_a_task_without_gold_solutions_cannot_demonstrate() -> None:

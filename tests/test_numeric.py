@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from minirl.errors import UserError
 from minirl.recipe.maths import MathsCredit
-from minirl.verify.numeric import Number, extract, figures, number, verify
+from minirl.verify.numeric import Number, canonical, extract, figures, number, verify
 from minirl.verify.stated import MAX_CHARS, stated
 from minirl.verify.symbolic import Symbolic, to_latex
 
@@ -394,3 +394,28 @@ def test_math_verify_missing_is_said_at_once(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("minirl.verify.symbolic.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"math-verify is not installed; run `pip install 'minirl\[maths\]'`"):
         Symbolic()
+
+
+@pytest.mark.parametrize(
+    ("ways", "text"),
+    [
+        (["12", "12.0", "12.00 apples", "$12", "1.2e1", "24/2", "x = 12", "1 dozen", "**12**"], "12"),
+        (["1,234,567", "1234567.0", "1.234567 million"], "1234567"),
+        (["0.5", ".5", "1/2", "½"], "0.5"),
+        (["-3", "minus 3", "−3.0"], "-3"),
+        (["25%", "25 percent", "25"], "25"),
+        (["0", "-0", "0.00"], "0"),
+        (["1/3", "0.333333333333"], "0.333333333"),
+        (["123456789012345678901", "123456789012345678901.0"], "123456789012345678901"),
+    ],
+)
+def test_equal_numbers_vote_for_one_answer(ways: list[str], text: str) -> None:
+    assert {verify("7", says(way), CREDIT).parts["answer"] for way in ways} == {text}
+    assert verify(text, says(ways[0]), CREDIT).parts["answer"] == text, "whether right or wrong"
+
+
+def test_canonical_is_total() -> None:
+    assert canonical(Fraction(3, 10)) == canonical(Fraction(0.1 + 0.2)) == canonical(Fraction("0.30000000000000004")) == "0.3"
+    assert canonical(Fraction(12345678901)) != canonical(Fraction(12345678902)), "whole numbers are told apart in every digit"
+    assert canonical(Fraction(10**400, 3)).startswith("1000")
+    assert verify("7", "I do not know.", CREDIT).parts["answer"] is None

@@ -106,10 +106,14 @@ def test_whether_the_chain_agrees_with_the_letter(text: str, agrees: bool | None
         verdict = verify(gold, OPTIONS, text, CREDIT)
         assert verdict.passed is (gold == right)  # it never changes the verdict
         assert verdict.parts["value_agrees"] is agrees
+        assert verdict.parts["lucky"] is (not agrees if gold == right and agrees is not None else None)
+        assert verdict.parts["answer"] == right
     # In a chain a minus may be an operation, so the sign of an option does not matter.
     assert verify("a", ["- 120", "120", "1", "2", "3"], "It is -120.\nThe answer is (a).", CREDIT).parts["value_agrees"] is True
     assert verify("a", ["- 120", "120", "1", "2", "3"], "The answer is (a) -120.", CREDIT).parts["value_agrees"] is True
-    assert verify("a", OPTIONS, "Then 38.", CREDIT).parts == {"error_kind": "no_answer", "value_agrees": None}
+    assert verify("a", OPTIONS, "Then 38.", CREDIT).parts == dict.fromkeys(("answer", "value_agrees", "lucky")) | {
+        "error_kind": "no_answer"
+    }
 
 
 @pytest.mark.parametrize(

@@ -210,3 +210,14 @@ def test_extraction_is_linear() -> None:
     for piece in ("def solution():\n", "```\n", "```\ndef solution():\n", '    """ \'\'\' """\n', "x = 1\n", "a", " ", "import a, "):
         text = piece * (1_000_000 // len(piece))
         extract(text + "\ndef solution():\n    return 1")
+
+
+def test_equal_values_vote_for_one_answer() -> None:
+    def said(value: str) -> object:
+        return verify(7, f"def solution():\n    return {value}", CREDIT).parts["answer"]
+
+    assert said("12") == said("24 / 2") == said("12.0") == "12"
+    assert said("0.1 + 0.2") == said("0.3") == "0.3"
+    assert said("'12'") == "12"
+    assert said("None") is said("[1]") is said("1 / 0") is None
+    assert verify(7, "seven", CREDIT).parts["answer"] is None

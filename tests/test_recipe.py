@@ -16,6 +16,8 @@ from minirl.recipe import Recipe, load, overlay, override, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = {"kind": "train", "method": "single", "steps": 1}
+SFT = {"kind": "train", "method": "demonstrate", "steps": 1, "learner": {"loss": "nll"}}
+COLLECT = {"kind": "collect"}
 
 
 def data(**changes: Any) -> dict[str, Any]:
@@ -83,8 +85,32 @@ def test_unknown_keys_at_every_level(changes: dict[str, Any], path: str, got: st
         ({"stages": [{"method": "single", "steps": 1}]}, "stages[0].kind: Field required"),
         ({"stages": [{"kind": "trian"}]}, "stages[0].kind: got 'trian', expected one of 'collect', 'train'"),
         ({"stages": [{"kind": "train", "method": "single"}]}, "stages[0].steps: Field required"),
-        ({"stages": [{**TRAIN, "method": "reflekt"}]}, "stages[0].method: Input should be 'single', 'reflect', 'search' or 'demonstrate'"),
-        ({"stages": [TRAIN, {**TRAIN, "steps": -1}]}, "stages[1].steps: Input should be greater than 0 (got '-1')"),
+        ({"stages": [{**TRAIN, "method": "reflekt"}]}, "stages[0].method: Input should be 'single', 'reflect', 'search', "),
+        ({"stages": [TRAIN, {**TRAIN, "steps": -1}]}, "stages[1].steps: Input should be greater than or equal to 0 (got '-1')"),
+        ({"stages": [{**TRAIN, "examples": "kept"}]}, "stages[0]: examples: got 'kept' with method 'single'; only demonstrate draws"),
+        (
+            {"stages": [{**SFT, "examples": "kept"}]},
+            "recipe: stages[0].examples: got 'kept', expected a collect stage with keep 'passed' right before",
+        ),
+        (
+            {"stages": [COLLECT, {**SFT, "examples": "both"}]},
+            "recipe: stages[1].examples: got 'both', expected a collect stage with keep 'passed'",
+        ),
+        (
+            {"stages": [{**COLLECT, "keep": "passed"}, SFT, {**SFT, "examples": "both"}]},
+            "recipe: stages[2].examples: got 'both', expected a collect",
+        ),
+        ({"stages": [{**SFT, "examples": "both", "reflections": 0.5}]}, "stages[0]: reflections: got 0.5 with examples 'both', expected 0"),
+        (
+            {"stages": [{**TRAIN, "learner": {"sampled_share": 0.5}}]},
+            "stages[0].learner: sampled_share: got 0.5, which loss 'grpo' does not",
+        ),
+        (
+            {"stages": [{**SFT, "learner": {"loss": "nll", "sampled_share": 2}}]},
+            "stages[0].learner.sampled_share: Input should be less than",
+        ),
+        ({"stages": [{**TRAIN, "method": "self_train"}]}, "stages[0]: method 'self_train' cannot take loss 'grpo'"),
+        ({"task": {"name": "svamp", "docstring": False}}, "task: docstring: got false with chain 'prose', which has none"),
         ({"stages": [{**TRAIN, "learner": {"lr": float("inf")}}]}, "stages[0].learner.lr: Input should be a finite number"),
         ({"stages": [{**TRAIN, "learner": {"lr": float("nan")}}]}, "stages[0].learner.lr: Input should be a finite number"),
         ({"stages": [{**TRAIN, "learner": {"betas": [0.9]}}]}, "stages[0].learner.betas[1]: Field required"),

@@ -7,9 +7,23 @@ from random import Random
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minirl.errors import UserError
-from minirl.statistics import Z, cluster_interval, compare, mean_interval, paired, pass_at_k, ratio_interval, summarise, wilson
+from minirl.statistics import (
+    Z,
+    auc,
+    cluster_interval,
+    compare,
+    majority,
+    mean_interval,
+    paired,
+    pass_at_k,
+    ratio_interval,
+    summarise,
+    wilson,
+)
 
 
 def test_wilson_against_textbook_values() -> None:
@@ -108,6 +122,40 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_success() -> None:
     assert pass_at_k(10, 3, 1) == pytest.approx(0.3)
     with pytest.raises(ValueError, match="n 3, c 1, k 4"):
         pass_at_k(3, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("answers", "chosen"),
+    [
+        (["3", "5", "5"], 1),
+        (["3", "5", "5", "3"], 0),  # a tie goes to the answer that was given first
+        (["5", "3", "3", "5", "3"], 1),
+        ([None, None, "4"], 2),  # no answer has no vote, however many give none
+        ([None, None], None),
+        (["7"], 0),
+    ],
+)
+def test_majority(answers: list[str | None], chosen: int | None) -> None:
+    assert majority(answers) == chosen
+
+
+@given(st.lists(st.sampled_from(["1", "2", "3", None]), max_size=12))
+def test_majority_is_of_a_most_frequent_answer(answers: list[str | None]) -> None:
+    chosen = majority(answers)
+    given_ = [answer for answer in answers if answer is not None]
+    assert (chosen is None) == (not given_)
+    if chosen is not None:
+        most = max(map(given_.count, given_))
+        assert given_.count(str(answers[chosen])) == most
+        assert all(given_.count(str(answer)) < most for answer in answers[:chosen] if answer is not None)
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.booleans()), max_size=15))
+def test_auc_is_the_share_of_pairs_in_order(cases: list[tuple[float, bool]]) -> None:
+    right, wrong = ([score for score, label in cases if label is kind] for kind in (True, False))
+    pairs = [1.0 if r > w else 0.5 if r == w else 0.0 for r in right for w in wrong]
+    found = auc([score for score, _ in cases], [label for _, label in cases])
+    assert found == pytest.approx(sum(pairs) / len(pairs)) if pairs else found != found
 
 
 def evaluation(first: list[list[int]], second: list[list[int | None]], tries: int = 2, **more: Any) -> dict[str, Any]:

@@ -225,6 +225,40 @@ def test_collecting_the_wrong_thing_is_one_line(start: Start, tiny: Path, tmp_pa
     assert said in outcome.err
 
 
+def test_self_training(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    """Offline: what was kept is trained id by id, beside the demonstrations. Online: right attempts, and as many demonstrations."""
+    sft = {"kind": "train", "method": "demonstrate", "group": 1, "batch": 8, "learner": {"loss": "nll", "lr": 1e-3}}
+    stages = [
+        sft | {"steps": 0},
+        {"kind": "collect", "problems": 10, "samples": 20, "batch": 5, "keep": "passed", "keep_each": 2},
+        sft | {"steps": 4, "examples": "both"},
+        sft | {"method": "self_train", "steps": 2, "group": 12, "batch": 10, "learner": {"loss": "nll", "sampled_share": 0.5, "lr": 1e-3}},
+    ]
+    path = recipe(tmp_path / "r.yaml", tiny, stages, save={"episodes": 130})
+    outcome = cli("run", path, "--out", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert [row["stage"] for row in rows(tmp_path / "run", "metrics")] == [1, 1, 2, 2, 2, 2, 3, 3], "a stage without steps is left out"
+    kept = [tuple(tuple(turn["tokens"]) for turn in row["turns"]) for row in rows(tmp_path / "run", "kept/1")]
+    assert len(kept) >= 3
+    assert all(row["parts"]["first"] for row in rows(tmp_path / "run", "kept/1"))
+    episodes = [row for row in rows(tmp_path / "run", "episodes") if row["label"] == "train"]
+    offline = [row for row in episodes if row["stage"] == 2]
+    replayed = [tuple(tuple(turn["tokens"]) for turn in row["turns"]) for row in offline if row["problem"]["context"]]
+    assert set(replayed) <= set(kept)
+    assert 0 < len(replayed) < len(offline) == 32
+    assert len({row["problem"]["id"] for row in offline if not row["problem"]["context"]}) > 3, "and demonstrations of all problems"
+    assert all([turn["trained"] for turn in row["turns"]] == [False, True] for row in offline)
+    online = [row for row in episodes if (row["stage"], row["step"]) == (3, 0)]
+    attempts, shown = online[:120], online[120:]
+    assert [row["parts"]["first"] for row in attempts] == [row["turns"][1]["trained"] for row in attempts]
+    assert any(row["turns"][1]["trained"] for row in attempts)
+    assert [row["problem"]["id"] for row in shown] == [row["problem"]["id"] for row in attempts[::12]]
+    assert all(row["turns"][1]["trained"] and row["turns"][1]["logprobs"] is None for row in shown)
+    metrics = rows(tmp_path / "run", "metrics")[6]
+    assert metrics["first"] == sum(row["parts"]["first"] for row in attempts) / 120
+    assert metrics["trained_tokens"] == sum(len(turn["tokens"]) for row in online for turn in row["turns"] if turn["trained"])
+
+
 def test_a_run_is_not_taken_up_with_other_weights(start: Start, cli: Cli, tiny: Path, tmp_path: Path) -> None:
     """The same name, and another copy of the model under it: the hub answers again, or a folder was written over."""
     model = tmp_path / "model"

@@ -13,6 +13,7 @@ from minirl.methods.naive_rag import naive_rag
 from minirl.methods.no_rag import no_rag
 from minirl.methods.reflect import reflect
 from minirl.methods.search import search
+from minirl.methods.self_train import self_train
 from minirl.methods.single import single
 from minirl.rollout import Play, Talk
 from minirl.tasks import Task
@@ -30,7 +31,7 @@ EVALUATED: dict[str, Method] = {
 """What an evaluation with one try can play; the order is that of the table (see `trial.compare_methods`)."""
 
 
-def method_of(stage: recipe.Stage) -> Method:
+def method_of(stage: recipe.Collect | recipe.Train) -> Method:
     """The method a stage names, with the stage's own options bound."""
     if stage.method == "single":
         return single
@@ -38,6 +39,8 @@ def method_of(stage: recipe.Stage) -> Method:
         return partial(reflect, train_all=stage.train_all)
     if stage.method == "search":
         return search
+    if stage.method == "self_train":
+        return self_train
     return partial(demonstrate, share=stage.reflections)
 
 

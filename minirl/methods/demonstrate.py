@@ -1,4 +1,4 @@
-"""demonstrate: gold solutions as episodes that nobody sampled, for SFT (loss nll).
+"""demonstrate: gold solutions, or samples that a collect stage kept, as episodes that nobody samples now, for SFT (loss nll).
 
 A share of them shows the whole R3 shape: a failed attempt (given), a reflection and, where it arrives at an answer, a right retry (both
 trained). A model too small to reflect by itself needs to have seen it: R3 is known to fail below 1.5B without such a warm-up.
@@ -6,8 +6,10 @@ trained). A model too small to reflect by itself needs to have seen it: R3 is kn
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
+from minirl.episode import Episode, Problem, Turn
 from minirl.errors import UserError
 from minirl.methods.demonstrate_search import demonstrate_search
 from minirl.methods.reflect import REFLECT, RETRY
@@ -17,7 +19,12 @@ from minirl.tasks.qa import SearchTask
 
 
 def demonstrate(talk: Talk, task: Task, *, share: float) -> Play:
-    """Prompt and a right answer; or prompt, wrong attempt, reflection, right retry, in `share` of the cases; or searches and an answer."""
+    """Prompt and a right answer; or prompt, wrong attempt, reflection, right retry, in `share` of the cases; or searches and an answer.
+
+    A problem from `as_sampled` is shown as it was sampled, id by id.
+    """
+    if any(turn.trained for turn in talk.problem.context):
+        return talk.end(None)
     if isinstance(task, SearchTask) and not share:
         return (yield from demonstrate_search(talk, task))
     if task.demonstrate is None:
@@ -36,3 +43,12 @@ def demonstrate(talk: Talk, task: Task, *, share: float) -> Play:
     else:
         talk.reply("attempt", shown.answer, trained=True)
     return talk.end(None)
+
+
+def as_sampled(episode: Episode) -> Problem:
+    """The problem whose demonstration is the episode itself: its context is all that was said, with the mask it was born with.
+
+    The sampler's log-probabilities stay behind: they are those of other weights than the ones that will be trained on it.
+    """
+    turns = tuple(Turn(turn.kind, turn.tokens, None, turn.trained) for turn in episode.turns)
+    return replace(episode.problem, context=turns)

@@ -11,7 +11,7 @@ from minirl.recipe.maths import Gsm8k, Mathqa, Maths, MathsCredit, ProgramLimits
 from minirl.recipe.qa import QA, Bamboogle, HotpotQA, MuSiQue, TwoWikiMultiHopQA
 from minirl.recipe.read import load, overlay, override, parse
 from minirl.recipe.retriever import Bm25Retriever, RemoteRetriever, Retriever
-from minirl.recipe.stages import Collect, Stage, Train
+from minirl.recipe.stages import Collect, RewardModel, Stage, Train
 from minirl.recipe.tasks import Countdown, CountdownCredit, FunctionCalling, FunctionCallingCredit, Task
 from minirl.recipe.tree import Eval, Lora, Model, Recipe, Sampling, Save
 
@@ -41,6 +41,7 @@ __all__ = [
     "Recipe",
     "RemoteRetriever",
     "Retriever",
+    "RewardModel",
     "Sampling",
     "Save",
     "Stage",

@@ -57,6 +57,9 @@ class Learner(Frozen):
     drop_overlong: bool = False
     """Leave episodes that were cut by their token limit out of the loss (DAPO). Without it a cut episode is one that ended: it is trained
     with the reward that its verifier gave, and under ppo nothing is expected to come after the cut."""
+    sampled_share: Probability | None = None
+    """nll: share of the loss that falls on what was sampled in the step, the rest falling on demonstrations (ReFT's online self-training:
+    0.5); None: every trained token counts alike."""
     gamma: Probability = 1.0
     """ppo: discount of rewards to come, a token."""
     gae_lambda: Probability = 0.95
@@ -102,6 +105,8 @@ class Learner(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.loss != "nll" and self.sampled_share is not None:
+            raise ValueError(f"sampled_share: got {self.sampled_share}, which loss {self.loss!r} does not use; only loss 'nll' does")
         if self.loss == "ppo":
             for name in ("baseline", "scale"):
                 if getattr(self, name) != "none":

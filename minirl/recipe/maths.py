@@ -40,6 +40,8 @@ class Maths(Frozen):
     """The hub split that held-out questions come from; where that is the training split, or the same file, the one source is divided."""
     chain: Literal["prose", "program"] = "prose"
     """What is asked for, and shown in demonstrations: reasoning that ends in "The answer is N.", or a Python function `solution()`."""
+    docstring: bool = True
+    """chain program: whether programs are shown with the docstring that repeats the question, as in ReFT's data, or without."""
     train: PositiveInt
     """Most rows to train on."""
     held_out: PositiveInt
@@ -55,6 +57,8 @@ class Maths(Frozen):
 
     @model_validator(mode="after")
     def _check_chain(self) -> Self:
+        if self.chain == "prose" and not self.docstring:
+            raise ValueError("docstring: got false with chain 'prose', which has none; expected true")
         if self.chain == "program" and self.symbolic:
             raise ValueError("symbolic: got true with chain 'program', which returns a number; expected false")
         return self

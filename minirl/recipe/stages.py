@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from minirl.recipe.base import Frozen, Probability
 from minirl.recipe.learner import Learner
+
+IMITATING = ("demonstrate", "self_train")
+"""Methods that raise the likelihood of right answers, whoever wrote them (loss nll)."""
 
 
 class Collect(Frozen):
@@ -36,11 +39,12 @@ class Train(Frozen):
 
     kind: Literal["train"]
     """Names this kind of stage."""
-    method: Literal["single", "reflect", "search", "demonstrate"]
+    method: Literal["single", "reflect", "search", "demonstrate", "self_train"]
     """single: one attempt. reflect: a reflection on a failed attempt, then a retry. search: thoughts, searches and an answer (ReSearch).
-    demonstrate: gold solutions, or for a question-answering task searches that lead to the answer (SFT)."""
-    steps: PositiveInt
-    """Steps: each plays `batch` groups and updates the adapter."""
+    demonstrate: gold solutions, or for a question-answering task searches that lead to the answer (SFT). self_train: attempts, of which the
+    right ones are trained, and beside each problem's its gold solution (ReFT's online self-training)."""
+    steps: NonNegativeInt
+    """Steps: each plays `batch` groups and updates the adapter. 0 leaves the stage out, e.g. a warm-up that `model.adapter` has had."""
     group: PositiveInt = 8
     """Episodes that share a problem (and, for reflect, one failed attempt)."""
     batch: PositiveInt = 16
@@ -51,6 +55,9 @@ class Train(Frozen):
     """reflect: train the retry along with the reflection (the paper trains the reflection alone)."""
     reflections: Probability = 0.0
     """demonstrate: share of the examples that show a failed attempt, a reflection and a right retry."""
+    examples: Literal["demonstrations", "kept", "both"] = "demonstrations"
+    """demonstrate after a collect stage: gold solutions of the problems that it kept; the kept samples themselves, token by token; or gold
+    solutions of all the task's problems and the kept samples in one pool (ReFT's offline self-training)."""
     learner: Learner = Learner()
     """The loss and the optimizer."""
 
@@ -60,9 +67,38 @@ class Train(Frozen):
             raise ValueError(f"group: got {self.group}, expected at least 2 for baseline {self.learner.baseline!r}")
         if self.learner.loss == "nll" and self.learner.entropy:
             raise ValueError(f"learner.entropy: got {self.learner.entropy} with loss 'nll', which has no entropy bonus; expected 0")
-        if (self.method == "demonstrate") != (self.learner.loss == "nll"):
-            raise ValueError(f"method {self.method!r} cannot take loss {self.learner.loss!r}; demonstrate goes with nll, and only it does")
+        if (self.method in IMITATING) != (self.learner.loss == "nll"):
+            raise ValueError(
+                f"method {self.method!r} cannot take loss {self.learner.loss!r}; {' and '.join(IMITATING)} go with nll, and only they do"
+            )
+        if self.method != "demonstrate" and self.examples != "demonstrations":
+            raise ValueError(f"examples: got {self.examples!r} with method {self.method!r}; only demonstrate draws kept samples")
+        if self.examples != "demonstrations" and self.reflections:
+            raise ValueError(f"reflections: got {self.reflections} with examples {self.examples!r}, expected 0: samples show no reflection")
         return self
 
 
-Stage = Annotated[Collect | Train, Field(discriminator="kind")]
+class RewardModel(Frozen):
+    """Train a model that tells right samples from wrong ones on what the collect stage before it kept (ReFT, arXiv 2401.08967, section 4).
+
+    A sequence classifier with two labels and a LoRA adapter that starts from the run's own; `minirl eval --rerank` picks by it. Begun again
+    from its start where a run is taken up in the middle of it, and for one process only.
+    """
+
+    kind: Literal["reward_model"]
+    """Names this kind of stage."""
+    epochs: PositiveInt = 3
+    """How often the samples are gone through (ReFT: 3)."""
+    batch: PositiveInt = 32
+    """Samples an update."""
+    micro_batch: PositiveInt = 8
+    """Samples in one forward pass."""
+    lr: PositiveFloat = 1e-4
+    """Peak learning rate; it rises over the first twentieth of the updates and then falls to 0 along a line."""
+    held_out: Probability = 0.1
+    """Share of the problems whose samples are kept for accuracy and AUC."""
+    balance: bool = True
+    """Weigh right and wrong samples alike, however many there are of each; else by their numbers."""
+
+
+Stage = Annotated[Collect | Train | RewardModel, Field(discriminator="kind")]

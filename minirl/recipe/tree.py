@@ -9,8 +9,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from minirl.recipe.base import Frozen, NonNegative
 from minirl.recipe.judge import Judge
+from minirl.recipe.maths import Maths
 from minirl.recipe.qa import QA
-from minirl.recipe.stages import Collect, Stage
+from minirl.recipe.stages import Collect, RewardModel, Stage, Train
 from minirl.recipe.tasks import Task
 
 SEARCHING = ("search", "no_rag", "naive_rag", "iter_retgen", "ircot")
@@ -86,6 +87,8 @@ class Eval(Frozen):
     """0 is greedy."""
     start: bool = True
     """Evaluate before the first stage."""
+    vote: bool = False
+    """Maths tasks: also count the answer that most of a problem's samples give (majority@k; the one given first wins a tie)."""
     judge: Judge | None = None
     """For question answering, `minirl eval` only: a model that says whether an answer means what a gold answer means."""
 
@@ -93,6 +96,8 @@ class Eval(Frozen):
     def _check(self) -> Self:
         if self.temperature == 0 and self.samples > 1:
             raise ValueError(f"samples: got {self.samples} at temperature 0, where all are equal; set temperature or expected samples 1")
+        if self.vote and (self.samples < 2 or self.tries == 2):
+            raise ValueError(f"vote: got {self.samples} samples and {self.tries} tries, expected at least 2 samples of one try")
         if self.tries == 2 and self.method not in (None, "single"):
             raise ValueError(f"tries: got 2 with method {self.method!r}, expected 1: only a single attempt is reflected on")
         return self
@@ -134,16 +139,33 @@ class Recipe(Frozen):
     @model_validator(mode="after")
     def _check_searches(self) -> Self:
         searched = isinstance(self.task, QA)
-        named = [(f"stages[{n}].method", stage.method) for n, stage in enumerate(self.stages)] + [("eval.method", self.eval.method)]
+        stages = [(n, stage) for n, stage in enumerate(self.stages) if not isinstance(stage, RewardModel)]
+        named = [(f"stages[{n}].method", stage.method) for n, stage in stages] + [("eval.method", self.eval.method)]
         for where, method in named:
             if not searched and method in SEARCHING:
                 raise ValueError(f"{where}: got {method!r} for task {self.task.name!r}, expected a question-answering task to search in")
             if searched and method in ("single", "reflect"):
                 raise ValueError(f"{where}: got {method!r} for task {self.task.name!r}, expected search: its questions are searched for")
+        if self.eval.vote and not isinstance(self.task, Maths):
+            raise ValueError(f"eval.vote: got true for task {self.task.name!r}, expected gsm8k, svamp or mathqa: others have no one answer")
         if not searched and self.eval.judge is not None:
             raise ValueError(f"eval.judge: got a judge for task {self.task.name!r}, expected none: its verifier is exact")
         if searched and self.eval.tries == 2:
             raise ValueError(f"eval.tries: got 2 for task {self.task.name!r}, expected 1: searches are not reflected on")
+        return self
+
+    @model_validator(mode="after")
+    def _check_kept(self) -> Self:
+        for number, stage in enumerate(self.stages):
+            if isinstance(stage, RewardModel):
+                wanted, got = "all", f"stages[{number}].kind: got 'reward_model'"
+            elif isinstance(stage, Train) and stage.examples != "demonstrations":
+                wanted, got = "passed", f"stages[{number}].examples: got {stage.examples!r}"
+            else:
+                continue
+            before = self.stages[number - 1] if number else None
+            if not isinstance(before, Collect) or before.keep != wanted:
+                raise ValueError(f"{got}, expected a collect stage with keep {wanted!r} right before it")
         return self
 
     def dump(self) -> str:
@@ -157,6 +179,8 @@ class Recipe(Frozen):
             if isinstance(stage, Collect):
                 made = f"{stage.problems} problems x {stage.samples} attempts, keep {stage.keep} (at most {stage.keep_each} of each)"
                 lines.append(f"  {number}  collect  {stage.method}: {made}")
+            elif isinstance(stage, RewardModel):
+                lines.append(f"  {number}  reward model: {stage.epochs} epochs over what was kept, lr {stage.lr:g}")
             else:
                 loss = f"loss {stage.learner.loss}, lr {stage.learner.lr:g}"
                 made = f"{stage.steps} steps of {stage.batch} groups x {stage.group} episodes, {loss}"

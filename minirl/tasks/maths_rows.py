@@ -29,6 +29,8 @@ MAX_CLOSING = 200  # characters at the end of a chain that are searched for it: 
 MAX_OPTIONS = 2000  # characters
 MAX_VALUE = 10**300  # that a float can hold
 _PROGRAM = re.compile(r"^def\s+solution\b", re.MULTILINE)
+# A docstring right below the head, on lines of its own.
+_DOCSTRING = re.compile(r"(?P<head>^def\s+solution\b[^\n]*\n)[ \t]*(?P<quote>\"{3}|'{3}).*?(?P=quote)[ \t]*\n", re.MULTILINE | re.DOTALL)
 
 
 class Row(NamedTuple):
@@ -124,7 +126,9 @@ def _chain(node: Gsm8k | Svamp | Mathqa, row: Mapping[str, Any], where: str) -> 
     is_program = _PROGRAM.search(chain) is not None
     if is_program != (node.chain == "program"):
         return None
-    return chain.strip() if is_program else _prose(chain)
+    if not is_program:
+        return _prose(chain)
+    return (chain if node.docstring else _DOCSTRING.sub(r"\g<head>", chain, count=1)).strip()
 
 
 def _prose(chain: str) -> str:

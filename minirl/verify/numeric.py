@@ -62,6 +62,11 @@ class Number(NamedTuple):
     value: Fraction
     scale: Fraction = Fraction(1)
 
+    @property
+    def canonical(self) -> str:
+        """What it votes for: "2 dozen" for 24; "50%" for 50, which is what a word problem that asks for a percentage has as its answer."""
+        return canonical(self.value * max(self.scale, Fraction(1)))
+
     def equals(self, gold: Fraction, tolerance: Fraction) -> bool:
         """|difference| <= tolerance, in either reading: "50%" states 50 (what percentage?) and 0.5 (what share?), "2 dozen" 2 and 24.
 
@@ -92,6 +97,17 @@ def extract(text: str) -> Number | None:
     return None if found is None else number(found.statement)
 
 
+def canonical(value: Fraction) -> str:
+    """One text for all ways to write a number, so that answers can vote: whole numbers in full, others to nine significant digits, because
+    programs return 0.1 + 0.2 where a text says 0.3."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    try:
+        return f"{float(value):.9g}"
+    except OverflowError:
+        return str(value)
+
+
 def figures(text: str) -> list[Fraction]:
     """The readings of the last figure in `text`, words around it or not: a fraction's value and its last number; [] where it has none."""
     found = _FIGURE.findall(text[-MAX_STATEMENT:])
@@ -105,7 +121,8 @@ def figures(text: str) -> list[Fraction]:
 def verify(gold: str | float, text: str, credit: MathsCredit, *, tolerance: float = 0.01, symbolic: Evaluate | None = None) -> Verdict:
     """Score 1.0 when the number that `text` states last differs from `gold` by at most `tolerance`, else what `credit` gives.
 
-    parts["error_kind"]: "wrong_answer" (another number), "no_answer" (none that can be read), or None. symbolic: values an expression that
+    parts["error_kind"]: "wrong_answer" (another number), "no_answer" (none that can be read), or None. parts["answer"]: the number in a
+    form that equal numbers share, None for none. symbolic: values an expression that
     is not a plain number, such as 4\\pi or 2\\sqrt{3}, or gives None. Raises ValueError for a `gold` that is no number.
     """
     target = number(str(gold))
@@ -117,10 +134,10 @@ def verify(gold: str | float, text: str, credit: MathsCredit, *, tolerance: floa
         value = symbolic(found.statement)
         answer = None if value is None else Number(Fraction(value))
     if answer is None:
-        return Verdict(credit.no_answer, False, {"error_kind": "no_answer"})
+        return Verdict(credit.no_answer, False, {"error_kind": "no_answer", "answer": None})
     if answer.equals(target.value, Fraction(str(tolerance))):
-        return Verdict(1.0, True, {"error_kind": None})
-    return Verdict(credit.wrong_answer, False, {"error_kind": "wrong_answer"})
+        return Verdict(1.0, True, {"error_kind": None, "answer": answer.canonical})
+    return Verdict(credit.wrong_answer, False, {"error_kind": "wrong_answer", "answer": answer.canonical})
 
 
 def _read(text: str) -> Number | None:

@@ -2,7 +2,7 @@
 
 Invariant: pure, total and bounded. Only a statement that chooses ONE letter counts, as `c`, `(C)`, `c ) 38` or `option c`; two letters, a
 letter in a word and the article "a" choose none. A right letter may stand below a wrong chain (section 3.6: reward hacking);
-parts["value_agrees"] says so without changing the score.
+parts["value_agrees"] and parts["lucky"] say so without changing the score.
 """
 
 from __future__ import annotations
@@ -46,16 +46,18 @@ def verify(gold: str, options: Sequence[str], text: str, credit: MathsCredit) ->
 
     parts["error_kind"]: "wrong_answer" (another letter), "no_answer" (no single letter), or None. parts["value_agrees"]: whether the value
     that the chosen option has is the last number of the chain (or the one stated with the letter); None where either is no number. On
-    MathQA's own rationales it is True for 92% of the right letters and 1% of the others.
+    MathQA's own rationales it is True for 92% of the right letters and 1% of the others. parts["lucky"]: for a right letter, whether the
+    value does not agree. parts["answer"]: the letter.
     """
     found = stated(text)
     choice = None if found is None else _choice(found.statement)
     if found is None or choice is None or choice[0] not in LETTERS[: len(options)]:
-        return Verdict(credit.no_answer, False, {"error_kind": "no_answer", "value_agrees": None})
+        return Verdict(credit.no_answer, False, {"error_kind": "no_answer", "answer": None, "value_agrees": None, "lucky": None})
     agrees = _agrees(option_value(options[LETTERS.index(choice[0])]), choice[1], found)
+    said = {"answer": choice[0], "value_agrees": agrees}
     if choice[0] == gold:
-        return Verdict(1.0, True, {"error_kind": None, "value_agrees": agrees})
-    return Verdict(credit.wrong_answer, False, {"error_kind": "wrong_answer", "value_agrees": agrees})
+        return Verdict(1.0, True, {"error_kind": None, **said, "lucky": None if agrees is None else not agrees})
+    return Verdict(credit.wrong_answer, False, {"error_kind": "wrong_answer", **said, "lucky": None})
 
 
 def _choice(statement: str) -> tuple[str, str] | None:

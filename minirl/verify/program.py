@@ -13,6 +13,7 @@ from fractions import Fraction
 
 from minirl.episode import Verdict
 from minirl.recipe.maths import MathsCredit
+from minirl.verify.numeric import canonical
 from minirl.verify.sandbox import DEFAULT, Limits, Result, plain_number, run_program
 
 FENCE = "```"
@@ -34,7 +35,7 @@ def extract(text: str) -> str | None:
 
 
 def answer(text: str, *, limits: Limits = DEFAULT) -> Result | None:
-    """What the program in `text` returns, as a vote over samples needs it; None where there is no program."""
+    """What the program in `text` returns; None where there is no program."""
     program = extract(text)
     return None if program is None else run_program(program, limits=limits)
 
@@ -45,18 +46,19 @@ def verify(gold: str | float, text: str, credit: MathsCredit, *, tolerance: floa
     The tolerance is the paper's: absolute, and inclusive for the decimal numbers as written, so 1.01 is right for 1. There is no relative
     one: 0.005 is right for 0.015, and a large number has to be right in every digit before the point, which a program's is.
     parts["error_kind"]: "wrong_answer" (credit.wrong_answer), or "no_program", "program_error", "timeout", "memory", "no_number" (all of
-    them credit.no_answer), or None. Raises ValueError for a `gold` that is no plain number, UserError where there is no sandbox.
+    them credit.no_answer), or None. parts["answer"]: the number in a form that equal numbers share, None for none. Raises ValueError for a
+    `gold` that is no plain number, UserError where there is no sandbox.
     """
     target = plain_number(str(gold).strip())
     if target is None:
         raise ValueError(f"gold answer: got {gold!r}, expected a plain finite number")
     result = answer(text, limits=limits)
     if result is None or result.value is None:
-        return Verdict(credit.no_answer, False, {"error_kind": result.error if result else "no_program"})
-    # As decimal numbers: in binary 1.01 - 1 is more than 0.01.
-    if abs(Fraction(str(result.value)) - Fraction(str(target))) <= Fraction(str(tolerance)):
-        return Verdict(1.0, True, {"error_kind": None})
-    return Verdict(credit.wrong_answer, False, {"error_kind": "wrong_answer"})
+        return Verdict(credit.no_answer, False, {"error_kind": result.error if result else "no_program", "answer": None})
+    value = Fraction(str(result.value))  # as decimal numbers: in binary 1.01 - 1 is more than 0.01
+    if abs(value - Fraction(str(target))) <= Fraction(str(tolerance)):
+        return Verdict(1.0, True, {"error_kind": None, "answer": canonical(value)})
+    return Verdict(credit.wrong_answer, False, {"error_kind": "wrong_answer", "answer": canonical(value)})
 
 
 def _fenced(lines: list[str]) -> Iterator[list[str]]:
