@@ -236,6 +236,24 @@ def test_rollouts_are_measured(opened: Bench) -> None:
     opened.sampler().reset()
 
 
+def test_generate_has_two_adapters_in_half_precision(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = open_(folder, tmp_path, dtype="bf16", repeats=1)
+    held: list[tuple[torch.dtype, bool]] = []
+    generate = Generate._generate
+
+    def seen(self: Generate, asks: Any) -> Any:
+        layer = next(m for m in bench.policy.model.modules() if hasattr(m, "lora_A"))
+        held.append((layer.lora_A["default"].weight.dtype, "forward" in vars(layer)))
+        return generate(self, asks)
+
+    monkeypatch.setattr(Generate, "_generate", seen)
+    lines = measure_rollouts(bench)
+    assert [line.against for line in lines] == ["generate", "generate, float32 adapter as in training"] * 4
+    assert lines[0].ours == lines[1].ours
+    assert held[:4] == [(torch.bfloat16, False), (torch.float32, False)] * 2  # a round to warm up and one that counts, peft's own forward
+    assert all(p.dtype == torch.float32 for p in bench.policy.trainable.values())
+
+
 def test_ceilings_count_what_there_is(opened: Bench) -> None:
     """Hand-counted: a layer of 32 units, 4 heads of 8, 2 key heads, 64 inner; two layers, and a head of 259."""
     layer = 32 * 32 * 2 + 32 * 16 * 2 + 32 * 64 * 3

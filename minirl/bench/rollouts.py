@@ -1,6 +1,8 @@
 """Rollouts: the live sampler beside `generate`, on the same episodes.
 
-Invariant: both sides sample exactly the same number of tokens, turn by turn, because every length is decided beforehand.
+`generate` twice, where the model computes in half precision: at its best, with the adapter cast to the model's type; and on the model as
+peft trains it, with a float32 adapter. Invariant: all sides sample exactly the same number of tokens, turn by turn, because every length
+is decided beforehand.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
 from random import Random
+
+import torch
 
 from minirl.bench.generate import Generate, stock
 from minirl.bench.measure import Measurement, by_turns, rates
@@ -21,6 +25,7 @@ from minirl.tasks import Task
 
 FAIL = Task("bench", (), (), lambda problem, text: Verdict(0.0, False, {"error_kind": "scripted"}))
 """A task whose every attempt fails, so that every R3 episode has its three turns."""
+GENERATE, AS_TRAINED = "generate", "generate, float32 adapter as in training"
 Plan = Sequence[tuple[int, str]]
 """Tokens to sample in each turn, and what is told after it (nothing after the last)."""
 
@@ -36,6 +41,7 @@ def measure_rollouts(bench: Bench) -> list[Measurement]:
         f"R3, 3 turns of {new}": partial(r3_from_scratch, bench),
         "search-like, 1-4 uneven turns": partial(planned, bench, search_plans(bench)),
     }
+    adapters = {GENERATE: bench.policy.dtype} | ({AS_TRAINED: torch.float32} if bench.policy.dtype != torch.float32 else {})
     found = []
     for what, episodes in kinds.items():
 
@@ -43,16 +49,18 @@ def measure_rollouts(bench: Bench) -> list[Measurement]:
             live.reset()
             return sampled(episodes(live))
 
-        def theirs(episodes: Callable[[Sampler], list[Episode]] = episodes) -> float:
-            with stock(bench.policy, bench.stock_attention, adapter=bench.policy.dtype):
+        def theirs(dtype: torch.dtype, episodes: Callable[[Sampler], list[Episode]] = episodes) -> float:
+            with stock(bench.policy, bench.stock_attention, adapter=dtype):
                 return sampled(episodes(generate))
 
-        runs = by_turns({"ours": ours, "theirs": theirs}, bench.options.repeats, bench.device)
+        sides = {"ours": ours} | {name: partial(theirs, dtype) for name, dtype in adapters.items()}
+        runs = by_turns(sides, bench.options.repeats, bench.device)
         counts = {done for side in runs.values() for _, done in side}
         if len(counts) != 1:
-            raise RuntimeError(f"{what}: expected both sides to sample the same number of tokens, got {sorted(counts)}")
+            raise RuntimeError(f"{what}: expected all sides to sample the same number of tokens, got {sorted(counts)}")
         note = f"{rows} episodes of {bench.sizes.prompts} prompts, {counts.pop():.0f} tokens"
-        found.append(Measurement("rollout", what, "tokens/s", rates(runs["ours"]), rates(runs["theirs"]), "generate", note))
+        for name in adapters:
+            found.append(Measurement("rollout", what, "tokens/s", rates(runs["ours"]), rates(runs[name]), name, note))
     live.reset()
     return found
 
