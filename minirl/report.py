@@ -183,14 +183,15 @@ def _score(name: str, found: Interval | None) -> str:
 def _differences(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:
     """Older and newer rows of evals.jsonl, problem by problem; nothing without a pair."""
     lines = []
-    for old, new in pairs:
-        changes = compare(old, new)
-        found = [changes[key] for key, _ in SHARES]
+    compared = [(old, new, compare(old, new)) for old, new in pairs]
+    columns = dict(SHARES) | {name: SCORES[name] for name in SCORES if any(changes.get(name) for *_, changes in compared)}
+    for old, new, changes in compared:
+        found = [changes.get(key) for key in columns]
         cells = ["" if c is None else f"{_points(c)}<br><small>{_p(c)}, {c.problems} problems</small>" for c in found]
         lines.append([f"{_text(new.get('label'))} against {_text(old.get('label'))}", *cells])
     note = "Paired over problems: 95 % interval, and p of a sign-flip test (McNemar's exact test for single samples). "
     note += "“Fixed” is compared on the problems whose first try failed in both evaluations."
-    table = _table(["", *(title for _, title in SHARES)], lines)
+    table = _table(["", *columns.values()], lines)
     return f'<h3>What changed</h3>{table}<p class="note">{note}</p>' if lines else ""
 
 

@@ -223,7 +223,8 @@ def _score(name: str, problems: Sequence[_Tries]) -> Interval:
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Difference | None]:
-    """Two rows of evals.jsonl, paired over the problems they share: first, second, and fixed over the problems that failed in both.
+    """Two rows of evals.jsonl, paired over the problems they share: first, second, fixed over the problems that failed in both, and every
+    share among their scores (f1, em, ...; see COUNTS for those that are none) over the problems that have it in both.
 
     None where the two have nothing to compare.
     """
@@ -239,4 +240,9 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Di
         "first": paired([a.first / a.samples for a, _ in common], [b.first / b.samples for _, b in common]) if common else None,
         "second": paired([a.second / a.samples for a, _ in common], [b.second / b.samples for _, b in common]) if common and two else None,
         "fixed": paired([fixed(a) for a, _ in failed], [fixed(b) for _, b in failed]) if failed and two else None,
-    }
+    } | {name: _compare_scores(name, common) for name in dict.fromkeys(name for a, _ in common for name in a.scores) if name not in COUNTS}
+
+
+def _compare_scores(name: str, pairs: Sequence[tuple[_Tries, _Tries]]) -> Difference | None:
+    both = [(a.scores[name], b.scores[name]) for a, b in pairs if a.scores.get(name) and b.scores.get(name)]
+    return paired([sum(a) / len(a) for a, _ in both], [sum(b) / len(b) for _, b in both]) if both else None

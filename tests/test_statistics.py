@@ -235,3 +235,16 @@ def test_scores_are_summarised_over_the_problems_that_have_them() -> None:
     assert found["searches"] == pytest.approx((3.0, 3.0 - Z, 3.0 + Z))
     assert mean_interval([7.0]) == (7.0, 7.0, 7.0)
     assert summarise({"label": "start", "problems": [{"id": "p", "first": [1]}]})["scores"] == {}
+
+
+def test_compare_pairs_the_scores_that_are_shares() -> None:
+    before, after = evaluation([[0], [0], [0]], [[None]] * 3, tries=1), evaluation([[1], [0], [0]], [[None]] * 3, tries=1)
+    for row, f1, searches in ((before, (0.25, 0.5, 0.0), 2.0), (after, (1.0, 0.5, 0.5), 5.0)):
+        for problem, value in zip(row["problems"], f1, strict=True):
+            problem["scores"] = {"f1": [value], "searches": [searches]}
+    del after["problems"][2]["scores"]["f1"]
+    result = compare(before, after)
+    assert "searches" not in result, "a number that is no share has no place in [0, 1]"
+    assert result["f1"] is not None
+    assert (result["f1"].value, result["f1"].problems) == (0.375, 2)  # 0.75 and 0
+    assert result["f1"].p == 1.0  # one pair that changed says nothing
