@@ -25,6 +25,7 @@ from minirl.statistics import auc
 
 CONFIG, WEIGHTS = "reward_model.json", "adapter_model.safetensors"
 LABELS = ("wrong", "right")
+HALF_SCALE = 1024.0  # of the loss where activations are float16: their gradients would vanish. AdamW does not feel it
 SCORED_TOKENS = 8192  # padded tokens in one forward pass when samples are scored
 
 
@@ -122,18 +123,19 @@ class RewardModel:
             raise UserError(
                 f"reward model: got {counts[1]} right and {counts[0]} wrong samples to learn from, expected some of each; collect more"
             )
+        scale = HALF_SCALE if self.loaded.dtype == torch.float16 else 1.0
         weights = torch.tensor([len(train) / (2 * count) if node.balance else 1.0 for count in counts], device=self.loaded.device)
 
         def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-            # Summed over the whole update, whatever it is cut into; the weights are 1 on the mean sample.
+            # Over the whole update, however it is cut; the weights are 1 on the mean sample.
             each = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, weights, reduction="sum")
-            return each / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+            return scale * each / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
 
-        watch = _Watch(self, held_out, log, stop)
+        watch = _Watch(self, held_out, log, stop, scale)
         with tempfile.TemporaryDirectory() as scratch:  # the Trainer's own notes: the run folder holds what is worth keeping
             trainer = Trainer(
                 self.loaded.model,
-                _arguments(node, seed, scratch, len(train), on_cpu=self.loaded.device.type == "cpu"),
+                _arguments(node, seed, scratch, len(train), clip=scale, on_cpu=self.loaded.device.type == "cpu"),
                 data_collator=self._collate,
                 train_dataset=[sample._asdict() for sample in train],  # type: ignore[arg-type]
                 compute_loss_func=loss,
@@ -158,11 +160,16 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     """Measures and reports at the end of each epoch, and stops where it is told to."""
 
     def __init__(
-        self, model: RewardModel, held_out: Sequence[Sample], log: Callable[[dict[str, float]], None], stop: Callable[[], bool]
+        self,
+        model: RewardModel,
+        held_out: Sequence[Sample],
+        log: Callable[[dict[str, float]], None],
+        stop: Callable[[], bool],
+        scale: float,
     ) -> None:
         self.last: dict[str, float] = {}
         self.stopped = False
-        self._model, self._held_out, self._log, self._stop = model, held_out, log, stop
+        self._model, self._held_out, self._log, self._stop, self._scale = model, held_out, log, stop, scale
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step < state.max_steps and self._stop():
@@ -171,15 +178,15 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         if self.stopped or not logs or "loss" not in logs:
             return
-        self.last = {"loss": float(logs["loss"]), **self._model.assess(self._held_out)}
+        self.last = {"loss": float(logs["loss"]) / self._scale, **self._model.assess(self._held_out)}
         self._log({"step": round(state.epoch) - 1, **self.last})
         self._model.loaded.model.train()
 
 
-def _arguments(node: recipe.RewardModel, seed: int, scratch: str, samples: int, *, on_cpu: bool) -> TrainingArguments:
+def _arguments(node: recipe.RewardModel, seed: int, scratch: str, samples: int, *, clip: float, on_cpu: bool) -> TrainingArguments:
     micro = min(node.micro_batch, node.batch)
     updates = node.epochs * -(-samples // node.batch)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=scratch,
         num_train_epochs=node.epochs,
         per_device_train_batch_size=micro,
@@ -188,7 +195,7 @@ def _arguments(node: recipe.RewardModel, seed: int, scratch: str, samples: int, 
         lr_scheduler_type="linear",
         warmup_steps=updates // 20,
         weight_decay=0.0,
-        max_grad_norm=1.0,
+        max_grad_norm=clip,
         seed=seed,
         data_seed=seed,
         logging_strategy="epoch",
@@ -200,3 +207,6 @@ def _arguments(node: recipe.RewardModel, seed: int, scratch: str, samples: int, 
         use_cpu=on_cpu,
         dataloader_pin_memory=False,
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else a second GPU in sight would get half of each batch by DataParallel
+    return arguments

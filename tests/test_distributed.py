@@ -26,6 +26,8 @@ SETTINGS = {
     "token": {"loss": "dapo", "minibatches": 2, "passes": 2, "entropy": 0.01},
     "constant": {"loss": "dr_grpo", "minibatches": 3, "beta": 0.1},
     "gspo": {"loss": "gspo", "passes": 2},
+    "ppo": {"loss": "ppo", "beta": 0.1, "passes": 2},
+    "halves": {"loss": "nll", "sampled_share": 0.5},
 }
 
 
@@ -67,9 +69,12 @@ def update(model: Path, out: Path) -> None:
         learner = Learner(policy, node, accelerator, steps=4, limit_tokens=12, temperature=1.0, pad=258)
         # Plain descent, so that weights differ as gradients do; Adam makes a whole step of what rounding leaves of a zero.
         learner.optimizer = torch.optim.SGD(learner.parameters)
+        if learner.value_optimizer is not None:
+            learner.value_optimizer = torch.optim.SGD(learner.value_parameters, lr=0.1)
         means[name] = [learner.update(share) for _ in range(2)]
         if accelerator.is_main_process:
-            save_file({key: p.detach().clone() for key, p in policy.trainable.items()}, out.with_suffix(f".{name}"))
+            heads = dict(zip(["value"], learner.value_parameters, strict=False))  # its weight; the bias comes second
+            save_file({key: p.detach().clone() for key, p in (policy.trainable | heads).items()}, out.with_suffix(f".{name}"))
     out.with_suffix(f".{accelerator.num_processes}.{accelerator.process_index}").write_text(json.dumps(means))
     accelerator.end_training()
 
@@ -117,6 +122,8 @@ def compare_weights(folder: Path) -> None:
         one, two = load_file(folder / f"one.{name}"), load_file(folder / f"two.{name}")
         torch.testing.assert_close(two, one, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
         assert max(weight.abs().max() for key, weight in one.items() if "lora_B" in key) > 2e-3  # B starts at zero: it has moved
+        assert ("value" in one) == (name == "ppo")
+        assert "value" not in one or one["value"].abs().max() > 1e-4
 
 
 def test_whole_run_under_accelerate_launch(cli: Cli, tiny: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 from conftest import ENVIRONMENT, Cli, Start, minirl, recipe
 
 WARM_UP = {"kind": "train", "method": "demonstrate", "steps": 3, "group": 1, "batch": 4, "reflections": 0.5}
+SFT = {"kind": "train", "steps": 3, "batch": 4, "learner": {"loss": "nll", "lr": 1e-3}}
 PPO = {"loss": "ppo", "lr": 5e-3, "minibatches": 2, "value_warmup": 1}
 STAGES = [
     WARM_UP | {"learner": {"loss": "nll", "lr": 1e-3}},
@@ -25,8 +26,11 @@ STAGES = [
     {"kind": "train", "method": "reflect", "steps": 5, "group": 4, "batch": 3, "learner": {"lr": 5e-3, "beta": 0.01, "minibatches": 2}},
     {"kind": "train", "method": "reflect", "steps": 3, "group": 3, "batch": 2, "attempts": 2, "learner": {"lr": 5e-3, "loss": "rloo"}},
     {"kind": "train", "method": "single", "steps": 4, "group": 1, "batch": 4, "learner": PPO},
+    {"kind": "collect", "problems": 8, "samples": 16, "batch": 4, "keep": "passed", "keep_each": 3},
+    SFT | {"method": "demonstrate", "examples": "both", "group": 1},
+    SFT | {"method": "self_train", "group": 6, "learner": {"loss": "nll", "sampled_share": 0.5, "lr": 1e-3}},
 ]
-ROWS = ("metrics.jsonl", "evals.jsonl", "episodes.jsonl", "kept/1.jsonl")
+ROWS = ("metrics.jsonl", "evals.jsonl", "episodes.jsonl", "kept/1.jsonl", "kept/5.jsonl")
 ADAPTER = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/value_head.safetensors")
 FILES = (*ROWS, "recipe.yaml", *ADAPTER)
 

@@ -86,6 +86,16 @@ def test_it_learns_what_tells_right_from_wrong(trained: tuple[RewardModel, list[
     assert all((chance > 0.9) if s.right else (chance < 0.1) for chance, s in zip(chances, samples(30, 9), strict=True))
 
 
+@pytest.mark.parametrize(("quantize", "dtype"), [("none", "bf16"), ("none", "fp16"), ("nf4", "bf16"), ("int8", "bf16")])
+def test_it_learns_from_float32_masters_whatever_it_computes_in(
+    node: recipes.Model, adapter: dict[str, torch.Tensor], quantize: str, dtype: str
+) -> None:
+    model, logged = fitted(node.model_copy(update={"quantize": quantize, "dtype": dtype}), adapter)
+    assert logged[-1]["auc"] == 1.0
+    assert logged[0]["loss"] < 1.0
+    assert {p.dtype for p in model.loaded.model.parameters() if p.requires_grad} == {torch.float32}
+
+
 def test_equal_runs_are_equal_bit_for_bit(
     node: recipes.Model, adapter: dict[str, torch.Tensor], trained: tuple[RewardModel, list[dict[str, float]]]
 ) -> None:
