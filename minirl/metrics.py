@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from minirl.episode import Episode, Part
 
-SCORES = ("em", "f1", "format", "recall", "searches", "response", "judged")
+SCORES = ("em", "f1", "format", "recall", "searches", "response", "judged", "steps", "calls", "errors", "malformed", "answered")
 """What an episode of question answering is counted by: exact match, F1, good form, the share of gold paragraphs found, searches, tokens of
-the whole answer with the results, and a judge's verdict."""
+the whole answer with the results, and a judge's verdict. One of method stepwise: actions, the tool's replies, its errors, actions that
+could not be read, and whether an answer was given."""
 
 
 class Facts(NamedTuple):

@@ -31,6 +31,11 @@ SCORES = {
     "recall": "Gold paragraphs found",
     "searches": "Searches",
     "response": "Tokens, results included",
+    "steps": "Actions",
+    "calls": "Tool calls",
+    "errors": "Tool errors",
+    "malformed": "Unreadable actions",
+    "answered": "Answered",
 }
 EPISODES_EACH = 3
 

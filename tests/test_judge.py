@@ -215,7 +215,7 @@ def test_a_missing_key_and_a_node_that_is_none() -> None:
     with pytest.raises(UserError, match=r"judge\.key_env: NO_SUCH_KEY is not set"):
         EndpointSampler(node("http://127.0.0.1:9/x", key_env="NO_SUCH_KEY"))
     for wrong in ({"kind": "endpoint", "url": "http://a/b"}, {"kind": "base", "model": "m"}):
-        with pytest.raises(ValueError, match="kind endpoint needs it"):
+        with pytest.raises(ValueError, match="kind endpoint .*needs it"):
             recipe.Judge.model_validate(wrong)
 
 
