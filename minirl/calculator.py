@@ -33,8 +33,9 @@ _NO_UNITS = frozenset(
     re.findall(
         r"\w+",
         """a b c d e f i j n p q r t u v w y z pi and or not nor to than squared cubed half halves third thirds quarter quarters twice
-        double triple sqrt sum mod modulo log ln sin cos tan abs round min max factorial equals is are was if then versus vs divided multiplied
-        by zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety point""",
+        double triple sqrt sum mod modulo log ln sin cos tan abs round min max factorial equals is are was if then versus vs divided
+        multiplied by zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty
+        ninety point""",
     )
 )
 _PERCENT = ("percent", "pct")

@@ -1,7 +1,7 @@
 """Rules in place of a judging model: whether a step is a good one, read off its text alone. For tests and cheap ablations.
 
 Invariant: pure and bounded, no tool but the calculator is run, and without `gold` nothing but the question and what was said is looked at.
-The rules: a turn is one readable action, and no call is made twice. A calculation has a value, and every number in it stands in the
+The rules: a turn is one readable action, and no call is made twice. A calculation of two numbers or more has a value, and every number in it stands in the
 question or in a reply, or is one that people know (up to 12, 100, 60 minutes, ...). A search asks for something, and at least half of its
 words stand in the question or in a reply. An answer is a number that the calculator gave, or words that stand in what was found; yes and no
 count where something was. With `gold` an answer is good when the task's verifier passes it.
@@ -95,6 +95,8 @@ def _asks_for_numbers(expression: str, known: Sequence[str]) -> bool:
         calculator.evaluate(expression)
     except calculator.CalculatorError:
         return False
+    if len(_FIGURE.findall(expression.split("=")[0])) < 2:
+        return False  # one number is no calculation
     return _figures(expression.split("=")[0]) - KNOWN <= {value for text in known for value in _figures(text)}
 
 

@@ -31,13 +31,13 @@ MOST_SHOWN = 300  # characters of a query that are shown again before its result
 
 SEARCH = """\
 Answer the question step by step. In each of your turns think in a sentence or two, then do ONE thing: look something up, with a query \
-between <{call}> and </{call}>, or give the answer, as short as it can be, between <{answer}> and </{answer}>. What is found is told to you \
-in the next message. You have at most {steps} turns. For example:
+between <{call}> and </{call}>, or give the answer, as short as it can be, between <{answer}> and </{answer}>. What is found is told to \
+you in the next message. You have at most {steps} turns. For example:
 To say where its director was born I must know who directed The Third Man. <{call}>director of The Third Man</{call}>"""
 CALCULATE = """\
 Solve the problem step by step. In each of your turns think in a sentence or two, then do ONE thing: have an expression of numbers worked \
-out, between <{call}> and </{call}>, or give the answer, a number alone, between <{answer}> and </{answer}>. The value is told to you in the \
-next message. You have at most {steps} turns. For example:
+out, between <{call}> and </{call}>, or give the answer, a number alone, between <{answer}> and </{answer}>. The value is told to you in \
+the next message. You have at most {steps} turns. For example:
 Each of the 4 boxes holds 12 eggs. <{call}>4 * 12</{call}>"""
 
 
