@@ -144,7 +144,7 @@ def _word(text: str, at: int, word: str, after: str, code: list[str], numbers: l
     low = word.lower()
     if low in _WORDED_BY and (by := re.compile(r"\s+by\b", re.IGNORECASE).match(text, at)):
         at, low = by.end(), {"/": "over", "*": "times"}[_WORDED_BY[low]]
-    if low in _WORDED and after == "value" and not (word == "x" and not re.match(r"\s*[$€£(.]*\s*[0-9]", text[at:])):
+    if low in _WORDED and after == "value" and not (word == "x" and not _times(text, at)):
         code.append(_WORDED[low])
         return at, "operator"
     if low == "minus" and after != "value":
@@ -160,6 +160,11 @@ def _word(text: str, at: int, word: str, after: str, code: list[str], numbers: l
         return at, "value"
     tail = _UNIT_TAIL.match(text, at)
     return (tail.end() if tail else at), "value"
+
+
+def _times(text: str, at: int) -> bool:
+    """Whether the x that ends before `at` multiplies: a number follows it, and it is not the one of 0x10."""
+    return bool(re.match(r"\s*[$€£(.]*\s*[0-9]", text[at:])) and not re.search(r"(?<![0-9.,])0x\Z", text[:at])
 
 
 def _number(said: str) -> Fraction:

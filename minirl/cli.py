@@ -71,7 +71,8 @@ def eval_(
     folder: FolderArgument,
     set_: SetOption = None,
     base: Annotated[bool, typer.Option("--base", help="Evaluate the model without the run's adapter")] = False,
-    method: Annotated[str | None, typer.Option("--method", help="no_rag, naive_rag, iter_retgen, ircot or search")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="no_rag, naive_rag, iter_retgen, ircot, search, stepwise")] = None,
+    task: Annotated[Path | None, typer.Option("--task", help="Another recipe: try the run on its task", metavar="RECIPE")] = None,
     table: Annotated[bool, typer.Option("--table", help="Question answering: the baselines beside search, base and adapter")] = False,
 ) -> None:
     """Evaluate a run's adapter on its held-out problems; --set eval.samples=8 --set eval.temperature=1 gives pass@k."""
@@ -81,7 +82,7 @@ def eval_(
         if table:
             typer.echo(trial.table(trial.compare_methods(folder, set_ or ())))
             return
-        summary = trial.evaluate_run(folder, set_ or (), base=base, method=method).summary
+        summary = trial.evaluate_run(folder, set_ or (), base=base, method=method, task=task).summary
         for k, share in summary["pass_at_k"].items():
             typer.echo(f"pass@{k} {share.value:.1%} [{share.low:.1%}, {share.high:.1%}]")
         for name in ("first_errors", "second_errors"):

@@ -1,10 +1,10 @@
 """Rules in place of a judging model: whether a step is a good one, read off its text alone. For tests and cheap ablations.
 
 Invariant: pure and bounded, no tool but the calculator is run, and without `gold` nothing but the question and what was said is looked at.
-The rules: a turn is one readable action, and no call is made twice. A calculation of two numbers or more has a value, and every number in it stands in the
-question or in a reply, or is one that people know (up to 12, 100, 60 minutes, ...). A search asks for something, and at least half of its
-words stand in the question or in a reply. An answer is a number that the calculator gave, or words that stand in what was found; yes and no
-count where something was. With `gold` an answer is good when the task's verifier passes it.
+The rules: a turn is one readable action, and no call is made twice. A calculation is of two numbers or more and has a value; every number in
+it stands in the question or in a reply, or is one that people know (up to 12, 100, 60 minutes, ...). A search asks for something, and at
+least half of its words stand in the question or in a reply. An answer is a number that the calculator gave, or words that stand in what was
+found; yes and no count where something was. With `gold` an answer is good when the task's verifier passes it.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from minirl import models, recipe
 from minirl.chat import Chat
 from minirl.errors import UserError
@@ -47,16 +49,24 @@ class Opened(NamedTuple):
 
 
 def evaluate_run(
-    folder: Path, overrides: Sequence[str] = (), *, base: bool = False, method: str | None = None, progress: Progress | None = None
+    folder: Path,
+    overrides: Sequence[str] = (),
+    *,
+    base: bool = False,
+    method: str | None = None,
+    task: Path | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a run's final adapter, or with `base` its model as it was at the start, and keep the result beside it.
 
     overrides: `eval.samples=8` and the like, laid over the run's own recipe; the model's shape cannot change. method: as in
-    `eval.method`, e.g. a baseline that retrieves.
+    `eval.method`, e.g. a baseline that retrieves. task: another recipe, whose task, sampling and evaluation take the place of the run's own,
+    overrides laid over them: what was trained on one task is tried on another.
     """
-    node = _recipe(folder, overrides, method)
+    node = _recipe(folder, overrides, method) if task is None else _transferred(folder, task, overrides, method)
+    changed = [*overrides, *([] if task is None else [f"recipe={task.stem}"])]
     with progress or Progress() as shown:
-        return _evaluate(_open(folder, node, shown, base=base), node, overrides, method, shown)
+        return _evaluate(_open(folder, node, shown, base=base), node, changed, method, shown)
 
 
 def compare_methods(folder: Path, overrides: Sequence[str] = (), *, progress: Progress | None = None) -> list[Evaluation]:
@@ -78,6 +88,12 @@ def _recipe(folder: Path, overrides: Sequence[str], method: str | None) -> recip
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder}: no recipe.yaml there; expected a run folder, e.g. runs/r3_countdown")
     return recipe.load(folder / "recipe.yaml", [*overrides, *([f"eval.method={method}"] if method else [])])
+
+
+def _transferred(folder: Path, task: Path, overrides: Sequence[str], method: str | None) -> recipe.Recipe:
+    """Another recipe with the run's model; laid out for the machine that this is, like any recipe."""
+    other = recipe.load(task, [*overrides, *([f"eval.method={method}"] if method else [])], on_cpu=not torch.cuda.is_available())
+    return other.model_copy(update={"model": _recipe(folder, (), None).model})
 
 
 def _open(folder: Path, node: recipe.Recipe, shown: Progress, *, base: bool) -> Opened:
