@@ -1,10 +1,11 @@
 """Rules in place of a judging model: whether a step is a good one, read off its text alone. For tests and cheap ablations.
 
 Invariant: pure and bounded, no tool but the calculator is run, and without `gold` nothing but the question and what was said is looked at.
-The rules: a turn is one readable action, and no call is made twice. A calculation is of two numbers or more and has a value; every number in
-it stands in the question or in a reply, or is one that people know (up to 12, 100, 60 minutes, ...). A search asks for something, and at
-least half of its words stand in the question or in a reply. An answer is a number that the calculator gave, or words that stand in what was
-found; yes and no count where something was. With `gold` an answer is good when the task's verifier passes it.
+The rules: a turn is one readable action, the last turn there is answers, and no call is made twice. A calculation is of two numbers or more
+and has a value; every number in it stands in the question or in a reply, or is one that people know (up to 12, 100, 60 minutes, ...). A
+search asks for something, and at least half of its words stand in the question or in a reply. An answer is a number that the calculator
+gave, or words that stand in what was found; yes and no count where something was. With `gold` an answer is good when the task's verifier
+passes it.
 """
 
 from __future__ import annotations
@@ -50,12 +51,13 @@ def search_reader(task: SearchTask) -> Reader:
 
 
 class Rules:
-    """Opinions on steps by rule; see the module's words."""
+    """Opinions on steps by rule; see the module's words. read: how a turn is read. steps: most turns there can be."""
 
-    def __init__(self, task: Task, read: Reader, *, gold: bool = False) -> None:
+    def __init__(self, task: Task, read: Reader, *, gold: bool = False, steps: int | None = None) -> None:
         self._task = task
         self._read = read
         self._gold = gold
+        self._steps = steps
 
     def __call__(self, cases: Sequence[StepCase], problems: Sequence[Problem]) -> list[Opinion]:
         """1 or 0 for each step; `problems` are looked at with `gold` alone."""
@@ -71,6 +73,8 @@ class Rules:
         if action.kind == "answer":
             return self._supports(action.content, told)
         before = [self._read(text) for author, text in case.said if author == "model"]
+        if len(before) + 1 == self._steps:
+            return False  # nobody will answer this call
         if any(a is not None and a.kind == "call" and _same(a.content, action.content) for a in before):
             return False
         asks = _asks_for_words if isinstance(self._task, SearchTask) else _asks_for_numbers

@@ -21,10 +21,9 @@ from minirl.judge import Asker, Judge, Opinion, StepCase, StepJudge
 from minirl.plain import PlainSampler
 from minirl.policy import Policy
 from minirl.rollout import Sampler
-from minirl.rules import Reader, Rules
+from minirl.rules import Rules
 from minirl.sampler import LiveSampler, open_sampler
 from minirl.scorer import Scorer
-from minirl.tasks import Task
 from minirl.verdicts import Verdicts
 
 StepScores = Callable[[Sequence[StepCase], Sequence[Problem]], list[Opinion]]
@@ -116,10 +115,10 @@ def answer_judge(node: recipe.Judge, voice: Voice, known: Verdicts | None = None
     return Judge(voice.chat, voice.sampler, max_tokens=node.max_tokens, known=known, name=voice.name)
 
 
-def step_judge(node: recipe.Judge, voice: Voice | None, task: Task, read: Reader, known: Verdicts) -> StepScores:
-    """A judge of steps; without a voice the rules. read: how a turn of the method is read."""
+def step_judge(node: recipe.Judge, voice: Voice | None, rules: Rules, known: Verdicts) -> StepScores:
+    """A judge of steps; without a voice the rules."""
     if voice is None:
-        return Rules(task, read, gold=node.gold)
+        return rules
     asker = Asker(voice.chat, voice.sampler, max_tokens=node.max_tokens, known=known, name=voice.name)
     judge = StepJudge(asker, voice.chat, voice.scorer if node.verdict == "probability" else None)
 

@@ -22,7 +22,7 @@ from minirl.judge import Case, Opinion, StepCase, step_case
 from minirl.methods.stepwise import stepwise, tags_of
 from minirl.relay import Relay
 from minirl.rollout import play
-from minirl.rules import Reader, reader, search_reader
+from minirl.rules import Rules, reader, search_reader
 from minirl.rundir import standing
 from minirl.session import Interrupted, Session
 from minirl.speakers import StepScores, answer_judge, step_judge, verdicts_of
@@ -43,6 +43,7 @@ class StepScorer:
         self._method = method
         self._opened: StepScores | None = None
         self._known: Verdicts | None = None
+        self._warned = False
 
     def __call__(self, wanted: Sequence[tuple[Episode, int]]) -> list[Opinion]:
         """An opinion on each (episode, number of the turn), given the turns before it."""
@@ -50,23 +51,30 @@ class StepScorer:
             self._open()
         assert self._opened is not None
         cases = [self._case(episode, turn) for episode, turn in wanted]
-        return self._opened(cases, [episode.problem for episode, _ in wanted])
+        opinions = self._opened(cases, [episode.problem for episode, _ in wanted])
+        if (failed := sum(o.came == "unanswered" for o in opinions)) and not self._warned:
+            self._warned = True  # once a stage; metrics.jsonl counts them all
+            self._s.progress.say(
+                f"WARNING: the judge gave no answer to {failed} of {len(opinions)} steps; they are not scored, nor trained"
+            )
+        return opinions
 
     def _open(self) -> None:
         s, node = self._s, self._node
         self._known = verdicts_of(s.run.folder, s.accelerator.process_index)
         voice = None if node.kind == "verifier" else s.voices.open(node, s.sampler, patient=True)
-        self._opened = step_judge(node, voice, s.task, reader_of(s, self._method), self._known)
+        self._opened = step_judge(node, voice, rules_of(s, node, self._method), self._known)
 
     def _case(self, episode: Episode, turn: int) -> StepCase:
         return step_case(episode.problem.prompt, episode.turns[:turn], episode.turns[turn], self._s.chat)
 
 
-def reader_of(s: Session, method: str) -> Reader:
-    """How a method's turns are read."""
+def rules_of(s: Session, node: recipe.Judge, method: str) -> Rules:
+    """The rules for a method's turns."""
     if method == "search" and isinstance(s.task, SearchTask):
-        return search_reader(s.task)
-    return reader(tags_of(s.task, s.recipe.sampling.stepwise))
+        return Rules(s.task, search_reader(s.task), gold=node.gold)
+    tags = tags_of(s.task, s.recipe.sampling.stepwise)
+    return Rules(s.task, reader(tags), gold=node.gold, steps=tags.steps)
 
 
 def rewarded(s: Session, stage: recipe.Train, groups: Sequence[Group], score: StepScorer) -> tuple[list[Group], dict[str, float]]:

@@ -60,8 +60,8 @@ def evaluate_run(
     """Evaluate a run's final adapter, or with `base` its model as it was at the start, and keep the result beside it.
 
     overrides: `eval.samples=8` and the like, laid over the run's own recipe; the model's shape cannot change. method: as in
-    `eval.method`, e.g. a baseline that retrieves. task: another recipe, whose task, sampling and evaluation take the place of the run's own,
-    overrides laid over them: what was trained on one task is tried on another.
+    `eval.method`, e.g. a baseline that retrieves. task: another recipe, whose task, sampling and evaluation take the place of the run's
+    own, overrides laid over them: what was trained on one task is tried on another.
     """
     node = _recipe(folder, overrides, method) if task is None else _transferred(folder, task, overrides, method)
     changed = [*overrides, *([] if task is None else [f"recipe={task.stem}"])]

@@ -252,7 +252,7 @@ def test_what_is_kept_says_why() -> None:
 def ruled(task: Task, message: str, *said: tuple[str, str], gold: bool = False, question: str = Q) -> bool:
     problem = Problem("p", question, {"value": "24", "golds": ["Putney"]})
     read = reader(TAGS if not isinstance(task, type(search_task())) else TAGS._replace(tool="search"))
-    (opinion,) = Rules(task, read, gold=gold)([StepCase(question, said, message)], [problem])
+    (opinion,) = Rules(task, read, gold=gold, steps=4)([StepCase(question, said, message)], [problem])
     assert opinion.score in (0.0, 1.0)
     return opinion.score == 1.0
 
@@ -271,6 +271,11 @@ def test_rules_of_the_calculator(task: Task) -> None:
     assert not ruled(task, "<answer>25</answer>", *HALF)
     assert not ruled(task, "<answer>some</answer>", *HALF)
     assert not ruled(task, "<answer>48</answer>", ("model", "<calc>1+1</calc>"), ("tool", "1+1 -> 2"))
+    twice = (*HALF, ("model", "<calc>24+1</calc>"), ("tool", "24+1 -> 25"))
+    assert ruled(task, "<calc>24+2</calc>", *twice)
+    last = (*twice, ("model", "Hm"), ("tool", "That was not one action."))
+    assert not ruled(task, "<calc>24+2</calc>", *last), "nobody would answer it"
+    assert ruled(task, "<answer>24</answer>", *last)
     # With the gold answer, support does not matter; without it, right does not.
     assert ruled(task, "<answer>24</answer>", gold=True)
     assert not ruled(task, "<answer>2</answer>", ("model", "<calc>1+1</calc>"), ("tool", "1+1 -> 2"), gold=True)
