@@ -161,3 +161,5 @@ def test_marks_of_gsm8k_are_calls() -> None:
     assert confirmed(solution)
     assert not confirmed(solution.replace("=24>>", "=25>>"))
     assert not confirmed("No calls. #### 3")
+    assert read("p = <<14=14>>14 of 2+1=<<2+1=3>>3.\n#### 3") == Chain((Call("p = 14 of 2+1", "2+1"),), "3.", "3")
+    assert not confirmed("p = <<14=14>>14.\n#### 14")

@@ -38,6 +38,7 @@ def read(solution: str) -> Chain:
     ending = _ANSWER.search(solution)
     answer = ending["answer"].strip() if ending else ""
     text = solution[: ending.start()] if ending else solution
+    text = _MARK.sub(lambda mark: "" if numeric.number(mark["expression"]) else mark[0], text)  # one number is nothing to work out
     calls, at = list[Call](), 0
     for mark in _MARK.finditer(text):
         calls.append(Call(_DANGLING.sub("", text[at : mark.start()]).strip(), mark["expression"].strip()))
@@ -48,7 +49,7 @@ def read(solution: str) -> Chain:
 def confirmed(solution: str) -> bool:
     """Whether a chain calls the calculator at all, and gets from it what its marks say, to a hundredth or a hundredth part."""
     marks = list(_MARK.finditer(solution))
-    return bool(marks) and all(_agrees(mark["expression"], mark["value"]) for mark in marks)
+    return bool(read(solution).calls) and all(_agrees(mark["expression"], mark["value"]) for mark in marks)
 
 
 def _agrees(expression: str, value: str) -> bool:
