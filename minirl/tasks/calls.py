@@ -15,6 +15,7 @@ from minirl.verify import numeric
 
 _MARK = re.compile(r"<<(?P<expression>[^<>=]{1,200})=(?P<value>[^<>]{1,60})>>")
 _ANSWER = re.compile(r"\n?####\s*(?P<answer>.*)\Z", re.DOTALL)
+_ONE_NUMBER = re.compile(r"\s*-?[0-9.,]+\s*")
 _DANGLING = re.compile(r"[\s=:$€£¥₹]+\Z")
 
 
@@ -38,7 +39,7 @@ def read(solution: str) -> Chain:
     ending = _ANSWER.search(solution)
     answer = ending["answer"].strip() if ending else ""
     text = solution[: ending.start()] if ending else solution
-    text = _MARK.sub(lambda mark: "" if numeric.number(mark["expression"]) else mark[0], text)  # one number is nothing to work out
+    text = _MARK.sub(lambda mark: "" if _ONE_NUMBER.fullmatch(mark["expression"]) else mark[0], text)  # one number is nothing to work out
     calls, at = list[Call](), 0
     for mark in _MARK.finditer(text):
         calls.append(Call(_DANGLING.sub("", text[at : mark.start()]).strip(), mark["expression"].strip()))
