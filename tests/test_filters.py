@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +16,14 @@ from stepping import CHAT, FOUR, TAGS, calls_task, played, search_task
 
 from minirl import recipe
 from minirl.endpoint import GIVE_UP, EndpointSampler, Messages
-from minirl.episode import Ask, Episode, Problem, Turn
+from minirl.episode import Ask, Episode, Group, Problem, Turn
 from minirl.errors import UserError
 from minirl.filters import Judged, agreement, approved, marked, passes, process, summary, tally
 from minirl.judge import Asker, Opinion, StepCase, StepJudge, parse_step, step_case, step_prompt
 from minirl.rules import Rules, reader, search_reader
 from minirl.split import actions
 from minirl.tasks import Task
+from minirl.trajectories import rewarded
 from minirl.verdicts import Verdicts, key_of
 
 Q = "Ann has 48 clips and sold half. How many?"
@@ -182,6 +184,24 @@ def test_a_dead_judge_is_not_waited_for_at_every_ask(serve: Callable[[Reply], Se
     seen = len(server.bodies)
     StepJudge(asker, Messages())(cases[:2])
     assert len(server.bodies) == seen + 2, "what was never answered is asked again"
+
+
+def test_what_was_not_scored_is_neither_right_nor_wrong() -> None:
+    """Catches: a missing verdict that counts as 0, an unscored turn that is trained."""
+    turns = (Turn("prompt", (1,)), Turn("action", (2,), (0.0,), trained=True), Turn("action", (3,), (0.0,), trained=True))
+    problem = Problem("p", "q", None)
+    group = Group(problem, (Episode(problem, turns[:2]), Episode(problem, turns[:2])))
+    stage = recipe.Train.model_validate({"kind": "train", "method": "step", "steps": 1, "judge": {"kind": "base"}})
+    session: Any = SimpleNamespace(gather=list)
+    found, counts = rewarded(session, stage, [group], lambda wanted: [Opinion(0.0), Opinion(None, "unanswered")])  # type: ignore[arg-type]
+    assert found[0].rewards == (0.0, None)
+    assert counts == {"unscored": 1.0, "approved": 0.0}
+    online = stage.model_copy(update={"method": "stepwise", "credit": "step"})
+    whole = Group(problem, (Episode(problem, turns, 0.5),))
+    found, _ = rewarded(session, online, [whole], lambda wanted: [Opinion(None, "unreadable"), Opinion(1.0)])  # type: ignore[arg-type]
+    (episode,) = found[0].episodes
+    assert (episode.reward, episode.step_rewards) == (0.5, (None, 1.0))
+    assert [turn.trained for turn in episode.turns] == [False, False, True]
 
 
 # --- the filters ------------------------------------------------------------------------------------------------------------------
