@@ -23,12 +23,15 @@ ROUND = 64  # packed rows are filled up to multiples of this: every new length c
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An episode on its way into a batch. weight is that of each of its trained tokens in the step's loss."""
+    """An episode on its way into a batch. weight is that of each of its trained tokens in the step's loss.
+
+    advantage: of all its trained tokens, or one for each of them in order.
+    """
 
     tokens: tuple[int, ...]
     mask: tuple[bool, ...]
     old: tuple[float, ...]
-    advantage: float
+    advantage: float | tuple[float, ...]
     weight: float
     episode: int
     group: int
@@ -67,12 +70,18 @@ class Batch:
     episode: Tensor  # (N,) int64, the number of each token's episode
 
 
-def row(episode: Episode, *, advantage: float, weight: float, number: int, group: int = 0) -> Row:
-    """An episode cut after its last trained token. The first token is never trained: nothing predicts it."""
+def row(episode: Episode, *, advantage: float | Sequence[float], weight: float, number: int, group: int = 0) -> Row:
+    """An episode cut after its last trained token. The first token is never trained: nothing predicts it.
+
+    advantage: of the episode, or one for each of its trained turns.
+    """
     mask = episode.mask
     end = max((i for i, trained in enumerate(mask) if trained), default=-1) + 1
     if end == 0 or mask[0]:
         raise ValueError(f"episode of {episode.problem.id}: expected trained tokens after a prompt, got {end} tokens")
+    if isinstance(advantage, Sequence):
+        lengths = [len(turn.tokens) for turn in episode.turns if turn.trained]
+        advantage = tuple(value for value, length in zip(advantage, lengths, strict=True) for _ in range(length))
     return Row(episode.tokens[:end], mask[:end], episode.logprobs[:end], advantage, weight, number, group)
 
 
@@ -171,10 +180,14 @@ def _batch(
         seen=torch.tensor(seen).to(device),
         target=torch.tensor([r.tokens[t] for r, t in trained]).to(device),
         old=torch.tensor([r.old[t] for r, t in trained]).to(device),
-        advantages=torch.tensor([r.advantage for r, _ in trained]).to(device),
+        advantages=torch.tensor([a for r in rows for a in _advantages(r)]).to(device),
         weights=torch.tensor([r.weight for r, _ in trained]).to(device),
         episode=torch.tensor([r.episode for r, _ in trained]).to(device),
     )
+
+
+def _advantages(r: Row) -> tuple[float, ...]:
+    return r.advantage if isinstance(r.advantage, tuple) else (r.advantage,) * sum(r.mask)
 
 
 def _fit(bundle: Shared, budget: int) -> list[Shared]:

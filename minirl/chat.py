@@ -74,6 +74,12 @@ class Chat:
         closing = () if after and after[-1] == self.end else (self.end,)
         return (*closing, *self._encode(self._before_user + text + self._after_user))
 
+    def heard(self, tokens: Sequence[int]) -> str:
+        """The text of a message whose tokens are those of `user`, without the markers around it."""
+        text, before, after = self.text(tokens, special=True), self._before_user.strip(), self._after_user.strip()
+        start, end = text.find(before), text.rfind(after)
+        return text[start + len(before) if start >= 0 else 0 : end if after and end >= 0 else len(text)].strip()
+
     def reply(self, text: str) -> tuple[int, ...]:
         """An assistant message as the model itself would have written it, with its end marker: for demonstrations."""
         return (*self._encode(text), self.end)

@@ -71,7 +71,7 @@ def eval_(
     folder: FolderArgument,
     set_: SetOption = None,
     base: Annotated[bool, typer.Option("--base", help="Evaluate the model without the run's adapter")] = False,
-    method: Annotated[str | None, typer.Option("--method", help="no_rag, naive_rag, iter_retgen, ircot or search")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="no_rag, naive_rag, iter_retgen, ircot, search, stepwise")] = None,
     samples: Annotated[
         int | None, typer.Option("--samples", help="Samples a problem, for pass@k, --vote and --rerank", metavar="K")
     ] = None,
@@ -79,6 +79,7 @@ def eval_(
     rerank: Annotated[
         Path | None, typer.Option("--rerank", help="A run with a reward model, which picks one of the samples", metavar="RUN")
     ] = None,
+    task: Annotated[Path | None, typer.Option("--task", help="Another recipe: try the run on its task", metavar="RECIPE")] = None,
     table: Annotated[bool, typer.Option("--table", help="Question answering: the baselines beside search, base and adapter")] = False,
 ) -> None:
     """Evaluate a run's adapter on its held-out problems; --samples 8 gives pass@k."""
@@ -90,7 +91,7 @@ def eval_(
                 raise UserError("--table: got it with --samples, --vote or --rerank, expected it alone: it compares single tries")
             typer.echo(trial.table(trial.compare_methods(folder, set_ or ())))
             return
-        found = trial.evaluate_run(folder, set_ or (), base=base, method=method, samples=samples, vote=vote, rerank=rerank)
+        found = trial.evaluate_run(folder, set_ or (), base=base, method=method, samples=samples, vote=vote, rerank=rerank, task=task)
         summary = found.summary
         for name in ("majority", "reranked"):
             if share := summary["scores"].get(name):

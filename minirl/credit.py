@@ -14,10 +14,17 @@ from minirl.recipe import Learner
 EPSILON = 1e-6  # added to the standard deviation, as in the ReSearch code
 Total = Callable[[list[float]], list[float]]
 """Adds up each number of a list over all processes."""
+Credit = float | tuple[float, ...]
+"""The advantage of an episode, or those of its trained turns."""
 
 
-def advantages(group: Group, learner: Learner) -> list[float | None]:
+def advantages(group: Group, learner: Learner) -> Sequence[Credit | None]:
     """One advantage an episode, shared by all its trained tokens; None for an episode that no loss may touch.
+
+    Credit by step (episodes with `step_rewards`): one advantage a trained turn. A turn's reward is the judge's opinion of that action
+    alone, given all before it: nothing flows back from later turns or from the outcome (SWiRL's objective, arXiv 2504.04736, on line). Its
+    baseline and scale are taken over all scored turns of all the group's episodes together, whichever step they are: turns after the first
+    stand in states of their own, of which there is but one sample. A turn that was not scored must not be trained.
 
     baseline `mean` and scale `std` are GRPO (arXiv 2402.03300, eq. 3), `leave_one_out` is RLOO (arXiv 2402.14740, eq. 8). The standard
     deviation is the sample's (n - 1). Under loss `nll` every episode counts 1: its likelihood is raised whatever its reward. Under `ppo`
@@ -28,15 +35,28 @@ def advantages(group: Group, learner: Learner) -> list[float | None]:
         return [1.0 if use else None for use in usable]
     if learner.loss == "ppo":
         return [1.0 if use and reward is not None else None for use, reward in zip(usable, group.rewards, strict=True)]
+    if any(e.step_rewards is not None for e in group.episodes):
+        return _by_step(group, learner, usable)
     scored = [reward for reward in group.rewards if reward is not None]
     values = iter(_center_and_scale(scored, learner))
     shaped = [None if reward is None else next(values) for reward in group.rewards]
     return [value if use else None for value, use in zip(shaped, usable, strict=True)]
 
 
-def is_dead(values: Sequence[float | None]) -> bool:
+def is_dead(values: Sequence[Credit | None]) -> bool:
     """Whether a group teaches nothing: no advantage differs from zero. Such groups cost no forward pass."""
-    return not any(values)
+    return not any(any(value) if isinstance(value, tuple) else value for value in values)
+
+
+def _by_step(group: Group, learner: Learner, usable: Sequence[bool]) -> list[Credit | None]:
+    """One advantage for each trained turn of each episode; None for an episode of which nothing was scored."""
+    rewards = [[r for r in e.step_rewards or () if r is not None] for e in group.episodes]
+    for episode, scored in zip(group.episodes, rewards, strict=True):
+        if len(scored) != sum(turn.trained for turn in episode.turns):
+            raise ValueError(f"episode of {episode.problem.id}: {len(scored)} scored steps, expected one for each trained turn")
+    values = iter(_center_and_scale([r for scored in rewards for r in scored], learner))
+    shaped = [tuple(next(values) for _ in scored) for scored in rewards]
+    return [value if use and value else None for value, use in zip(shaped, usable, strict=True)]
 
 
 def token_rewards(score: float, logprobs: Sequence[float], reference: Sequence[float], beta: float) -> list[float]:

@@ -1,8 +1,8 @@
-"""A sampler behind HTTP: any server that speaks OpenAI's chat completions, for judges.
+"""A sampler behind HTTP: any server that speaks OpenAI's chat completions, for judges and for whoever writes in the policy's place.
 
 Invariant: every ask is answered within (retries + 1) * timeout_s and the pauses between, at most `concurrency` of them are under way, and
 a server's fault is one line. A completion from here is text alone: `tokens` and `logprobs` are empty, for the server's ids are none of
-ours. So nothing of it can be trained, and a conversation cannot go on from it.
+ours. So nothing of it can be trained; a conversation goes on from it once its text is written down again (see relay.py).
 """
 
 from __future__ import annotations
@@ -14,35 +14,67 @@ import threading
 import time
 import urllib.request
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from minirl.chat import Chat
 from minirl.episode import Ask, Completion, Problem
 from minirl.errors import UserError
-from minirl.recipe import Judge
+from minirl.recipe import Other
 from minirl.retrieve.remote import MAX_BYTES, passing, within
 
 FIRST_PAUSE_S = 1.0
+GIVE_UP = 8
+FAILED = Completion((), (), "", "failed")
 _EXPECTED = "expected chat completions: {choices: [{message: {content}, finish_reason}]}"
 
 
+def _line(role: str, content: str) -> bytes:
+    return json.dumps({"role": role, "content": content}).encode() + b"\n"
+
+
 class Messages(Chat):
-    """Stands in for a Chat where the server holds the tokenizer: a prompt is its messages as JSON, one token a byte."""
+    """Stands in for a Chat where the server holds the tokenizer: messages as lines of JSON, one token a byte."""
+
+    eos: frozenset[int] = frozenset()
 
     def __init__(self) -> None:
-        """No tokenizer, so nothing of a Chat but `prompt`."""
+        """No tokenizer, so nothing of a Chat but `prompt`, `user`, `reply` and `inside`."""
 
     def prompt(self, problem: Problem) -> tuple[int, ...]:
         """The first messages of a problem."""
-        system = [{"role": "system", "content": problem.system}] if problem.system else []
-        return tuple(json.dumps([*system, {"role": "user", "content": problem.prompt}]).encode())
+        system = _line("system", problem.system) if problem.system else b""
+        return tuple(system + _line("user", problem.prompt))
+
+    def user(self, text: str, *, after: Sequence[int]) -> tuple[int, ...]:
+        """A user message to append."""
+        return tuple(_line("user", text))
+
+    def reply(self, text: str) -> tuple[int, ...]:
+        """An assistant message."""
+        return tuple(_line("assistant", text))
+
+    def inside(self, text: str) -> tuple[int, ...]:
+        """Text by itself, to count and to cut."""
+        return tuple(text.encode())
+
+    def text(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """What `inside` encoded, or the part of it that is left."""
+        return bytes(tokens).decode(errors="ignore")
 
 
 class EndpointSampler:
-    """Posts each ask in a thread of its own. Raises UserError from `poll` for a server that gives no answer, refuses, or says nonsense."""
+    """Posts each ask in a thread of its own. Raises UserError from `poll` for a server that gives no answer, refuses, or says nonsense.
 
-    def __init__(self, node: Judge) -> None:
+    patient: never raise; an ask that comes to nothing is answered by a completion that "failed". After GIVE_UP of them in a row all that
+    wait fail at once, so that a dead server costs a few time-outs a call and not one for every ask; `reset` gives it another chance.
+    """
+
+    def __init__(self, node: Other, *, patient: bool = False) -> None:
         self._node = node
+        self.patient = patient
+        self.last_fault = ""
+        self._faults = 0  # in a row
         self._url = str(node.url)
         self._waiting: deque[tuple[int, Ask]] = deque()
         self._running = 0
@@ -50,7 +82,9 @@ class EndpointSampler:
         self._headers = {"Content-Type": "application/json"}
         if node.key_env is not None:
             if not (key := os.environ.get(node.key_env)):
-                raise UserError(f"judge.key_env: {node.key_env} is not set, expected the key of {self._url} in that environment variable")
+                raise UserError(
+                    f"{type(node).__name__.lower()}.key_env: {node.key_env} is not set, expected the key of {self._url} in that variable"
+                )
             self._headers["Authorization"] = f"Bearer {key}"
 
     def add(self, key: int, ask: Ask) -> None:
@@ -58,10 +92,15 @@ class EndpointSampler:
         self._waiting.append((key, ask))
 
     def reset(self) -> None:
-        """Nothing outlives a poll."""
+        """Nothing outlives a poll but how a server has done lately."""
+        self._faults = 0
 
     def poll(self) -> list[tuple[int, Completion]]:
         """Wait until at least one ask is answered; all that are."""
+        if self.patient and self._faults >= GIVE_UP and self._waiting:
+            given_up = [(key, FAILED) for key, _ in self._waiting]
+            self._waiting.clear()
+            return given_up
         while self._waiting and self._running < self._node.concurrency:
             threading.Thread(target=self._answer, args=self._waiting.popleft(), daemon=True).start()
             self._running += 1
@@ -73,9 +112,14 @@ class EndpointSampler:
         self._running -= len(found)
         answers = []
         for key, answer in found:
-            if isinstance(answer, UserError):
+            if not isinstance(answer, UserError):
+                self._faults = 0
+                answers.append((key, answer))
+            elif self.patient:
+                self._faults, self.last_fault = self._faults + 1, str(answer)
+                answers.append((key, FAILED))
+            else:
                 raise answer
-            answers.append((key, answer))
         return answers
 
     def _answer(self, key: int, ask: Ask) -> None:
@@ -87,7 +131,8 @@ class EndpointSampler:
             self._done.put((key, UserError(f"{self._url}: {type(error).__name__}: {error}")))
 
     def _post(self, ask: Ask) -> bytes:
-        body = {"model": self._node.model, "messages": json.loads(bytes(ask.tokens)), "max_tokens": ask.max_tokens}
+        messages = [json.loads(line) for line in bytes(ask.tokens).splitlines()]
+        body: dict[str, Any] = {"model": self._node.model, "messages": messages, "max_tokens": ask.max_tokens}
         body |= {"temperature": ask.temperature, "seed": ask.seed % 2**31} | ({"stop": list(ask.stop)} if ask.stop else {})
         request, said = urllib.request.Request(self._url, json.dumps(body).encode(), self._headers), ""
         for number in range(self._node.retries + 1):

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from minirl.errors import UserError
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "failed"]
 Part = float | int | str | bool | None
 
 
@@ -73,6 +73,7 @@ class Episode:
 
     parts: what a report counts. "first" and "second" (bool) say whether the first and the second try passed, "first_error" and
     "second_error" how they failed; a key is absent where there was no such try.
+    step_rewards: where credit is by step, one for each trained turn in place of `reward`; None for one that was not scored.
     """
 
     problem: Problem
@@ -80,6 +81,7 @@ class Episode:
     reward: float | None = None
     parts: dict[str, Part] = field(default_factory=dict)
     finish: str = "stop"
+    step_rewards: tuple[float | None, ...] | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -113,6 +115,7 @@ class Episode:
             "reward": self.reward,
             "parts": self.parts,
             "finish": self.finish,
+            **({} if self.step_rewards is None else {"step_rewards": list(self.step_rewards)}),
         }
 
     @classmethod
@@ -128,7 +131,9 @@ class Episode:
             fields["context"] = turns[:head]
             fields["tools"] = tuple(dict(tool) for tool in fields["tools"])
             reward = None if row["reward"] is None else float(row["reward"])
-            return cls(Problem(**fields), turns, reward, dict(row["parts"]), str(row["finish"]))
+            steps = row.get("step_rewards")
+            step_rewards = None if steps is None else tuple(None if step is None else float(step) for step in steps)
+            return cls(Problem(**fields), turns, reward, dict(row["parts"]), str(row["finish"]), step_rewards)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{where}: not an episode ({type(error).__name__}: {error}); delete the row or collect again") from error
 
@@ -170,7 +175,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A sampler's reply: ids with their log-probabilities, the text they decode to, and why it ended."""
+    """A sampler's reply: ids with their log-probabilities, the text they decode to, and why it ended ("failed": no server answered)."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]

@@ -66,8 +66,11 @@ def evaluate(
 
 
 def _case(episode: Episode, task: SearchTask, chat: Chat) -> Case:
+    golds = tuple(episode.problem.answer["golds"])
+    if "answer" in episode.parts:  # of method stepwise
+        return Case(episode.problem.prompt, golds, episode.parts["answer"])  # type: ignore[arg-type]
     said = chat.text([token for turn in episode.turns[1:] for token in turn.tokens])
-    return Case(episode.problem.prompt, tuple(episode.problem.answer["golds"]), read(said, task.tags).answer)
+    return Case(episode.problem.prompt, golds, read(said, task.tags).answer)
 
 
 def _row(episodes: Sequence[Episode], tries: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minirl import optim, ppo
 from minirl.batch import Row, row
-from minirl.credit import advantages, is_dead
+from minirl.credit import Credit, advantages, is_dead
 from minirl.episode import Episode, Group
 from minirl.objective import Sums, objective
 from minirl.policy import Policy
@@ -34,7 +34,7 @@ class Credited(NamedTuple):
 
     first: int
     group: Group
-    credit: list[float | None]
+    credit: Sequence[Credit | None]
 
 
 class Learner:

@@ -181,6 +181,12 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def eos(model: Any) -> list[int]:
+    """The ids that end a completion, by the model's own generation config: one, several or none."""
+    ids = model.generation_config.eos_token_id
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
 def describe(loaded: LoadedModel) -> str:
     """One line: model, parameters, trained parameters, quantisation, compute dtype, device."""
     trained, total = loaded.model.get_nb_trainable_parameters()

@@ -34,6 +34,11 @@ SCORES = {
     "majority": "Majority of the samples",
     "reranked": "Best sample by reward model",
     "lucky": "Right letters below another value",
+    "steps": "Actions",
+    "calls": "Tool calls",
+    "errors": "Tool errors",
+    "malformed": "Unreadable actions",
+    "answered": "Answered",
 }
 EPISODES_EACH = 3
 

@@ -31,6 +31,7 @@ from minirl.progress import Progress
 from minirl.rollout import Play, Talk, play
 from minirl.rundir import Run
 from minirl.sampler import LiveSampler, open_sampler
+from minirl.speakers import Voices
 from minirl.statistics import summarise
 from minirl.tasks import Task, open_task
 
@@ -53,6 +54,7 @@ class Session:
     task: Task
     sampler: LiveSampler | PlainSampler
     progress: Progress
+    voices: Voices
     stop: bool = field(default=False)
 
     def mine(self, items: Sequence[Any]) -> Sequence[Any]:
@@ -158,7 +160,7 @@ def open_session(node: recipe.Recipe, run: Run, accelerator: Accelerator, progre
     with accelerator.main_process_first():  # the others find the model in the cache
         loaded = models.load_model(node.model, node.seed, accelerator.device)
     run.check_model(models.fingerprint(loaded.model))
-    chat = Chat(loaded.tokenizer, eos=eos(loaded.model), plain=node.model.template == "plain")
+    chat = Chat(loaded.tokenizer, eos=models.eos(loaded.model), plain=node.model.template == "plain")
     policy = Policy(loaded.model, loaded.device, loaded.dtype)
     if node.model.adapter is not None:
         policy.load_value_head(Path(node.model.adapter).expanduser())  # that of an earlier run's last ppo stage
@@ -172,19 +174,16 @@ def open_session(node: recipe.Recipe, run: Run, accelerator: Accelerator, progre
     sampler = open_sampler(
         policy, chat, rows=node.sampling.rows, cache_tokens=node.sampling.cache_tokens, cuda_graphs=node.sampling.cuda_graphs
     )
-    return Session(node, run, accelerator, policy, chat, task, sampler, progress)
-
-
-def eos(model: Any) -> list[int]:
-    """The ids that end a completion, by the model's own generation config: one, several or none."""
-    ids = model.generation_config.eos_token_id
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    voices = Voices(policy, chat, rows=node.sampling.rows, cache_tokens=node.sampling.cache_tokens)
+    return Session(node, run, accelerator, policy, chat, task, sampler, progress, voices)
 
 
 def length(stage: recipe.Stage) -> int:
-    """How many steps (collect chunks, a reward model's epochs) a stage has."""
+    """How many steps (collect chunks, parts of a filter, a reward model's epochs) a stage has."""
     if isinstance(stage, recipe.RewardModel):
         return stage.epochs
+    if isinstance(stage, recipe.Filter):
+        return stage.parts
     return -(-stage.problems // stage.batch) if isinstance(stage, recipe.Collect) else stage.steps
 
 

@@ -22,7 +22,7 @@ GRID = 200
 FLIPS = 20_000
 """Sign flips drawn where the exact test would be too large."""
 
-COUNTS = ("searches", "response")
+COUNTS = ("searches", "response", "steps", "calls", "errors", "malformed")
 """The scores that are no shares."""
 
 

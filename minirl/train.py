@@ -36,6 +36,7 @@ from minirl.rundir import Run
 from minirl.session import Interrupted, Session, interruptible, length, open_session
 from minirl.state import Position
 from minirl.tasks import draw
+from minirl.trajectories import StepScorer, described, filter_stage, relayed, rewarded, states_of, with_provenance
 
 LEARNER_TENSORS, LEARNER_STATE = "learner.safetensors", "learner.json"
 
@@ -77,6 +78,8 @@ def _run_stages(s: Session) -> None:
         stage = s.recipe.stages[index]
         if isinstance(stage, recipe.Collect):
             _collect(s, index, stage)
+        elif isinstance(stage, recipe.Filter):
+            filter_stage(s, index, stage)
         elif isinstance(stage, recipe.RewardModel):
             _reward_model(s, index, stage)
         elif not stage.steps:
@@ -94,7 +97,13 @@ def _collect(s: Session, index: int, stage: recipe.Collect) -> None:
     for chunk in range(began_at, chunks):
         began, before = time.monotonic(), s.sampler.tokens
         mine = s.mine(list(enumerate(problems[chunk * stage.batch : (chunk + 1) * stage.batch])))
-        own = _play(s, f"{index}/{chunk}", single, mine, stage.samples, check=chunk == began_at, temperature=stage.temperature)
+        if stage.speaker is not None:
+            own = relayed(s, stage, f"{index}/{chunk}", mine)
+        else:
+            method, check = method_of(stage), chunk == began_at
+            own = _play(s, f"{index}/{chunk}", method, mine, stage.samples, check=check, temperature=stage.temperature)
+        if stage.method == "stepwise":
+            own = with_provenance(s, stage, f"{index}/{chunk}", own, mine)
         groups = s.gather([group.episodes for group in own])
         kept = [episode for group in groups for episode in _keep(group, stage)]
         s.run.keep(index, kept)
@@ -105,6 +114,8 @@ def _collect(s: Session, index: int, stage: recipe.Collect) -> None:
         if s.asked_to_stop():
             raise Interrupted
     s.accelerator.wait_for_everyone()  # the next stage reads what the main process has just written
+    if stage.method == "stepwise":
+        s.progress.say(f"collected {described(s.run.kept(index))}")
 
 
 def _keep(episodes: Sequence[Episode], stage: recipe.Collect) -> list[Episode]:
@@ -118,7 +129,7 @@ def _train(s: Session, index: int, stage: recipe.Train) -> None:
     """A stage's steps, with its evaluations and checkpoints."""
     learner = _learner(s, index, stage)
     problems = _problems(s, index, stage)
-    method = method_of(stage)
+    method, judge = method_of(stage), None if stage.judge is None else StepScorer(s, stage.judge, stage.method)
     label = f"{index}-{stage.method}"
     s.progress.stage(f"{index} train {stage.method} ({stage.learner.loss})", stage.steps, s.run.position.step)
     began_at = s.run.position.step
@@ -129,6 +140,9 @@ def _train(s: Session, index: int, stage: recipe.Train) -> None:
         groups = _play(s, f"{index}/{step}", method, drawn, stage.group, check=step == began_at, temperature=s.recipe.sampling.temperature)
         if stage.method == "self_train":
             groups += _play(s, f"{index}/{step}/shown", partial(demonstrate, share=0.0), drawn, 1, check=False, temperature=1.0)
+        if judge is not None:
+            groups, opinions = rewarded(s, stage, groups, judge)
+            tried |= opinions
         sampled = time.monotonic()
         stats = learner.update(groups)
         learned = time.monotonic()
@@ -191,6 +205,7 @@ def _learner(s: Session, index: int, stage: recipe.Train) -> Learner:
     """The stage's learner, with the optimizer's state and the KL reference as a resumed run left them."""
     sampling = s.recipe.sampling
     limit = sampling.reflection_tokens + sampling.attempt_tokens * stage.train_all if stage.method == "reflect" else sampling.attempt_tokens
+    limit *= sampling.stepwise.steps if stage.method == "stepwise" else 1
     learner = Learner(
         s.policy,
         stage.learner,
@@ -229,13 +244,15 @@ def _export(policy: Policy, folder: Path) -> None:
 
 def _problems(s: Session, index: int, stage: recipe.Collect | recipe.Train) -> Sequence[Problem]:
     """What the stage plays: the task's problems, or what the collect stage before it kept."""
-    if index == 0 or isinstance(stage, recipe.Collect) or not isinstance(s.recipe.stages[index - 1], recipe.Collect):
+    if index == 0 or isinstance(stage, recipe.Collect) or not isinstance(s.recipe.stages[index - 1], recipe.Collect | recipe.Filter):
         if not s.task.train:
             raise UserError(f"stages[{index}]: task {s.task.name!r} has no training problems; set task.train above 0, or only evaluate")
         return s.task.train
     episodes = s.run.kept(index - 1)
     if not episodes:
         raise UserError(f"stages[{index}]: the collect stage before it kept nothing; collect more problems or samples, or change `keep`")
+    if stage.method in ("step", "imitate"):
+        return states_of(s, index, stage, episodes)
     if stage.method == "reflect":
         if any(e.parts["first"] for e in episodes):
             raise UserError(f"stages[{index}]: method reflect needs failed attempts; set keep: failed in stages[{index - 1}]")

@@ -5,8 +5,7 @@ Invariant: the run itself is left as it is; what is found is kept beside its own
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +13,6 @@ import torch
 
 from minirl import models, recipe
 from minirl.chat import Chat
-from minirl.endpoint import EndpointSampler, Messages
-from minirl.episode import Ask, Completion
 from minirl.errors import UserError
 from minirl.evaluate import evaluate
 from minirl.judge import Judge
@@ -25,7 +22,8 @@ from minirl.progress import Progress
 from minirl.reward import RewardModel
 from minirl.rundir import add_later_eval
 from minirl.sampler import LiveSampler, open_sampler
-from minirl.session import eos, eval_settings, texts
+from minirl.session import eval_settings, texts
+from minirl.speakers import Voices, answer_judge, verdicts_of
 from minirl.statistics import COUNTS, Interval, summarise
 from minirl.tasks import Task, open_task
 
@@ -61,16 +59,20 @@ def evaluate_run(
     samples: int | None = None,
     vote: bool = False,
     rerank: Path | None = None,
+    task: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a run's final adapter, or with `base` its model as it was at the start, and keep the result beside it.
 
     overrides: `eval.samples=8` and the like, laid over the run's own recipe; the model's shape cannot change. method: as in
     `eval.method`, e.g. a baseline that retrieves. samples: of each problem, at the temperature of training where the recipe evaluates
-    greedily. vote: as `eval.vote`. rerank: a run with a reward model, which picks one of the samples.
+    greedily. vote: as `eval.vote`. rerank: a run with a reward model, which picks one of the samples. task: another recipe, whose task,
+    sampling and evaluation take the place of the run's own, overrides laid over them: what was trained on one task is tried on another.
     """
     overrides = [*overrides, *([f"eval.samples={samples}"] if samples is not None else []), *(["eval.vote=true"] if vote else [])]
-    node = _recipe(folder, _warmed(folder, overrides) if samples is not None and samples > 1 else overrides, method)
+    wanted = _warmed(folder, overrides) if samples is not None and samples > 1 else overrides
+    node = _recipe(folder, wanted, method) if task is None else _transferred(folder, task, wanted, method)
+    changed = [*overrides, *([] if task is None else [f"recipe={task.stem}"])]
     if rerank is not None and (node.eval.samples < 2 or node.eval.tries == 2):
         raise UserError(
             f"--rerank: got {node.eval.samples} samples of {node.eval.tries} tries, expected at least 2 samples of one try; add --samples 8"
@@ -78,7 +80,7 @@ def evaluate_run(
     with progress or Progress() as shown:
         rank = None if rerank is None else _reward_model(rerank, node)
         opened = _open(folder, node, shown, base=base)._replace(rank=rank)
-        return _evaluate(opened, node, overrides, method, shown, [*["vote"] * node.eval.vote, *([f"rerank {rerank}"] if rerank else [])])
+        return _evaluate(opened, node, changed, method, shown, [*["vote"] * node.eval.vote, *([f"rerank {rerank}"] if rerank else [])])
 
 
 def _warmed(folder: Path, overrides: Sequence[str]) -> list[str]:
@@ -116,65 +118,33 @@ def _recipe(folder: Path, overrides: Sequence[str], method: str | None) -> recip
     return recipe.load(folder / "recipe.yaml", [*overrides, *([f"eval.method={method}"] if method else [])])
 
 
+def _transferred(folder: Path, task: Path, overrides: Sequence[str], method: str | None) -> recipe.Recipe:
+    """Another recipe with the run's model; laid out for the machine that this is, like any recipe."""
+    other = recipe.load(task, [*overrides, *([f"eval.method={method}"] if method else [])], on_cpu=not torch.cuda.is_available())
+    return other.model_copy(update={"model": _recipe(folder, (), None).model})
+
+
 def _open(folder: Path, node: recipe.Recipe, shown: Progress, *, base: bool) -> Opened:
     if not base:
         if not (folder / "adapter").is_dir():
             raise UserError(f"{folder}: no adapter yet; finish the run first (the same `minirl run` takes it up again), or use --base")
         node = node.model_copy(update={"model": node.model.model_copy(update={"adapter": str(folder / "adapter")})})
     loaded = models.load_model(node.model, node.seed)
-    chat = Chat(loaded.tokenizer, eos=eos(loaded.model), plain=node.model.template == "plain")
+    chat = Chat(loaded.tokenizer, eos=models.eos(loaded.model), plain=node.model.template == "plain")
     policy, task = Policy(loaded.model, loaded.device, loaded.dtype), open_task(node.task, node.seed)
     shown.say(models.describe(loaded))
     sampling = node.sampling
     sampler = open_sampler(policy, chat, rows=sampling.rows, cache_tokens=sampling.cache_tokens, cuda_graphs=sampling.cuda_graphs)
-    return Opened(folder, "base" if base else "adapter", chat, task, policy, sampler, _judge(node.eval.judge, policy, chat, sampler))
+    opened = Opened(folder, "base" if base else "adapter", chat, task, policy, sampler, None)
+    return opened._replace(judge=_judge(opened, node))
 
 
-def _judge(node: recipe.Judge | None, policy: Policy, chat: Chat, sampler: LiveSampler | PlainSampler) -> Judge | None:
-    if node is None:
+def _judge(opened: Opened, node: recipe.Recipe) -> Judge | None:
+    judge, sampling = node.eval.judge, node.sampling
+    if judge is None:
         return None
-    if node.kind == "endpoint":
-        return Judge(Messages(), EndpointSampler(node), max_tokens=node.max_tokens)
-    return Judge(chat, BaseSampler(policy, sampler), max_tokens=node.max_tokens)
-
-
-class BaseSampler:
-    """The policy's own sampler with the adapter off: between two polls of it the weights and the cache are the adapter's again."""
-
-    def __init__(self, policy: Policy, sampler: LiveSampler | PlainSampler) -> None:
-        self._policy = policy
-        self._sampler = sampler
-        self._waiting: list[tuple[int, Ask]] = []
-
-    def add(self, key: int, ask: Ask) -> None:
-        """Queue an ask."""
-        self._waiting.append((key, ask))
-
-    def poll(self) -> list[tuple[int, Completion]]:
-        """Answer all that wait."""
-        self._sampler.reset()
-        answers: list[tuple[int, Completion]] = []
-        with bare(self._policy):
-            for key, ask in self._waiting:
-                self._sampler.add(key, ask)
-            while len(answers) < len(self._waiting):
-                answers += self._sampler.poll()
-            self._sampler.reset()
-        self._waiting = []
-        return answers
-
-
-@contextmanager
-def bare(policy: Policy) -> Iterator[None]:
-    """Inside, the model computes without what its adapter has learned: LoRA's second factor is 0, as in a fresh one."""
-    live = {name: p.data for name, p in policy.trainable.items() if ".lora_B." in name}
-    try:
-        for name in live:
-            policy.trainable[name].data = torch.zeros_like(live[name])
-        yield
-    finally:
-        for name, data in live.items():
-            policy.trainable[name].data = data
+    voices = Voices(opened.policy, opened.chat, rows=sampling.rows, cache_tokens=sampling.cache_tokens)
+    return answer_judge(judge, voices.open(judge, opened.sampler, patient=False), verdicts_of(opened.folder))
 
 
 def _evaluate(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from servers import Reply, Server
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -91,6 +92,21 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     for job in jobs:
         if job.process.is_alive():
             job.process.kill()
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Reply], Server]]:
+    monkeypatch.setattr("minirl.endpoint.FIRST_PAUSE_S", 0.01)
+    servers: list[Server] = []
+
+    def start(reply: Reply) -> Server:
+        servers.append(Server(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()
 
 
 @pytest.fixture(scope="session")

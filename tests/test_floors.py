@@ -19,20 +19,21 @@ FLOORS = {
     name: floor
     for floor, names in {
         0: "__init__ errors episode",
-        1: "metrics recipe verify retrieve rows hub files statistics losses optim packed cpu_attention",
-        2: "tasks chat rundir state chart batch attention credit head value lora",
+        1: "metrics recipe verify retrieve rows hub files statistics losses optim packed cpu_attention calculator",
+        2: "tasks chat rundir state chart batch attention credit head value lora verdicts split",
         3: "rollout policy models embedded sampling slots report progress",
-        4: "methods evaluate judge reward endpoint sampler plain learner agreement decode ppo objective",
-        5: "session trial train bench",
+        4: "methods evaluate judge reward endpoint relay rules filters sampler plain learner agreement decode ppo objective scorer",
+        5: "speakers session trajectories trial train bench",
         6: "cli __main__",
     }.items()
     for name in names.split()
 }
 LEARN = {"models", "embedded", "policy", "batch", "attention", "credit", "losses", "optim", "learner"}
 LEARN |= {"agreement", "decode", "objective", "ppo", "value", "reward", "sampler", "sampling", "plain", "slots", "head"}
-LEARN |= {"lora", "packed", "cpu_attention"}
+LEARN |= {"lora", "scorer", "packed", "cpu_attention"}
 PLAY = {"metrics", "methods", "judge", "endpoint", "rollout", "tasks", "verify", "retrieve", "evaluate"}
-BOTH = {"session", "trial", "bench", "train", "cli", "__main__"}
+PLAY |= {"calculator", "relay", "rules", "filters"}
+BOTH = {"speakers", "session", "trajectories", "trial", "bench", "train", "cli", "__main__"}
 LIGHT = set(FLOORS) - LEARN - BOTH  # the play and record wings, and what they stand on
 HEAVY = {"torch", "accelerate", "peft", "bitsandbytes", "safetensors"}
 

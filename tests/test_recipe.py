@@ -83,7 +83,7 @@ def test_unknown_keys_at_every_level(changes: dict[str, Any], path: str, got: st
         ({"stages": 5}, "stages: Input should be a valid tuple (got '5')"),
         ({"stages": [5]}, "stages[0]: Input should be a valid dictionary"),
         ({"stages": [{"method": "single", "steps": 1}]}, "stages[0].kind: Field required"),
-        ({"stages": [{"kind": "trian"}]}, "stages[0].kind: got 'trian', expected one of 'collect', 'train'"),
+        ({"stages": [{"kind": "trian"}]}, "stages[0].kind: got 'trian', expected one of 'collect', 'filter', 'train'"),
         ({"stages": [{"kind": "train", "method": "single"}]}, "stages[0].steps: Field required"),
         ({"stages": [{**TRAIN, "method": "reflekt"}]}, "stages[0].method: Input should be 'single', 'reflect', 'search', "),
         ({"stages": [TRAIN, {**TRAIN, "steps": -1}]}, "stages[1].steps: Input should be greater than or equal to 0 (got '-1')"),

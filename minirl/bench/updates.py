@@ -20,7 +20,7 @@ from minirl.batch import Row, row
 from minirl.bench.generate import stock
 from minirl.bench.measure import Measurement, Spread, by_turns, peak_bytes, rates
 from minirl.bench.setup import Bench
-from minirl.credit import advantages
+from minirl.credit import Credit, advantages
 from minirl.episode import Episode, Group, Problem, Turn
 
 SIDES = {"padded rows": "same learner, plain rows", "transformers rows": "stock forward, completion logits in full"}
@@ -78,7 +78,7 @@ def group_of(bench: Bench, prompt: int, completion: int) -> Group:
     return Group(problem, tuple(episode(i, tuple(scores[i]), tokens) for i, tokens in enumerate(replies)))
 
 
-def rows_of(group: Group, credit: Sequence[float | None]) -> list[Row]:
+def rows_of(group: Group, credit: Sequence[Credit | None]) -> list[Row]:
     """The group's rows under GRPO's weights: a mean over each episode's tokens, then over episodes."""
     episodes = group.episodes
     return [

@@ -7,6 +7,7 @@ from functools import partial
 
 from minirl import recipe
 from minirl.methods.demonstrate import demonstrate
+from minirl.methods.demonstrate_stepwise import demonstrate_stepwise
 from minirl.methods.ircot import ircot
 from minirl.methods.iter_retgen import iter_retgen
 from minirl.methods.naive_rag import naive_rag
@@ -15,6 +16,7 @@ from minirl.methods.reflect import reflect
 from minirl.methods.search import search
 from minirl.methods.self_train import self_train
 from minirl.methods.single import single
+from minirl.methods.stepwise import imitate, step, stepwise
 from minirl.rollout import Play, Talk
 from minirl.tasks import Task
 from minirl.tasks.qa import SearchTask
@@ -27,25 +29,23 @@ EVALUATED: dict[str, Method] = {
     "iter_retgen": iter_retgen,
     "ircot": ircot,
     "search": search,
+    "stepwise": stepwise,
 }
 """What an evaluation with one try can play; the order is that of the table (see `trial.compare_methods`)."""
+BY_NAME = EVALUATED | {"self_train": self_train, "step": step, "imitate": imitate, "demonstrate_stepwise": demonstrate_stepwise}
 
 
 def method_of(stage: recipe.Collect | recipe.Train) -> Method:
     """The method a stage names, with the stage's own options bound."""
-    if stage.method == "single":
-        return single
-    if stage.method == "reflect":
+    if isinstance(stage, recipe.Train) and stage.method == "reflect":
         return partial(reflect, train_all=stage.train_all)
-    if stage.method == "search":
-        return search
-    if stage.method == "self_train":
-        return self_train
-    return partial(demonstrate, share=stage.reflections)
+    if isinstance(stage, recipe.Train) and stage.method == "demonstrate":
+        return partial(demonstrate, share=stage.reflections)
+    return BY_NAME[stage.method]
 
 
 def evaluated_by(node: recipe.Eval, task: Task) -> Method:
-    """The method that an evaluation names; where it names none, search for question answering, else single. With 2 tries, reflect."""
+    """The method that an evaluation names; see `recipe.Eval.method` where it names none. With 2 tries, reflect."""
     if node.tries == 2:
         return reflect
-    return EVALUATED[node.method or ("search" if isinstance(task, SearchTask) else "single")]
+    return EVALUATED[node.method or ("search" if isinstance(task, SearchTask) else "stepwise" if task.verify_answer else "single")]

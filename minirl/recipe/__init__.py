@@ -5,13 +5,14 @@ refused with its path and the nearest known key, never ignored.
 """
 
 from minirl.recipe.base import Frozen
-from minirl.recipe.judge import Judge
+from minirl.recipe.judge import Judge, Other, Speaker
 from minirl.recipe.learner import PRESETS, Learner
 from minirl.recipe.maths import Gsm8k, Mathqa, Maths, MathsCredit, ProgramLimits, Svamp
 from minirl.recipe.qa import QA, Bamboogle, HotpotQA, MuSiQue, TwoWikiMultiHopQA
 from minirl.recipe.read import load, overlay, override, parse
 from minirl.recipe.retriever import Bm25Retriever, RemoteRetriever, Retriever
-from minirl.recipe.stages import Collect, RewardModel, Stage, Train
+from minirl.recipe.stages import Collect, Filter, RewardModel, Stage, Train
+from minirl.recipe.stepwise import Stepwise
 from minirl.recipe.tasks import Countdown, CountdownCredit, FunctionCalling, FunctionCallingCredit, Task
 from minirl.recipe.tree import Eval, Lora, Model, Recipe, Sampling, Save
 
@@ -24,6 +25,7 @@ __all__ = [
     "Countdown",
     "CountdownCredit",
     "Eval",
+    "Filter",
     "Frozen",
     "FunctionCalling",
     "FunctionCallingCredit",
@@ -37,6 +39,7 @@ __all__ = [
     "MathsCredit",
     "Model",
     "MuSiQue",
+    "Other",
     "ProgramLimits",
     "Recipe",
     "RemoteRetriever",
@@ -44,7 +47,9 @@ __all__ = [
     "RewardModel",
     "Sampling",
     "Save",
+    "Speaker",
     "Stage",
+    "Stepwise",
     "Svamp",
     "Task",
     "Train",

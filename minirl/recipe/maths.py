@@ -38,8 +38,11 @@ class Maths(Frozen):
     """Where held-out questions come from, where that is not `source`."""
     test_split: str = "test"
     """The hub split that held-out questions come from; where that is the training split, or the same file, the one source is divided."""
-    chain: Literal["prose", "program"] = "prose"
-    """What is asked for, and shown in demonstrations: reasoning that ends in "The answer is N.", or a Python function `solution()`."""
+    chain: Literal["prose", "program", "calls"] = "prose"
+    """What is asked for, and shown in demonstrations: reasoning that ends in "The answer is N.", a Python function `solution()`, or for
+    method stepwise calls of a calculator (shown from GSM8K's marks)."""
+    most_calls: PositiveInt | None = None
+    """calls: leave out questions whose gold chain calls the calculator more often; None for all (GSM8K: up to 9)."""
     docstring: bool = True
     """chain program: whether programs are shown with the docstring that repeats the question, as in ReFT's data, or without."""
     train: PositiveInt
@@ -61,6 +64,8 @@ class Maths(Frozen):
             raise ValueError("docstring: got false with chain 'prose', which has none; expected true")
         if self.chain == "program" and self.symbolic:
             raise ValueError("symbolic: got true with chain 'program', which returns a number; expected false")
+        if self.most_calls is not None and self.chain != "calls":
+            raise ValueError(f"most_calls: got {self.most_calls} with chain {self.chain!r}, expected it with chain 'calls' alone")
         return self
 
 

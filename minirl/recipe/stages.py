@@ -7,9 +7,12 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from minirl.recipe.base import Frozen, Probability
+from minirl.recipe.judge import Judge, Speaker
 from minirl.recipe.learner import Learner
 
-IMITATING = ("demonstrate", "self_train")
+SHOWN = ("demonstrate", "demonstrate_stepwise", "imitate")
+"""The methods of SFT: nothing is sampled."""
+IMITATING = (*SHOWN, "self_train")
 """Methods that raise the likelihood of right answers, whoever wrote them (loss nll)."""
 
 
@@ -18,8 +21,8 @@ class Collect(Frozen):
 
     kind: Literal["collect"]
     """Names this kind of stage."""
-    method: Literal["single"] = "single"
-    """single: one attempt."""
+    method: Literal["single", "stepwise"] = "single"
+    """single: one attempt. stepwise: trajectories of one action a turn (SWiRL)."""
     problems: PositiveInt = 1024
     """How many training problems to play."""
     samples: PositiveInt = 1
@@ -32,6 +35,44 @@ class Collect(Frozen):
     """Of the attempts (R3's is not stated; 0.9 is likely)."""
     batch: PositiveInt = 64
     """Problems between two saves of the stage's progress."""
+    speaker: Speaker | None = None
+    """stepwise: another model that writes in the policy's place; None for the policy."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.speaker is not None and self.method != "stepwise":
+            raise ValueError(f"speaker: got one with method {self.method!r}, expected method stepwise: attempts are the policy's own")
+        return self
+
+
+class Filter(Frozen):
+    """Judge the trajectories of a collect stage and keep some of them (SWiRL, arXiv 2504.04736): they are the next stage's."""
+
+    kind: Literal["filter"]
+    """Names this kind of stage."""
+    keep: Literal["none", "process", "outcome", "both"] = "process"
+    """Which filter. none: all are kept. process: the judge approves every step, without the gold answer. outcome: the final answer is
+    right. both: both."""
+    judge: Judge | None = None
+    """Who judges the steps; needed by process and both. With outcome and none it is asked for the rates alone."""
+    outcome: Literal["verifier", "judge"] = "verifier"
+    """Who says that an answer is right: the task's verifier, or the judge, shown the gold answers."""
+    source: str | None = None
+    """Folder of an earlier run whose last collect stage's trajectories are taken; None for the collect stage before this one."""
+    parts: PositiveInt = 20
+    """In how many parts the trajectories are judged; progress is saved after each."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.judge is None and (self.keep in ("process", "both") or self.outcome == "judge"):
+            raise ValueError(
+                f"judge: got none with keep {self.keep!r} and outcome {self.outcome!r}, expected one, e.g. judge: {{kind: base}}"
+            )
+        if self.judge is not None and self.judge.gold:
+            raise ValueError("judge.gold: got true, expected false: a process filter never sees the gold answer")
+        if self.judge is not None and self.judge.kind == "verifier" and self.outcome == "judge":
+            raise ValueError("outcome: got 'judge' with judge.kind 'verifier', which are rules for steps; expected outcome: verifier")
+        return self
 
 
 class Train(Frozen):
@@ -39,10 +80,12 @@ class Train(Frozen):
 
     kind: Literal["train"]
     """Names this kind of stage."""
-    method: Literal["single", "reflect", "search", "demonstrate", "self_train"]
+    method: Literal["single", "reflect", "search", "demonstrate", "self_train", "stepwise", "step", "demonstrate_stepwise", "imitate"]
     """single: one attempt. reflect: a reflection on a failed attempt, then a retry. search: thoughts, searches and an answer (ReSearch).
     demonstrate: gold solutions, or for a question-answering task searches that lead to the answer (SFT). self_train: attempts, of which the
-    right ones are trained, and beside each problem's its gold solution (ReFT's online self-training)."""
+    right ones are trained, and beside each problem's its gold solution (ReFT's online self-training). stepwise: whole trajectories of
+    one action a turn. step: one new action at each state of the trajectories that were kept, scored by `judge` (SWiRL).
+    demonstrate_stepwise: gold trajectories (SFT). imitate: the kept trajectories' own actions, state by state (SFT)."""
     steps: NonNegativeInt
     """Steps: each plays `batch` groups and updates the adapter. 0 leaves the stage out, e.g. a warm-up that `model.adapter` has had."""
     group: PositiveInt = 8
@@ -58,8 +101,30 @@ class Train(Frozen):
     examples: Literal["demonstrations", "kept", "both"] = "demonstrations"
     """demonstrate after a collect stage: gold solutions of the problems that it kept; the kept samples themselves, token by token; or gold
     solutions of all the task's problems and the kept samples in one pool (ReFT's offline self-training)."""
+    judge: Judge | None = None
+    """step, and credit by step: who scores the actions."""
+    credit: Literal["episode", "step"] = "episode"
+    """search and stepwise: every action gets the episode's reward, or its own score, the judge's (see credit.advantages)."""
+    states: PositiveInt | None = None
+    """step and imitate: most states to train on, a seeded choice among all; None for all. For filters compared at equal numbers."""
     learner: Learner = Learner()
     """The loss and the optimizer."""
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if self.credit == "step" and (self.method not in ("search", "stepwise") or self.learner.loss == "ppo"):
+            got = f"method {self.method!r} and loss {self.learner.loss!r}"
+            raise ValueError(f"credit: got 'step' with {got}, expected method search or stepwise and a loss with a group baseline")
+        if (self.judge is None) == (self.method == "step" or self.credit == "step"):
+            got = "none" if self.judge is None else "one"
+            raise ValueError(
+                f"judge: got {got} with method {self.method!r}; method step and credit by step need one, and only they have it"
+            )
+        if self.states is not None and self.method not in ("step", "imitate"):
+            raise ValueError(
+                f"states: got {self.states} with method {self.method!r}, expected method step or imitate, which train on states"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -69,7 +134,7 @@ class Train(Frozen):
             raise ValueError(f"learner.entropy: got {self.learner.entropy} with loss 'nll', which has no entropy bonus; expected 0")
         if (self.method in IMITATING) != (self.learner.loss == "nll"):
             raise ValueError(
-                f"method {self.method!r} cannot take loss {self.learner.loss!r}; {' and '.join(IMITATING)} go with nll, and only they do"
+                f"method {self.method!r} cannot take loss {self.learner.loss!r}; {', '.join(IMITATING)} go with nll, and only they do"
             )
         if self.method != "demonstrate" and self.examples != "demonstrations":
             raise ValueError(f"examples: got {self.examples!r} with method {self.method!r}; only demonstrate draws kept samples")
@@ -101,4 +166,4 @@ class RewardModel(Frozen):
     """Weigh right and wrong samples alike, however many there are of each; else by their numbers."""
 
 
-Stage = Annotated[Collect | Train | RewardModel, Field(discriminator="kind")]
+Stage = Annotated[Collect | Filter | Train | RewardModel, Field(discriminator="kind")]

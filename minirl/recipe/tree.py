@@ -11,9 +11,11 @@ from minirl.recipe.base import Frozen, NonNegative
 from minirl.recipe.judge import Judge
 from minirl.recipe.maths import Maths
 from minirl.recipe.qa import QA
-from minirl.recipe.stages import Collect, RewardModel, Stage, Train
+from minirl.recipe.stages import Collect, Filter, RewardModel, Stage, Train
+from minirl.recipe.stepwise import Stepwise
 from minirl.recipe.tasks import Task
 
+STEPS = ("stepwise", "step", "demonstrate_stepwise", "imitate")
 SEARCHING = ("search", "no_rag", "naive_rag", "iter_retgen", "ircot")
 
 
@@ -53,13 +55,15 @@ class Sampling(Frozen):
     temperature: PositiveFloat = 1.0
     """Of the policy in training; the loss scores tokens under the same temperature."""
     attempt_tokens: PositiveInt = 512
-    """Most tokens of an attempt or a retry; for method search of the whole turn, results included."""
+    """Most tokens of an attempt or a retry; for method search of the whole turn, results included; for method stepwise of an action."""
     reflection_tokens: PositiveInt = 256
     """Most tokens of a reflection."""
     result_tokens: PositiveInt = 1024
-    """search and the baselines that retrieve: most tokens of the passages that one search brings (Search-R1: 500)."""
+    """search, stepwise and the baselines that retrieve: most tokens of the passages that one search brings (Search-R1: 500)."""
     searches: PositiveInt | None = None
     """search: most searches an episode; None for as many as `attempt_tokens` has room for (ReSearch)."""
+    stepwise: Stepwise = Stepwise()
+    """Method stepwise: the tags of an action, and how many actions there can be."""
     rows: PositiveInt = 64
     """Most completions decoded together."""
     cache_tokens: PositiveInt | None = None
@@ -80,9 +84,9 @@ class Eval(Frozen):
     """Independent episodes a problem."""
     tries: Literal[1, 2] = 1
     """2 adds a reflection and a second try after each failed first (R3's four numbers)."""
-    method: Literal["single", "no_rag", "naive_rag", "iter_retgen", "ircot", "search"] | None = None
-    """How a try is made: one attempt, one of the baselines without and with retrieval, or search. None: search where the task is
-    question answering, else single."""
+    method: Literal["single", "no_rag", "naive_rag", "iter_retgen", "ircot", "search", "stepwise"] | None = None
+    """How a try is made: one attempt, one of the baselines without and with retrieval, search, or one action a turn. None: search where the
+    task is question answering, stepwise where it is maths with `chain: calls`, else single."""
     temperature: NonNegative = 0.0
     """0 is greedy."""
     start: bool = True
@@ -138,20 +142,49 @@ class Recipe(Frozen):
 
     @model_validator(mode="after")
     def _check_searches(self) -> Self:
-        searched = isinstance(self.task, QA)
-        stages = [(n, stage) for n, stage in enumerate(self.stages) if not isinstance(stage, RewardModel)]
-        named = [(f"stages[{n}].method", stage.method) for n, stage in stages] + [("eval.method", self.eval.method)]
+        searched, calls = isinstance(self.task, QA), isinstance(self.task, Maths) and self.task.chain == "calls"
+        named: list[tuple[str, str | None]] = [("eval.method", self.eval.method)]
+        named += [(f"stages[{n}].method", stage.method) for n, stage in enumerate(self.stages) if isinstance(stage, Collect | Train)]
         for where, method in named:
             if not searched and method in SEARCHING:
                 raise ValueError(f"{where}: got {method!r} for task {self.task.name!r}, expected a question-answering task to search in")
             if searched and method in ("single", "reflect"):
                 raise ValueError(f"{where}: got {method!r} for task {self.task.name!r}, expected search: its questions are searched for")
+            if not searched and not calls and method in STEPS:
+                task = f"{self.task.name!r}" + (f" with chain {self.task.chain!r}" if isinstance(self.task, Maths) else "")
+                raise ValueError(f"{where}: got {method!r} for task {task}, expected question answering, or maths with chain: calls")
+            if calls and method in ("single", "reflect", "demonstrate", "self_train"):
+                raise ValueError(
+                    f"{where}: got {method!r} for task {self.task.name!r} with chain 'calls', expected stepwise or chain: prose"
+                )
+        if self.eval.judge is not None and self.eval.judge.kind == "verifier":
+            raise ValueError("eval.judge.kind: got 'verifier', which judges steps; expected base, model or endpoint")
         if self.eval.vote and not isinstance(self.task, Maths):
             raise ValueError(f"eval.vote: got true for task {self.task.name!r}, expected gsm8k, svamp or mathqa: others have no one answer")
         if not searched and self.eval.judge is not None:
             raise ValueError(f"eval.judge: got a judge for task {self.task.name!r}, expected none: its verifier is exact")
-        if searched and self.eval.tries == 2:
-            raise ValueError(f"eval.tries: got 2 for task {self.task.name!r}, expected 1: searches are not reflected on")
+        if (searched or calls) and self.eval.tries == 2:
+            raise ValueError(f"eval.tries: got 2 for task {self.task.name!r}, expected 1: searches and tool calls are not reflected on")
+        return self
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        for n, stage in enumerate(self.stages):
+            before = self.stages[n - 1] if n else None
+            collected = isinstance(before, Collect) and before.method == "stepwise"
+            if isinstance(stage, Filter) and not collected and stage.source is None:
+                raise ValueError(
+                    f"stages[{n}]: got a filter without trajectories, expected a stepwise collect stage before it, or a `source`"
+                )
+            if isinstance(stage, Filter) and stage.judge is not None and stage.outcome == "judge" and not isinstance(self.task, QA):
+                raise ValueError(f"stages[{n}].outcome: got 'judge' for task {self.task.name!r}, expected verifier: it is exact")
+            if isinstance(stage, Train):
+                kept = collected or isinstance(before, Filter)
+                if kept != (stage.method in ("step", "imitate")):
+                    raise ValueError(
+                        f"stages[{n}].method: got {stage.method!r}; step and imitate stand after a filter or a stepwise collect stage, and "
+                        "only they do"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -176,7 +209,10 @@ class Recipe(Frozen):
         """What a run will do, a line a stage."""
         lines = [f"plan: {self.model.name} on {self.task.name}, seed {self.seed}"]
         for number, stage in enumerate(self.stages):
-            if isinstance(stage, Collect):
+            if isinstance(stage, Filter):
+                judge = "no judge" if stage.judge is None else f"judge {stage.judge.kind}"
+                lines.append(f"  {number}  filter   {stage.keep}: {judge}, outcome by {stage.outcome}")
+            elif isinstance(stage, Collect):
                 made = f"{stage.problems} problems x {stage.samples} attempts, keep {stage.keep} (at most {stage.keep_each} of each)"
                 lines.append(f"  {number}  collect  {stage.method}: {made}")
             elif isinstance(stage, RewardModel):

@@ -30,6 +30,7 @@ class Demonstration:
 class Task:
     """verify: (problem, text of an attempt) -> Verdict, pure. stop: strings that end an attempt (they stay in it).
 
+    verify_answer: (problem, the answer alone, no words around it) -> Verdict: for method stepwise; None where it cannot play the task.
     demonstrate: (problem, rng) -> Demonstration; None where the task has no gold solutions to show.
     notes: what the user should know once, e.g. how many rows were left out.
     """
@@ -41,6 +42,7 @@ class Task:
     stop: tuple[str, ...] = ()
     demonstrate: Callable[[Problem, Random], Demonstration] | None = None
     notes: tuple[str, ...] = ()
+    verify_answer: Callable[[Problem, str], Verdict] | None = None
 
 
 def open_task(node: recipe.Task, seed: int) -> Task:

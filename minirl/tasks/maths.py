@@ -19,6 +19,7 @@ from minirl.errors import UserError
 from minirl.recipe.maths import Gsm8k, Mathqa, Maths, Svamp
 from minirl.rows import SUFFIXES, read_rows
 from minirl.tasks import Demonstration, Task
+from minirl.tasks.calls import confirmed
 from minirl.tasks.maths_rows import Row, read
 from minirl.verify import numeric, option, program
 from minirl.verify.sandbox import Limits, require
@@ -62,13 +63,15 @@ def open_task(node: Gsm8k | Svamp | Mathqa, seed: int) -> Task:
         )
     notes = tuple(f"{node.name}: rows left out because they {reason}: {count}" for reason, count in sorted(left_out.items()) if count)
     tests = tuple(_problem(node, row) for row in held_out)
-    return Task(node.name, train, tests, check, demonstrate=partial(demonstrate, node=node), notes=notes)
+    answer = (lambda p, text: check(p, f"{PHRASE} {' '.join(text.split())}")) if node.chain == "calls" else None
+    return Task(node.name, train, tests, check, demonstrate=partial(demonstrate, node=node), notes=notes, verify_answer=answer)
 
 
 def demonstrate(problem: Problem, rng: Random, *, node: Maths) -> Demonstration:
     """The gold chain. Raises UserError where the data has none of the kind that the recipe asks for (GSM8K itself has no programs)."""
     if problem.solution is None:
-        kind = "Python programs (`def solution():`)" if node.chain == "program" else "chains in prose"
+        kinds = {"program": "Python programs (`def solution():`)", "prose": "chains in prose", "calls": "GSM8K's marks (`<<48/2=24>>`)"}
+        kind = kinds[node.chain]
         raise UserError(
             f"{problem.id}: {node.source} has no chain to show for task.chain {node.chain!r}; give a task.source with {kind} in the column "
             "`answer_cot`, or train without demonstrations"
@@ -93,6 +96,10 @@ def _rows(node: Gsm8k | Svamp | Mathqa, source: str, split: str, part: str, left
     setting = "task.test_source=PATH" if part == "test" else "task.source=PATH"
     found = enumerate(read_rows(source, (), split, setting=setting), 1)
     rows = [read(node, f"{node.name}/{part}/{number}", where, row) for number, (where, row) in found]
+    if node.most_calls is not None:
+        short = [row for row in rows if row.chain is not None and row.chain.count("<<") <= node.most_calls]
+        left_out["call the calculator too often, or have no chain"] += len(rows) - len(short)
+        rows = short
     usable = [row for row in rows if row.gold is not None]
     if len(usable) < len(rows):
         left_out["have no number as their right option"] += len(rows) - len(usable)
@@ -108,6 +115,8 @@ def _shown(node: Gsm8k | Svamp | Mathqa, rows: Sequence[Row], check: Check, left
             left_out["have no chain, unlike the others"] += 1
         elif row.contradicts or (problem.solution is not None and not check(problem, problem.solution).passed):
             left_out["have a chain that ends in another answer"] += 1
+        elif node.chain == "calls" and problem.solution is not None and not confirmed(problem.solution):
+            left_out["have no calls in their chain, or calls whose result is another"] += 1
         else:
             yield problem
             count += 1
@@ -120,6 +129,8 @@ def _problem(node: Gsm8k | Svamp | Mathqa, row: Row) -> Problem:
         listed = "\n".join(f"({letter}) {text}" for letter, text in zip(option.LETTERS, row.options, strict=True))
         answer = {"letter": row.gold, "options": list(row.options)}
         return Problem(row.id, f"{row.question}\n{listed}\n\n{ASK_LETTER}", answer, row.chain)
+    if node.chain == "calls":
+        return Problem(row.id, row.question, {"value": row.gold}, row.chain)  # what method stepwise asks for stands in its system message
     ask = ASK_PROGRAM if node.chain == "program" else ASK_NUMBER
     return Problem(row.id, f"{row.question}\n\n{ask}", {"value": row.gold}, row.chain)
 

@@ -61,7 +61,7 @@ def read(node: Gsm8k | Svamp | Mathqa, identity: str, where: str, row: Mapping[s
     if isinstance(node, Gsm8k) and {"question", "answer"} <= row.keys():
         answer = _text(row, "answer", where)
         gold = _number(answer.rpartition("####")[2] if "####" in answer else "", "answer", where)
-        return Row(identity, _text(row, "question", where), gold, _prose(answer) if node.chain == "prose" else None)
+        return Row(identity, _text(row, "question", where), gold, _said(node, answer))
     if isinstance(node, Svamp) and {"Body", "Question", "Answer"} <= row.keys():
         body = _text(row, "Body", where).strip()
         stop = "" if body.endswith((".", "!", "?", ",")) else "."
@@ -109,6 +109,13 @@ def _mathqa(node: Mathqa, identity: str, where: str, question: str, row: Mapping
     return Row(identity, question, gold, chain, options, not node.numeric, closing not in (None, letter))
 
 
+def _said(node: Gsm8k | Svamp | Mathqa, chain: str) -> str | None:
+    """A chain in prose as the recipe asks for it; for `calls` one with calculator marks, as it stands."""
+    if node.chain == "calls":
+        return chain.strip() if _MARKS.search(chain) else None
+    return _prose(chain) if node.chain == "prose" else None
+
+
 def _without_letter(rationale: str) -> tuple[str, str | None]:
     """A rationale of MathQA without the letter that it ends in, and that letter."""
     text = rationale.strip().strip('"').strip()
@@ -123,6 +130,8 @@ def _chain(node: Gsm8k | Svamp | Mathqa, row: Mapping[str, Any], where: str) -> 
     if row.get("answer_cot") is None:
         return None
     chain = _text(row, "answer_cot", where)
+    if node.chain == "calls":
+        return _said(node, chain)
     is_program = _PROGRAM.search(chain) is not None
     if is_program != (node.chain == "program"):
         return None

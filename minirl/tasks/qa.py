@@ -29,7 +29,7 @@ from minirl.retrieve import Retriever
 from minirl.rows import SUFFIXES, read_rows
 from minirl.tasks import Task
 from minirl.tasks.corpus import Corpus
-from minirl.verify.qa import RESEARCH, STYLES, Tags, answer_text, normalise, verify
+from minirl.verify.qa import RESEARCH, STYLES, Tags, answer_text, exact_match, f1, normalise, verify
 
 MOST_NAMED = 0.5  # a title is looked up by its known words only where they are more than this share of it
 _REFERENCE = re.compile(r"#(\d{1,2})")
@@ -96,6 +96,7 @@ def open_task(node: QA, seed: int) -> SearchTask:
         train=tuple(problems[: len(train)]),
         held_out=tuple(problems[len(train) :]),
         verify=partial(_verify, node),
+        verify_answer=partial(_verify_answer, node),
         stop=(f"</{STYLES[node.tags].answer}>",),
         notes=tuple(f"{node.name}: {note}" for note in notes),
         passages=passages,
@@ -178,6 +179,13 @@ def _words(text: str) -> list[str]:
 
 def _verify(node: QA, problem: Problem, text: str) -> Verdict:
     return verify(problem.answer["golds"], text, reward=node.reward, floor=node.floor, tags=STYLES[node.tags])
+
+
+def _verify_answer(node: QA, problem: Problem, answer: str) -> Verdict:
+    golds = problem.answer["golds"]
+    em, overlap = float(exact_match(answer, golds)), f1(answer, golds)
+    kind = None if em else "partial" if overlap else "wrong"
+    return Verdict((overlap if node.reward == "f1" else em) or node.floor, bool(em), {"em": em, "f1": overlap, "error_kind": kind})
 
 
 def _choose(count: int, rows: Iterator[_Row]) -> list[_Row]:

@@ -1,0 +1,213 @@
+"""The calculator: exact arithmetic on what a model writes, units, currency, thousands commas and percent signs and all.
+
+Invariant: pure, total and bounded. The text is read into numbers, + - * / ^ and brackets or refused with words; nothing is ever executed,
+numbers are exact fractions of bounded size, and what could mean two things is refused rather than guessed.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from decimal import Context, Decimal
+from fractions import Fraction
+
+MAX_CHARS = 300
+MAX_TOKENS = 120
+MAX_BITS = 512  # of a numerator or a denominator
+MAX_POWER = 64
+DECIMALS = 6
+
+_PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])|[0-9]+(?!,[0-9]))(?:\.[0-9]+)?|\.[0-9]+|[0-9]+\.(?![0-9])"
+_CURRENCY = r"(?:[$€£¥₹]|(?:US|USD|EUR|GBP|Rs)\b\.?\s*[$€£¥₹]?)"
+_WORD = r"[^\W\d_]+(?:['’][^\W\d_]+)?"
+_TOKEN = re.compile(
+    rf"\s*(?:(?P<mixed>[0-9]+\s+[0-9]+/[0-9]+(?![0-9.,]))|(?P<number>(?:{_PLAIN})(?:[eE][+-]?[0-9]{{1,2}}(?![\w.]))?)(?:\.\.\.|…)?"
+    rf"|(?P<operator>\*\*|[-+*/^()])|(?P<percent>%)|(?P<currency>{_CURRENCY})|(?P<word>{_WORD}))"
+)
+# After a number a word is its unit, with a power or a second unit of its own: 5 m^2, 60 km/h, 3 apples. `/` before a digit divides.
+_UNIT_TAIL = re.compile(rf"(?:\^[23](?![0-9.])|[²³])?(?:\s*/\s*(?={_WORD}))?")
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12, "k": 1000}
+_WORDED = {"plus": "+", "minus": "-", "times": "*", "x": "*", "of": "*", "over": "/"}
+_WORDED_BY = {"divided": "/", "multiplied": "*"}
+_NO_UNITS = frozenset(
+    re.findall(
+        r"\w+",
+        """a b c d e f i j n p q r t u v w y z pi and or not nor to than squared cubed half halves third thirds quarter quarters twice
+        double triple sqrt sum mod modulo log ln sin cos tan abs round min max factorial equals is are was if then versus vs divided
+        multiplied by zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty
+        ninety point""",
+    )
+)
+_PERCENT = ("percent", "pct")
+_SIGNS = str.maketrans({"×": "*", "·": "*", "∙": "*", "÷": "/", "⁄": "/", "∕": "/", "−": "-", "–": "-", "—": "-", "﹣": "-", "－": "-"})
+_BRACKETS = str.maketrans("[]{}", "()()")
+_HALVES = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4"}
+
+
+class CalculatorError(ValueError):
+    """Why an expression has no value, in words for the model that wrote it."""
+
+
+def reply(expression: str) -> str:
+    """What the tool answers: the value as people write it, or "error: " and why there is none."""
+    try:
+        return written(evaluate(expression))
+    except CalculatorError as error:
+        return f"error: {error}"
+
+
+def evaluate(expression: str) -> Fraction:
+    """The exact value. "A = B" is valued by the side that is worked out: "48/2 = 24" and "x = 48/2" both as 48/2.
+
+    A percent sign divides by 100 ("20% of 50" is 10). Raises CalculatorError for anything that is not plainly one expression.
+    """
+    if len(expression) > MAX_CHARS:
+        raise CalculatorError(f"more than {MAX_CHARS} characters")
+    text = expression.translate(_SIGNS).translate(_BRACKETS).replace("\\$", "$").replace("\\%", "%").strip(" \t\r\n`").rstrip(".?;: ")
+    text = "".join(f" {_HALVES[char]}" if char in _HALVES else char for char in text)
+    code, numbers = _read(_worked_side(text))
+    try:
+        tree = ast.parse(code, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise CalculatorError("not an expression: see to its operators and brackets") from error
+    try:
+        return _value(tree, numbers)
+    except ZeroDivisionError as error:
+        raise CalculatorError("division by zero") from error
+
+
+def written(value: Fraction) -> str:
+    """A value as people write it: 24, 0.2, -1.5, and 3.333333... where the decimals go on."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    places = DECIMALS
+    while abs(value) * 10**places < 1:  # so small that nothing would be left of it
+        places += 1
+    places += DECIMALS * (places > DECIMALS)
+    wide = Context(prec=400)
+    shown = wide.divide(Decimal(value.numerator), Decimal(value.denominator)).quantize(Decimal(1).scaleb(-places), context=wide)
+    text = f"{shown:f}".rstrip("0").rstrip(".")
+    return text if Fraction(text) == value else f"{shown:f}..."
+
+
+def _worked_side(text: str) -> str:
+    """The first side of an equation that has a digit in it."""
+    return next((side for side in text.split("=") if re.search("[0-9]", side)), text)
+
+
+def _read(text: str) -> tuple[str, list[Fraction]]:
+    """An expression of names n0, n1, ... with their numbers; units and currency are gone."""
+    code: list[str] = []
+    numbers: list[Fraction] = []
+    at, after = 0, "start"  # after: what stands before `at`: "start", "value" (a number, a bracket closed) or "operator"
+    while at < len(text.rstrip()):
+        token = _TOKEN.match(text, at)
+        if token is None:
+            raise CalculatorError(f"cannot read {text[at:].strip()[:20]!r}; use numbers, + - * / ^ and brackets")
+        at, kind, said = token.end(), str(token.lastgroup), token[str(token.lastgroup)]
+        if len(code) > MAX_TOKENS:
+            raise CalculatorError("too many numbers and operators")
+        if kind in ("mixed", "number"):
+            if after == "value":
+                raise CalculatorError(f"an operator is missing before {said!r}")
+            code.append(f"n{len(numbers)}")
+            numbers.append(_number(said))
+            after = "value"
+        elif kind == "operator":
+            if said == "(" and after == "value":
+                code.append("*")
+            code.append("**" if said == "^" else said)
+            after = "value" if said == ")" else "operator"
+        elif kind == "percent" or said.lower() in _PERCENT:
+            if after != "value":
+                raise CalculatorError("a percent sign without a number before it")
+            _scale(code, numbers, Fraction(1, 100))
+        elif kind == "word":
+            at, after = _word(text, at, said, after, code, numbers)
+    if not numbers:
+        raise CalculatorError("no numbers to work with")
+    return "".join(code), numbers
+
+
+def _scale(code: list[str], numbers: list[Fraction], factor: Fraction) -> None:
+    """Multiply the last value, a number or what stands in brackets, so that 1 / 50% is 2."""
+    start, depth = len(code), 0
+    while start and (start == len(code) or depth > 0):
+        start -= 1
+        depth += code[start].count(")") - code[start].count("(")
+    code[start:] = [f"({''.join(code[start:])}*n{len(numbers)})"]
+    numbers.append(factor)
+
+
+def _word(text: str, at: int, word: str, after: str, code: list[str], numbers: list[Fraction]) -> tuple[int, str]:
+    """A word is an operator, a scale (million) or a unit; where the text goes on, and what stands before it then."""
+    low = word.lower()
+    if low in _WORDED_BY and (by := re.compile(r"\s+by\b", re.IGNORECASE).match(text, at)):
+        at, low = by.end(), {"/": "over", "*": "times"}[_WORDED_BY[low]]
+    if low in _WORDED and after == "value" and not (word == "x" and not _times(text, at)):
+        code.append(_WORDED[low])
+        return at, "operator"
+    if low == "minus" and after != "value":
+        code.append("-")
+        return at, "operator"
+    if low in _NO_UNITS or low in _WORDED or (after != "value" and (len(code) < 2 or code[-1] != "/")):
+        raise CalculatorError(f"cannot read {word!r}; use numbers, + - * / ^ and brackets")
+    if after != "value":  # $5/hour: the rest of a unit
+        code.pop()
+        return at, "value"
+    if (scale := _SCALES.get(low.removesuffix("s") if low != "s" else low)) is not None:
+        _scale(code, numbers, Fraction(scale))
+        return at, "value"
+    tail = _UNIT_TAIL.match(text, at)
+    return (tail.end() if tail else at), "value"
+
+
+def _times(text: str, at: int) -> bool:
+    """Whether the x that ends before `at` multiplies: a number follows it, and it is not the one of 0x10."""
+    return bool(re.match(r"\s*[$€£(.]*\s*[0-9]", text[at:])) and not re.search(r"(?<![0-9.,])0x\Z", text[:at])
+
+
+def _number(said: str) -> Fraction:
+    if "/" in said:
+        whole, num, den = (int(part) for part in re.split(r"\s+|/", said))
+        if num >= den:
+            raise CalculatorError(f"an operator is missing in {said!r}")
+        return _bounded(Fraction(num, den) + whole)
+    mantissa, _, exponent = said.lower().partition("e")
+    return _bounded(Fraction(mantissa.replace(",", "").rstrip(".") or "0") * Fraction(10) ** int(exponent or 0))
+
+
+def _value(node: ast.expr, numbers: list[Fraction]) -> Fraction:
+    match node:
+        case ast.Name():
+            return numbers[int(node.id[1:])]
+        case ast.UnaryOp(op=ast.USub()):
+            return -_value(node.operand, numbers)
+        case ast.UnaryOp(op=ast.UAdd()):
+            return _value(node.operand, numbers)
+        case ast.BinOp():
+            return _bounded(_applied(node.op, _value(node.left, numbers), _value(node.right, numbers)))
+    raise CalculatorError("not an expression: see to its operators and brackets")
+
+
+def _applied(operator: ast.operator, left: Fraction, right: Fraction) -> Fraction:
+    match operator:
+        case ast.Add():
+            return left + right
+        case ast.Sub():
+            return left - right
+        case ast.Mult():
+            return left * right
+        case ast.Div():
+            return left / right
+        case ast.Pow() if right.denominator == 1 and abs(right) <= MAX_POWER:
+            return left ** int(right)
+        case ast.Pow():
+            raise CalculatorError(f"a power has to be a whole number of at most {MAX_POWER}")
+    raise CalculatorError("use numbers, + - * / ^ and brackets")
+
+
+def _bounded(value: Fraction) -> Fraction:
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+        raise CalculatorError("a number with too many digits")
+    return value

@@ -1,0 +1,114 @@
+"""Rules in place of a judging model: whether a step is a good one, read off its text alone. For tests and cheap ablations.
+
+Invariant: pure and bounded, no tool but the calculator is run, and without `gold` nothing but the question and what was said is looked at.
+The rules: a turn is one readable action, the last turn there is answers, and no call is made twice. A calculation is of two numbers or more
+and has a value; every number in it stands in the question or in a reply, or is one that people know (up to 12, 100, 60 minutes, ...). A
+search asks for something, and at least half of its words stand in the question or in a reply. An answer is a number that the calculator
+gave, or words that stand in what was found; yes and no count where something was. With `gold` an answer is good when the task's verifier
+passes it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+from minirl import calculator
+from minirl.episode import Problem
+from minirl.judge import Opinion, StepCase
+from minirl.methods.search import called
+from minirl.methods.stepwise import ARROW, Action, Tags, read
+from minirl.tasks import Task
+from minirl.tasks.qa import SearchTask
+from minirl.verify import qa
+from minirl.verify.numeric import number
+
+Reader = Callable[[str], Action | None]
+KNOWN = frozenset(
+    map(Fraction, (*range(13), 15, 16, 20, 24, 25, 30, 36, 48, 50, 52, 60, 75, 90, 100, 144, 180, 360, 365, 1000, 1760, 3600, 5280))
+)
+_FIGURE = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]*\.?[0-9]+")
+_EITHER = ("yes", "no")
+
+
+def reader(tags: Tags) -> Reader:
+    """How a turn of method stepwise is read."""
+    return lambda text: read(text, tags)
+
+
+def search_reader(task: SearchTask) -> Reader:
+    """How a piece of a turn of method search is read: a search, or the answer."""
+
+    def action(text: str) -> Action | None:
+        query = called(text, task.tags, task.stop)
+        if query is not None:
+            return Action("call", query)
+        answer = qa.read(text, task.tags).answer
+        return None if answer is None else Action("answer", answer)
+
+    return action
+
+
+class Rules:
+    """Opinions on steps by rule; see the module's words. read: how a turn is read. steps: most turns there can be."""
+
+    def __init__(self, task: Task, read: Reader, *, gold: bool = False, steps: int | None = None) -> None:
+        self._task = task
+        self._read = read
+        self._gold = gold
+        self._steps = steps
+
+    def __call__(self, cases: Sequence[StepCase], problems: Sequence[Problem]) -> list[Opinion]:
+        """1 or 0 for each step; `problems` are looked at with `gold` alone."""
+        return [Opinion(float(self._approves(case, problem))) for case, problem in zip(cases, problems, strict=True)]
+
+    def _approves(self, case: StepCase, problem: Problem) -> bool:
+        action = self._read(case.message)
+        if action is None or not action.content:
+            return False
+        if action.kind == "answer" and self._gold:
+            return self._task.verify_answer is not None and self._task.verify_answer(problem, action.content).passed
+        told = [text for author, text in case.said if author == "tool"]
+        if action.kind == "answer":
+            return self._supports(action.content, told)
+        before = [self._read(text) for author, text in case.said if author == "model"]
+        if len(before) + 1 == self._steps:
+            return False  # nobody will answer this call
+        if any(a is not None and a.kind == "call" and _same(a.content, action.content) for a in before):
+            return False
+        asks = _asks_for_words if isinstance(self._task, SearchTask) else _asks_for_numbers
+        return asks(action.content, [case.question, *told])
+
+    def _supports(self, answer: str, told: Sequence[str]) -> bool:
+        if isinstance(self._task, SearchTask):
+            words = qa.normalise(answer)
+            where = [qa.normalise(text.partition(ARROW)[2] or text) for text in told]
+            return bool(words) and bool(where) and (words in _EITHER or any(f" {words} " in f" {text} " for text in where))
+        stated = number(answer)
+        values = [number(text.rpartition(ARROW)[2].strip(" .")) for text in told]
+        return stated is not None and any(v is not None and abs(v.value - stated.value) <= Fraction(1, 100) for v in values)
+
+
+def _same(one: str, other: str) -> bool:
+    return one.lower().split() == other.lower().split()
+
+
+def _asks_for_numbers(expression: str, known: Sequence[str]) -> bool:
+    try:
+        calculator.evaluate(expression)
+    except calculator.CalculatorError:
+        return False
+    if len(_FIGURE.findall(expression.split("=")[0])) < 2:
+        return False  # one number is no calculation
+    return _figures(expression.split("=")[0]) - KNOWN <= {value for text in known for value in _figures(text)}
+
+
+def _figures(text: str) -> set[Fraction]:
+    return {Fraction(figure.replace(",", "")) for figure in _FIGURE.findall(text)}
+
+
+def _asks_for_words(query: str, known: Sequence[str]) -> bool:
+    words = set(qa.normalise(query).split())
+    there = {word for text in known for word in qa.normalise(text).split()}
+    return bool(words) and 2 * len(words & there) >= len(words)
