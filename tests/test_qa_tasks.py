@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from minirl.episode import Episode, Problem
 from minirl.errors import UserError
 from minirl.recipe.qa import QA, Bamboogle, HotpotQA, MuSiQue, TwoWikiMultiHopQA
-from minirl.tasks import qa
+from minirl.tasks import qa, qa_rows
 from minirl.tasks.qa import Plan, SearchTask, Step, coverage, coverage_note, open_task, plan
 from minirl.verify.qa import SEARCH_R1, answer_text, f1, normalise
 
@@ -379,7 +379,7 @@ def test_a_malformed_row_is_named_by_line_and_column(tmp_path: Path, bad: Any, s
 
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3), lambda v: st.lists(v, max_size=3), max_leaves=6)
 columns = st.sampled_from(
-    ["question", "Question", "answer", "answer_aliases", "answerable", "_id", "id", *qa._Row.model_fields, "metadata"]
+    ["question", "Question", "answer", "answer_aliases", "answerable", "_id", "id", *qa_rows.Row.model_fields, "metadata"]
 )
 inner = st.dictionaries(st.sampled_from(["title", "sentences", "content", "idx", "context", "supporting_facts"]), values, max_size=4)
 
@@ -387,7 +387,7 @@ inner = st.dictionaries(st.sampled_from(["title", "sentences", "content", "idx",
 @given(st.dictionaries(columns, values | inner | st.lists(inner, max_size=2), max_size=8))
 def test_any_row_is_read_or_refused(data: Row) -> None:
     try:
-        found = qa._Row.read(row() | data, "here").problem("t")
+        found = qa_rows.Row.read(row() | data, "here").problem("t")
     except UserError as error:
         said = str(error)
     else:

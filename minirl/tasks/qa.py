@@ -16,11 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self
-
-from pydantic import AliasChoices, BaseModel, Field, StringConstraints, ValidationError, model_validator
+from typing import NamedTuple
 
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
@@ -29,6 +26,7 @@ from minirl.retrieve import Retriever
 from minirl.rows import SUFFIXES, read_rows
 from minirl.tasks import Task
 from minirl.tasks.corpus import Corpus
+from minirl.tasks.qa_rows import Row, digest
 from minirl.verify.qa import RESEARCH, STYLES, Tags, answer_text, exact_match, f1, normalise, verify
 
 MOST_NAMED = 0.5  # a title is looked up by its known words only where they are more than this share of it
@@ -80,7 +78,7 @@ def open_task(node: QA, seed: int) -> SearchTask:
         held_out, train = rows[: node.held_out], rows[node.held_out :]
     else:
         held_out = _choose(node.held_out, _usable(node, test_source, node.test_split, set(), left_out))
-        taken = {_digest(row.question) for row in held_out}
+        taken = {digest(row.question) for row in held_out}
         train = _choose(node.train, _usable(node, node.source, node.split, taken, left_out)) if node.train else []
     if len(held_out) < node.held_out or (node.train and not train):
         raise UserError(
@@ -188,19 +186,19 @@ def _verify_answer(node: QA, problem: Problem, answer: str) -> Verdict:
     return Verdict((overlap if node.reward == "f1" else em) or node.floor, bool(em), {"em": em, "f1": overlap, "error_kind": kind})
 
 
-def _choose(count: int, rows: Iterator[_Row]) -> list[_Row]:
+def _choose(count: int, rows: Iterator[Row]) -> list[Row]:
     """`count` rows in the order of their questions' digests; no more than those are in memory at a time."""
-    return heapq.nsmallest(count, rows, key=lambda row: _digest(row.question))
+    return heapq.nsmallest(count, rows, key=lambda row: digest(row.question))
 
 
-def _usable(node: QA, source: str, split: str, held_out: set[bytes], left_out: Counter[str]) -> Iterator[_Row]:
+def _usable(node: QA, source: str, split: str, held_out: set[bytes], left_out: Counter[str]) -> Iterator[Row]:
     """The rows of a source that ask something new and can be scored; the others are counted by the reason."""
     seen: set[bytes] = set()
     tags = STYLES[node.tags]
     setting = "task.test_source=PATH" if source == node.test_source else "task.source=PATH"
     for where, data in read_rows(source, (), split, setting=setting):
-        row = _Row.read(data, where)
-        key = _digest(row.question)
+        row = Row.read(data, where)
+        key = digest(row.question)
         if key in held_out:
             left_out["ask what a held-out row asks"] += 1
         elif key in seen:
@@ -212,102 +210,6 @@ def _usable(node: QA, source: str, split: str, held_out: set[bytes], left_out: C
         else:
             seen.add(key)
             yield row
-
-
-_Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-
-
-class _Paragraph(BaseModel):
-    idx: int
-    title: _Text
-    paragraph_text: str
-    is_supporting: bool = False
-
-
-class _Hop(BaseModel):
-    question: _Text
-    answer: _Text
-    paragraph_support_idx: int
-
-
-class _Row(BaseModel):
-    """All that is read of a row, whichever data set it is of; a column that it does not have is empty."""
-
-    identity: str | int = Field("", validation_alias=AliasChoices("_id", "id"))
-    question: _Text = Field(validation_alias=AliasChoices("question", "Question"))
-    answer: list[_Text] = Field(min_length=1, validation_alias=AliasChoices("answer", "Answer", "golden_answers"))
-    answer_aliases: list[_Text] = []
-    answerable: bool = True
-    context: list[tuple[_Text, list[str]]] = []
-    supporting_facts: list[tuple[_Text, int]] = []
-    gold_titles: list[_Text] = []
-    paragraphs: list[_Paragraph] = []
-    question_decomposition: list[_Hop] = []
-
-    @model_validator(mode="before")
-    @classmethod
-    def _to_one_form(cls, row: dict[str, Any]) -> dict[str, Any]:
-        """Undo what copies change: the hub's columns for rows, null for nothing, FlashRAG's `metadata` for what is beside the answer."""
-        beside = row.get("metadata")
-        inner = {k: beside.get(k) for k in ("context", "supporting_facts")} if isinstance(beside, dict) else {}
-        row = {k: v for k, v in (inner | row).items() if v is not None}
-        if isinstance(context := row.get("context"), dict):
-            titles, bodies = context.get("title"), context.get("sentences", context.get("content"))
-            if not isinstance(titles, list) or not isinstance(bodies, list) or len(titles) != len(bodies):
-                raise ValueError("context: got columns of different lengths, expected a list `title` and an equally long list `sentences`")
-            row["context"] = list(zip(titles, bodies, strict=True))
-        if isinstance(facts := row.get("supporting_facts"), dict):
-            row |= {"gold_titles": facts.get("title"), "supporting_facts": []}
-        if row.get("answerable") is False:
-            row["question_decomposition"] = []  # it names no paragraph, and the row is left out
-        return row | {name: [row[name]] for name in ("answer", "Answer") if isinstance(row.get(name), str)}
-
-    @model_validator(mode="after")
-    def _check_hops(self) -> Self:
-        if strange := {hop.paragraph_support_idx for hop in self.question_decomposition} - {p.idx for p in self.paragraphs}:
-            raise ValueError(f"question_decomposition: paragraph_support_idx {min(strange)} is the idx of no paragraph")
-        return self
-
-    @classmethod
-    def read(cls, row: dict[str, Any], where: str) -> Self:
-        """The row; UserError names `where`, the column and the first thing wrong with it."""
-        try:
-            return cls.model_validate(row)
-        except ValidationError as error:
-            first = error.errors()[0]
-            column = ".".join(map(str, first["loc"])) or "row"
-            got = "" if first["type"] in ("missing", "value_error") else f" (got {str(first['input'])[:60]!r})"
-            said = first["msg"].removeprefix("Value error, ")
-            raise UserError(f"{where}: {column}: {said}{got}; mend or delete the row") from error
-
-    @property
-    def golds(self) -> list[str]:
-        return list(dict.fromkeys([*self.answer, *self.answer_aliases]))
-
-    @property
-    def passages(self) -> list[tuple[str, str]]:
-        own = [(title, " ".join(sentence.strip() for sentence in sentences)) for title, sentences in self.context]
-        return own + [(paragraph.title, paragraph.paragraph_text.strip()) for paragraph in self.paragraphs]
-
-    def problem(self, task: str) -> Problem:
-        """The question with all that is known about its answer; see the module's docstring."""
-        passages = self.passages
-        titles = list(dict.fromkeys([*self.gold_titles, *(title for title, _ in self.supporting_facts)]))
-        gold = [passage for title in titles for passage in passages if passage[0] == title]
-        by_idx = {paragraph.idx: passage for paragraph, passage in zip(self.paragraphs, passages[len(self.context) :], strict=True)}
-        hops = [(hop, by_idx[hop.paragraph_support_idx]) for hop in self.question_decomposition]
-        gold += [passage for _, passage in hops] or [by_idx[paragraph.idx] for paragraph in self.paragraphs if paragraph.is_supporting]
-        answer = {
-            "golds": self.golds,
-            "titles": list(dict.fromkeys([*titles, *(title for title, _ in gold)])),
-            "paragraphs": [list(passage) for passage in dict.fromkeys(gold)],
-            "steps": [[hop.question, hop.answer, title] for hop, (title, _) in hops],
-        }
-        return Problem(f"{task}/{self.identity or _digest(self.question).hex()}", self.question, answer)
-
-
-def _digest(question: str) -> bytes:
-    return blake2b(" ".join(question.casefold().split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _title(title: str) -> str:
