@@ -22,7 +22,8 @@ def serves(query: Tensor) -> bool:
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """query (B, H, T, D), key and value (B, H, T', D), mask (T, T') bool: which keys a query sees, at least one. Returns (B, H, T, D)."""
-    out: Tensor = _Attention.apply(query, key, value, ~mask, scale)  # type: ignore[no-untyped-call]
+    bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+    out: Tensor = _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -31,23 +32,28 @@ def _chunks(query: Tensor, key: Tensor) -> list[slice]:
     return [slice(start, start + each) for start in range(0, query.shape[0], each)]
 
 
-def _probabilities(query: Tensor, key: Tensor, hidden: Tensor, scale: float) -> Tensor:
-    return torch.softmax(((query * scale) @ key.transpose(-1, -2)).masked_fill_(hidden, -torch.inf), dim=-1)
+def _probabilities(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
+    rows, heads, length, _ = query.shape
+    # Scale and mask come with the product: each would be another pass over the scores.
+    scores = torch.baddbmm(
+        bias.expand(rows * heads, -1, -1), query.flatten(0, 1), key.flatten(0, 1).transpose(-1, -2), beta=1.0, alpha=scale
+    )
+    return torch.softmax(scores, dim=-1).view(rows, heads, length, -1)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(query, key, value, hidden)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value, bias)
         ctx.scale = scale
-        return torch.cat([_probabilities(query[c], key[c], hidden, scale) @ value[c] for c in _chunks(query, key)])
+        return torch.cat([_probabilities(query[c], key[c], bias, scale) @ value[c] for c in _chunks(query, key)])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
-        query, key, value, hidden = ctx.saved_tensors
+        query, key, value, bias = ctx.saved_tensors
         parts = []
         for c in _chunks(query, key):
-            p = _probabilities(query[c], key[c], hidden, ctx.scale)  # (b, H, T, T')
+            p = _probabilities(query[c], key[c], bias, ctx.scale)  # (b, H, T, T')
             p_grad = grad[c] @ value[c].transpose(-1, -2)
             # d softmax: p * (dp - sum(dp * p)), in one kernel with float32 sums
             s_grad = torch.ops.aten._softmax_backward_data(p_grad, p, -1, p.dtype).mul_(ctx.scale)

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from minirl import packed
 
-CHUNK_LOGITS = 2**25  # logits alive at once: 128 MiB in float32, and twice that again for their probabilities
+# Logits alive at once. On a GPU 128 MiB in float32 and as much again for their probabilities; on a CPU 16 MiB, which its cache may hold.
+CHUNK_LOGITS, CHUNK_LOGITS_CPU = 2**25, 2**22
 
 
 class Head:
@@ -49,7 +50,7 @@ class Head:
         With entropy_grad the entropy carries a gradient, else it is a number to log.
         """
         parts: list[tuple[Tensor, Tensor]] = []
-        size = max(64, CHUNK_LOGITS // self.linear.weight.shape[0])
+        size = max(64, (CHUNK_LOGITS_CPU if hidden.device.type == "cpu" else CHUNK_LOGITS) // self.linear.weight.shape[0])
         for h, t in zip(torch.split(hidden, size), torch.split(target, size), strict=True):
             if self._is_plain and not entropy_grad:
                 parts.append(_Chosen.apply(h, t, self.linear.weight, self.scale / temperature, entropy))  # type: ignore[no-untyped-call]
@@ -75,17 +76,18 @@ class _Chosen(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, target: Tensor, weight: Tensor, factor: float, entropy: bool
     ) -> tuple[Tensor, Tensor]:  # (n, D), (n,), (V, D) -> (n,), (n,)
-        logprobs = nn.functional.linear(hidden, weight).float().mul_(factor).log_softmax(-1)
-        chosen = logprobs.gather(-1, target[:, None])  # (n, 1)
-        spread = torch.zeros_like(chosen).squeeze(-1)
-        if entropy or ctx.needs_input_grad[0]:
-            probabilities = logprobs.exp()
-            if entropy:
-                spread = -logprobs.mul_(probabilities).sum(-1)
-            if ctx.needs_input_grad[0]:
-                # 1 - p of the target by expm1, in float32: W[target] - p W would lose everything to rounding where p is near 1.
-                residual = probabilities.neg_().scatter_(-1, target[:, None], -torch.expm1(chosen))
-                ctx.save_for_backward((residual.to(weight.dtype) @ weight).mul_(factor))
+        logits = nn.functional.linear(hidden, weight).float()
+        logits = logits if factor == 1.0 else logits.mul_(factor)
+        # Every pass over (n, V) numbers counts: the sum's logarithm is read off the likeliest token, and nothing is written twice.
+        largest = logits.amax(-1, keepdim=True)
+        probabilities = torch.softmax(logits, -1)
+        total = largest - probabilities.amax(-1, keepdim=True).log()
+        chosen = logits.gather(-1, target[:, None]) - total  # (n, 1)
+        spread = total.squeeze(-1) - torch.linalg.vecdot(probabilities, logits) if entropy else torch.zeros_like(chosen).squeeze(-1)
+        if ctx.needs_input_grad[0]:
+            # p - 1 of the target by expm1, in float32: p W - W[target] would lose everything to rounding where p is near 1.
+            residual = probabilities.scatter_(-1, target[:, None], torch.expm1(chosen))
+            ctx.save_for_backward((residual.to(weight.dtype) @ weight).mul_(-factor))
         ctx.mark_non_differentiable(spread)
         return chosen.squeeze(-1), spread
 

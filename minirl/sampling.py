@@ -34,7 +34,7 @@ def pick(logits: Tensor, temperature: Sequence[float], uniform: Tensor) -> tuple
     """
     if set(temperature) - {0.0, 1.0}:
         logits = logits / torch.tensor([t or 1.0 for t in temperature], device=logits.device)[:, None]
-    largest = logits.max(dim=-1, keepdim=True).values
+    largest = logits.amax(dim=-1, keepdim=True)
     weights = (logits - largest).exp_()
     if short := -weights.shape[-1] % BLOCK:
         weights = torch.nn.functional.pad(weights, (0, short))
