@@ -60,15 +60,24 @@ class Cached:
 
     positions: Tensor
     width: int
-    masks: dict[tuple[int | None, bool], Tensor] = field(default_factory=dict)
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    biases: dict[int | None, Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None, *, bias: bool) -> Tensor:
-        """Which cached keys each new token sees, (B, 1, T, width): those up to its own position; bool, or float32 to be added to scores."""
-        if (window, bias) not in self.masks:
+    def mask(self, window: int | None) -> Tensor:
+        """Which cached keys each new token sees, (B, 1, T, width) bool: those up to its own position."""
+        if window not in self.masks:
             behind = self.positions[:, None, :, None] - torch.arange(self.width, device=self.positions.device)
-            mask = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
-            self.masks[window, bias] = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf) if bias else mask
-        return self.masks[window, bias]
+            self.masks[window] = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+        return self.masks[window]
+
+    def bias(self, window: int | None, heads: int, shared: int, dtype: torch.dtype) -> Tensor:
+        """What the mask adds to the scores of `heads` key heads with `shared` query heads each, (B * heads, shared * T, width)."""
+        if window not in self.biases:
+            mask = self.mask(window)
+            rows, _, length, width = mask.shape
+            mask = mask.unsqueeze(2).expand(rows, heads, shared, length, width).reshape(rows * heads, shared * length, width)
+            self.biases[window] = cpu_attention.bias(mask, dtype)
+        return self.biases[window]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +133,7 @@ def attend(
     With a layout attention_mask is ignored (and B is 1 where it is packed). Without: a bool mask (B, 1, T, T'), or None for causal.
     """
     if isinstance(layout, Cached):
-        mask = layout.mask(sliding_window, bias=key.stride(-1) != 1)
-        out = _masked(query, key, value, mask, scaling, softcap)
+        out = _cached(query, key, value, layout, scaling, sliding_window, softcap)
     elif layout is not None:
         out = _shared(query, key, value, layout, scaling, sliding_window, softcap)
     elif attention_mask is None and softcap is None:
@@ -160,6 +168,18 @@ def _shared(
     return torch.cat(out, dim=2)
 
 
+def _cached(
+    query: Tensor, key: Tensor, value: Tensor, layout: Cached, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    if softcap is not None or key.stride(-1) == 1:
+        return _masked(query, key, value, layout.mask(window), scaling, softcap)
+    batch, heads, length, size = query.shape
+    shared = heads // key.shape[1]
+    bias = layout.bias(window, key.shape[1], shared, query.dtype)
+    query = query.reshape(batch, key.shape[1], shared * length, size)
+    return cpu_attention.biased(query, key, value, bias, size**-0.5 if scaling is None else scaling).reshape(batch, heads, length, size)
+
+
 def _causal(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
     if softcap is None and (window is None or window >= q.shape[2]) and not cpu_attention.serves(q):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
@@ -167,22 +187,19 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float | No
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
-    """Softmax attention under a mask, (T, T') or (B, 1, T, T'), bool or added to scores; the heads of a key head stand one after the other
-    as one query."""
+    """Softmax attention under a bool mask, (T, T') or (B, 1, T, T'); the heads of a key head stand one after the other as one query."""
     batch, heads, length, size = query.shape
     shared = heads // key.shape[1]
     query = query.reshape(batch, key.shape[1], shared * length, size)
     mask = mask.repeat(*(1,) * (mask.dim() - 2), shared, 1) if shared > 1 and length > 1 else mask  # a single row is broadcast
     if softcap is None and mask.dim() == 2 and cpu_attention.serves(query):
         out = cpu_attention.attention(query, key, value, mask, size**-0.5 if scaling is None else scaling)
-    elif softcap is None and key.stride(-1) == 1:
+    elif softcap is None:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    else:  # also for keys that stand by column (slots.py): written out, because the library would be slower, and copy them all first
+    else:
         scores = (query @ key.transpose(-1, -2)).float() * (size**-0.5 if scaling is None else scaling)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
         # A padded row sees nothing: the least number, not minus infinity, keeps it from becoming NaN.
-        scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, torch.finfo(scores.dtype).min)
         out = torch.softmax(scores, dim=-1).to(query.dtype) @ value
     return out.reshape(batch, heads, length, size)
 

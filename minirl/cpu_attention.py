@@ -1,6 +1,7 @@
-"""Softmax attention in bf16 on a CPU, written out: scores, softmax and both products as matrix kernels, some rows at a time.
+"""Softmax attention on a CPU, written out: scores, softmax and both products as matrix kernels, some rows at a time.
 
-The library's own kernel multiplies in float32 there and takes about twice as long, forward and backward. Scores are computed again in the
+The library's own kernel multiplies bf16 in float32 there and takes about twice as long, forward and backward; and it would copy keys
+that stand by column (slots.py). Scores are computed again in the
 backward pass, so nothing of their size is kept. Invariant: values and gradients are those of softmax(scale * Q K^T) V under the mask, up
 to bf16 rounding.
 """
@@ -22,7 +23,16 @@ def serves(query: Tensor) -> bool:
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """query (B, H, T, D), key and value (B, H, T', D), mask (T, T') bool: which keys a query sees, at least one. Returns (B, H, T, D)."""
-    bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+    return biased(query, key, value, bias(mask, query.dtype), scale)
+
+
+def bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a bool mask adds to scores: 0, or minus infinity."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
+def biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """The same with what the mask adds, (T, T') or (B * H, T, T') where the rows' masks differ."""
     out: Tensor = _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]
     return out
 
@@ -32,12 +42,12 @@ def _chunks(query: Tensor, key: Tensor) -> list[slice]:
     return [slice(start, start + each) for start in range(0, query.shape[0], each)]
 
 
-def _probabilities(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
+def _probabilities(query: Tensor, key: Tensor, bias: Tensor, scale: float, c: slice) -> Tensor:
+    query, key = query[c], key[c]
     rows, heads, length, _ = query.shape
+    own = bias.expand(rows * heads, -1, -1) if bias.dim() == 2 else bias[c.start * heads : c.stop * heads]
     # Scale and mask come with the product: each would be another pass over the scores.
-    scores = torch.baddbmm(
-        bias.expand(rows * heads, -1, -1), query.flatten(0, 1), key.flatten(0, 1).transpose(-1, -2), beta=1.0, alpha=scale
-    )
+    scores = torch.baddbmm(own, query.flatten(0, 1), key.flatten(0, 1).transpose(-1, -2), beta=1.0, alpha=scale)
     return torch.softmax(scores, dim=-1).view(rows, heads, length, -1)
 
 
@@ -46,14 +56,15 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(query, key, value, bias)
         ctx.scale = scale
-        return torch.cat([_probabilities(query[c], key[c], bias, scale) @ value[c] for c in _chunks(query, key)])
+        parts = [_probabilities(query, key, bias, scale, c) @ value[c] for c in _chunks(query, key)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
         query, key, value, bias = ctx.saved_tensors
         parts = []
         for c in _chunks(query, key):
-            p = _probabilities(query[c], key[c], bias, ctx.scale)  # (b, H, T, T')
+            p = _probabilities(query, key, bias, ctx.scale, c)  # (b, H, T, T')
             p_grad = grad[c] @ value[c].transpose(-1, -2)
             # d softmax: p * (dp - sum(dp * p)), in one kernel with float32 sums
             s_grad = torch.ops.aten._softmax_backward_data(p_grad, p, -1, p.dtype).mul_(ctx.scale)

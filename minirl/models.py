@@ -30,9 +30,11 @@ from transformers import (
 )
 
 from minirl import recipe
+from minirl.allocator import keep_freed_memory
 from minirl.embedded import public_name, quiet, resolve
 from minirl.errors import UserError
 from minirl.lora import lean_lora
+from minirl.norm import lean_norms
 
 # peft imports bitsandbytes, which warns at import about an optional kernel.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -99,6 +101,8 @@ def load_model(node: recipe.Model, seed: int = 0, device: torch.device | None = 
     """
     quiet()
     device = device or pick_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype = pick_dtype(node.dtype, device)
     path = resolve(node.name)
     tokenizer = load_tokenizer(path, node.name)
@@ -113,6 +117,7 @@ def load_model(node: recipe.Model, seed: int = 0, device: torch.device | None = 
             module.lora_A.float()
             module.lora_B.float()
     lean_lora(model)
+    lean_norms(model)
     if node.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()

@@ -136,7 +136,7 @@ def test_a_run_goes_on_without_a_sampler_that_is_wrong(
         patched.setattr("minirl.session.open_sampler", lambda policy, chat, *, rows, **_: PlainSampler(policy, chat, rows=rows))
         expected, _ = run(folder, tmp_path, "plain", capsys)
     kept_mask = Cached.mask
-    monkeypatch.setattr(Cached, "mask", lambda self, window, *, bias: kept_mask(self, 3, bias=bias))
+    monkeypatch.setattr(Cached, "mask", lambda self, _: kept_mask(self, 3))
     rows, shown = run(folder, tmp_path, "broken", capsys)
     assert shown.count("WARNING: the live sampler does not agree with plain rows") == 1
     assert [row["sampled"] for row in rows] == [row["sampled"] for row in expected]

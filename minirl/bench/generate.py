@@ -16,6 +16,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from minirl.chat import Chat
 from minirl.episode import Ask, Completion
 from minirl.lora import lean_lora
+from minirl.norm import lean_norms
 from minirl.policy import Policy
 
 
@@ -79,18 +80,18 @@ class Limits(StoppingCriteria):  # type: ignore[misc]
 
 @contextmanager
 def stock(policy: Policy, attention: str, adapter: torch.dtype = torch.float32) -> Iterator[Any]:
-    """The policy's transformers model as transformers and peft ship it: their attention and their LoRA, nothing of ours.
+    """The policy's transformers model as transformers and peft ship it: their attention, their LoRA and their norms, nothing of ours.
 
     attention: the implementation it was loaded with. adapter: what the adapter's weights are held in; in the model's own type `generate`
     need not cast anything.
     """
     base = policy.model.get_base_model()
     ours, masters = base.config._attn_implementation, {name: p.data for name, p in policy.trainable.items()}
-    layers = [module for module in policy.model.modules() if hasattr(module, "lora_A")]
+    ours_too = [module for module in policy.model.modules() if "forward" in vars(module)]
     try:
         base.set_attn_implementation(attention)
-        for layer in layers:
-            vars(layer).pop("forward", None)
+        for module in ours_too:
+            del module.forward
         for p in policy.trainable.values():
             p.data = p.data.to(adapter)
         yield base
@@ -98,4 +99,5 @@ def stock(policy: Policy, attention: str, adapter: torch.dtype = torch.float32) 
         for name, p in policy.trainable.items():
             p.data = masters[name]
         lean_lora(policy.model)
+        lean_norms(policy.model)
         base.set_attn_implementation(ours)
