@@ -42,6 +42,7 @@ class Bundle:
 
     @property
     def grid(self) -> tuple[int, int]:
+        """Completions, and the length of the longest."""
         return len(self.lengths), max(self.lengths)
 
     @classmethod

@@ -38,6 +38,7 @@ class Row:
 
     @property
     def length(self) -> int:
+        """Tokens, prompt included."""
         return len(self.tokens)
 
 

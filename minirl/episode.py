@@ -37,6 +37,7 @@ class Turn:
 
     @property
     def sampled(self) -> bool:
+        """Whether the policy wrote it: then every token has a log-probability."""
         return self.logprobs is not None
 
 
@@ -85,6 +86,7 @@ class Episode:
 
     @property
     def tokens(self) -> tuple[int, ...]:
+        """All turns' tokens, one after the other."""
         return tuple(token for turn in self.turns for token in turn.tokens)
 
     @property
@@ -99,6 +101,7 @@ class Episode:
 
     @property
     def trained_tokens(self) -> int:
+        """How many tokens enter the loss."""
         return sum(len(turn.tokens) for turn in self.turns if turn.trained)
 
     @property
@@ -107,6 +110,7 @@ class Episode:
         return sum(len(turn.tokens) for turn in self.turns[len(self.problem.context) :] if turn.sampled)
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values, one line of a JSONL file; `from_json` reads them."""
         problem = {k: getattr(self.problem, k) for k in ("id", "prompt", "answer", "solution", "system")}
         problem |= {"tools": list(self.problem.tools), "context": len(self.problem.context)}
         return {
@@ -155,6 +159,7 @@ class Group:
 
     @property
     def rewards(self) -> tuple[float | None, ...]:
+        """Of its episodes, in order."""
         return tuple(episode.reward for episode in self.episodes)
 
 

@@ -129,6 +129,7 @@ class Judge:
 
     @property
     def asked(self) -> int:
+        """How many verdicts were asked for."""
         return self.asker.asked
 
     @property

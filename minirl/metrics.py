@@ -28,6 +28,7 @@ class Facts(NamedTuple):
 
     @classmethod
     def of(cls, episode: Episode) -> Facts:
+        """What is counted of this episode."""
         return cls(episode.reward, episode.parts, episode.finish, episode.trained_tokens, episode.sampled_tokens)
 
 

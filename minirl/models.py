@@ -6,18 +6,13 @@ folder is ever run, and no pickle is read.
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import json
-import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -30,23 +25,15 @@ from transformers import (
 )
 
 from minirl import recipe
+from minirl.adapter import ADAPTER, LOAD_ERRORS, first_line, fresh_adapter, start_from
 from minirl.allocator import keep_freed_memory
 from minirl.embedded import public_name, quiet, resolve
 from minirl.errors import UserError
 from minirl.lora import lean_lora
 from minirl.norm import lean_norms
 
-# peft imports bitsandbytes, which warns at import about an optional kernel.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict  # noqa: E402
-from peft.tuners.lora import LoraLayer  # noqa: E402
-
-ADAPTER = "default"
 HEAD = "score"  # what transformers calls the output layer of a sequence classifier
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# What a folder that cannot be loaded makes transformers raise: files missing or torn, an unknown architecture, a package it would need.
-LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -86,7 +73,7 @@ def load_tokenizer(path: str, name: str | None = None) -> PreTrainedTokenizerBas
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except LOAD_ERRORS as error:
-        raise UserError(f"model {name}: its tokenizer cannot be loaded ({_first_line(error)}); check model.name") from error
+        raise UserError(f"model {name}: its tokenizer cannot be loaded ({first_line(error)}); check model.name") from error
     if not tokenizer.chat_template:
         raise UserError(f"model {name}: its tokenizer has no chat template, expected a chat model; take its -Instruct or -chat variant")
     if tokenizer.pad_token_id is None:
@@ -107,9 +94,9 @@ def load_model(node: recipe.Model, seed: int = 0, device: torch.device | None = 
     path = resolve(node.name)
     tokenizer = load_tokenizer(path, node.name)
     base = _load_base(path, node, device, dtype)
-    model = _fresh_adapter(base, node, seed)
+    model = fresh_adapter(base, node, seed)
     if node.adapter is not None:
-        _start_from(model, node)
+        start_from(model, node)
     model.peft_config[ADAPTER].base_model_name_or_path = public_name(node.name)
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -140,39 +127,10 @@ def load_classifier(node: recipe.Model, labels: int, seed: int = 0, device: torc
     head = getattr(base, HEAD).float()
     torch.nn.init.zeros_(head.weight)
     head.register_forward_pre_hook(_in_float32)
-    model = _fresh_adapter(base, node, seed, task_type="SEQ_CLS", modules_to_save=[HEAD])
+    model = fresh_adapter(base, node, seed, task_type="SEQ_CLS", modules_to_save=[HEAD])
     model.peft_config[ADAPTER].base_model_name_or_path = public_name(node.name)
     lean_lora(model)
     return LoadedModel(model.eval(), tokenizer, device, dtype, node)
-
-
-def adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    """Copies of the adapter's weights, float32 on the CPU, under the names of peft's own file."""
-    return {name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous() for name, tensor in _peft_state(model).items()}
-
-
-def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
-    """Put the weights of `adapter_state` back. ValueError unless these are the adapter's names and shapes, all of them."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in _peft_state(model).items()}
-    wrong = shapes.items() ^ {name: tuple(tensor.shape) for name, tensor in state.items()}.items()
-    if wrong:
-        raise ValueError(f"expected {len(shapes)} adapter weights, got {len(state)}; the first that differs is {min(wrong)}")
-    set_peft_model_state_dict(model, dict(state), adapter_name=ADAPTER)
-
-
-def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Write the adapter so that plain `peft.PeftModel.from_pretrained(base, folder)` loads it.
-
-    The same weights give the same bytes: peft's own save_pretrained lists target modules in hash order and may ask the hub about the base.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_state(model), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = copy.copy(model.peft_config[ADAPTER])
-    config.inference_mode = True
-    if isinstance(config.target_modules, set):
-        config.target_modules = sorted(config.target_modules)
-    config.save_pretrained(folder)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -236,7 +194,7 @@ def _load_base(path: str, node: recipe.Model, device: torch.device, dtype: torch
         )
     except LOAD_ERRORS as error:
         raise UserError(
-            f"model {node.name}: cannot be loaded ({_first_line(error)}); expected a causal language model with safetensors weights that "
+            f"model {node.name}: cannot be loaded ({first_line(error)}); expected a causal language model with safetensors weights that "
             "transformers knows without code of its own; check model.name"
         ) from error
     if missing := sorted(set(report["missing_keys"]) - {f"{HEAD}.weight"}):
@@ -266,56 +224,3 @@ def _keep_4bit_layout(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             vars(module)["support_avx512bf16_for_cpu"] = False
-
-
-def _fresh_adapter(base: PreTrainedModel, node: recipe.Model, seed: int, **more: Any) -> PeftModel:
-    targets, alpha = node.lora.targets, node.lora.alpha
-    settings: dict[str, Any] = {
-        "r": node.lora.rank,
-        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,  # readers of adapter_config.json expect a whole number
-        "target_modules": targets if isinstance(targets, str) else list(targets),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "task_type": "CAUSAL_LM",
-        **more,
-    }
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        try:
-            return get_peft_model(base, LoraConfig(**settings), adapter_name=ADAPTER)
-        except ValueError as error:
-            known = sorted({name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
-            raise UserError(f"model.lora.targets: got {targets!r}, expected all-linear or some of {', '.join(known)}") from error
-
-
-def _start_from(model: PeftModel, node: recipe.Model) -> None:
-    """Load the adapter of a folder into the fresh one. Its rank, alpha and targets must be the recipe's: there a run's numbers stand."""
-    folder, lora = Path(str(node.adapter)).expanduser(), node.lora
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / file).is_file():
-            raise UserError(f"model.adapter: {folder} has no {file}, expected a folder that peft saved; check the path")
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        rank, alpha = config.get("r"), config.get("lora_alpha")
-        if (rank, alpha) != (lora.rank, lora.alpha):
-            raise UserError(
-                f"model.adapter: {folder} has rank {rank}, alpha {alpha}, the recipe {lora.rank}, {lora.alpha:g}; "
-                f"add --set model.lora.rank={rank} --set model.lora.alpha={alpha}"
-            )
-        if config.get("use_rslora") or config.get("alpha_pattern"):
-            raise ValueError("it scales its layers otherwise than by alpha / rank")
-        load_adapter_state(model, load_file(folder / "adapter_model.safetensors"))
-    except LOAD_ERRORS as error:
-        raise UserError(
-            f"model.adapter: {folder} does not fit {node.name} with model.lora.targets={lora.targets} ({_first_line(error)}); "
-            "use the model and the targets it was trained with"
-        ) from error
-
-
-def _peft_state(model: PeftModel) -> dict[str, Tensor]:
-    # save_embedding_layers=False: to decide it by itself, peft would ask the hub about the base model.
-    return dict(sorted(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False).items()))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

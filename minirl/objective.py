@@ -35,12 +35,15 @@ class Sums:
 
     @classmethod
     def zero(cls, device: torch.device) -> Sums:
+        """Nothing summed yet."""
         return cls(*(torch.zeros((), dtype=torch.float64, device=device) for _ in cls.__slots__))
 
     def vector(self) -> Tensor:
+        """The sums as one tensor, to be added over processes."""
         return torch.stack([getattr(self, name) for name in self.__slots__])
 
     def add(self, other: Sums) -> None:
+        """Add another micro-batch's."""
         for name in self.__slots__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 

@@ -111,6 +111,7 @@ class Picker(LogitsProcessor):  # type: ignore[misc]
             self.running[i] = False
 
     def completions(self) -> list[Completion]:
+        """One for each ask, in order."""
         return [
             Completion(tuple(tokens), tuple(logprobs), self.chat.text(tokens), finish)
             for tokens, logprobs, finish in zip(self._picked, self._logprobs, self._finish, strict=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from minirl import models, recipe
+from minirl.adapter import adapter_state, load_adapter_state, save_adapter
 from minirl.embedded import public_name
 from minirl.errors import UserError
 from minirl.statistics import auc
@@ -45,9 +46,9 @@ class RewardModel:
 
     @classmethod
     def fresh(cls, node: recipe.Model, adapter: Mapping[str, Tensor], seed: int, device: torch.device) -> Self:
-        """One whose trunk starts from a policy's adapter, as `models.adapter_state` gives it, and whose head starts at zero."""
+        """One whose trunk starts from a policy's adapter, as `adapter_state` gives it, and whose head starts at zero."""
         model = cls(models.load_classifier(node, len(LABELS), seed, device))
-        models.load_adapter_state(model.loaded.model, models.adapter_state(model.loaded.model) | dict(adapter))
+        load_adapter_state(model.loaded.model, adapter_state(model.loaded.model) | dict(adapter))
         return model
 
     @classmethod
@@ -59,7 +60,7 @@ class RewardModel:
             if described.get("base") != public_name(node.name) or tuple(described.get("labels", ())) != LABELS:
                 raise ValueError(f"{CONFIG} speaks of {str(described.get('base'))[:80]!r}")
             model = cls(models.load_classifier(node, len(LABELS)))
-            models.load_adapter_state(model.loaded.model, stored)
+            load_adapter_state(model.loaded.model, stored)
         except (OSError, ValueError, AttributeError, SafetensorError) as error:
             raise UserError(
                 f"{folder}: no reward model of {node.name} that can be read ({' '.join(str(error).split())[:200]}); name a finished run of "
@@ -69,7 +70,7 @@ class RewardModel:
 
     def save(self, folder: Path, facts: Mapping[str, float]) -> None:
         """Write the adapter with its head as plain peft, and what it is of, with `facts` about its training."""
-        models.save_adapter(self.loaded.model, folder)
+        save_adapter(self.loaded.model, folder)
         described = {"base": public_name(self.loaded.node.name), "labels": LABELS, **facts}
         (folder / CONFIG).write_text(json.dumps(described, indent=1) + "\n")
 

@@ -82,10 +82,12 @@ class Run:
 
     @property
     def position(self) -> Position:
+        """How far the run is."""
         return self._state.position
 
     @property
     def finished(self) -> bool:
+        """Whether the run has come to its end."""
         return self._state.finished
 
     def close(self) -> None:

@@ -54,6 +54,7 @@ class Live:
     finish: Finish | None = None
 
     def append(self, token: int, logprob: float, chat: Chat) -> None:
+        """Take a drawn token, and see whether it ends the answer."""
         self.picked.append(token)
         self.logprobs.append(logprob)
         if token in chat.eos or (self.ask.stop and stops(chat, self.picked, self.ask.stop)):

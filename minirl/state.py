@@ -41,6 +41,7 @@ class State:
     sizes: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values, for the state file."""
         position = {"stage": self.position.stage, "step": self.position.step}
         best = None if self.best is None else {"checkpoint": self.best[0], "score": self.best[1]}
         rest = {name: getattr(self, name) for name in ("finished", "weights", "checkpoints", "sizes")}

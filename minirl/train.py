@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from safetensors.torch import load_file, save_file
 
-from minirl import models, recipe
+from minirl import recipe
+from minirl.adapter import adapter_state, save_adapter
 from minirl.episode import Episode, Group, Problem, regroup
 from minirl.errors import UserError
 from minirl.files import write_folder
@@ -174,7 +175,7 @@ def _reward_model(s: Session, index: int, stage: recipe.RewardModel) -> None:
     parts: tuple[list[Sample], list[Sample]] = ([], [])
     for episode in s.run.kept(index - 1):
         parts[episode.problem.id in held_out].append(Sample(episode.tokens, bool(episode.parts["first"])))
-    model = RewardModel.fresh(s.recipe.model, models.adapter_state(s.policy.model), s.recipe.seed, s.policy.device)
+    model = RewardModel.fresh(s.recipe.model, adapter_state(s.policy.model), s.recipe.seed, s.policy.device)
     began = time.monotonic()
 
     def log(row: dict[str, float]) -> None:
@@ -237,7 +238,7 @@ def _save(policy: Policy, learner: Learner, folder: Path) -> None:
 
 
 def _export(policy: Policy, folder: Path) -> None:
-    models.save_adapter(policy.model, folder)
+    save_adapter(policy.model, folder)
     if policy.value_head is not None:
         policy.value_head.save(folder)
 

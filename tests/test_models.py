@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from minirl import lora, models, recipe
+from minirl.adapter import adapter_state, load_adapter_state, save_adapter
 from minirl.errors import UserError
 
 CPU = torch.device("cpu")
@@ -93,7 +94,7 @@ def test_dropout_is_zero_so_train_mode_computes_what_eval_mode_does(tmp_path: Pa
 
 def test_the_seed_alone_draws_the_adapter(folders: Any) -> None:
     before = torch.get_rng_state()
-    one, same, other = (models.adapter_state(models.load_model(node(folders("llama")), seed=s, device=CPU).model) for s in (1, 1, 2))
+    one, same, other = (adapter_state(models.load_model(node(folders("llama")), seed=s, device=CPU).model) for s in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
@@ -255,7 +256,7 @@ def test_gradient_checkpointing_changes_memory_only(folders: Any, quantize: str)
 def test_a_saved_adapter_loads_in_plain_peft(folders: Any, arch: str, tmp_path: Path) -> None:
     loaded = models.load_model(node(folders(arch)), device=CPU)
     stir(loaded.model)
-    models.save_adapter(loaded.model, tmp_path / "adapter")
+    save_adapter(loaded.model, tmp_path / "adapter")
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(Path(folders(arch)).resolve())
@@ -271,23 +272,23 @@ def test_a_saved_adapter_loads_in_plain_peft(folders: Any, arch: str, tmp_path: 
 def test_adapter_state_is_a_snapshot_that_can_be_put_back(folders: Any) -> None:
     model = models.load_model(node(folders("llama"), dtype="bf16"), device=CPU).model
     stir(model, seed=1)
-    state = models.adapter_state(model)
+    state = adapter_state(model)
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
     before = model(input_ids=ids()).logits
     stir(model, seed=2)
     assert not torch.equal(model(input_ids=ids()).logits, before)
-    models.load_adapter_state(model, state)
+    load_adapter_state(model, state)
     assert torch.equal(model(input_ids=ids()).logits, before)
     state.pop(next(iter(state)))
     with pytest.raises(ValueError, match="expected 28 adapter weights, got 27"):
-        models.load_adapter_state(model, state)
+        load_adapter_state(model, state)
 
 
 def test_training_starts_from_a_given_adapter(folders: Any, tmp_path: Path) -> None:
     first = models.load_model(node(folders("llama")), device=CPU)
     stir(first.model)
     adapter = str(tmp_path / "adapter")
-    models.save_adapter(first.model, adapter)
+    save_adapter(first.model, adapter)
     second = models.load_model(node(folders("llama"), adapter=adapter), device=CPU)
     assert torch.equal(second.model(input_ids=ids()).logits, first.model(input_ids=ids()).logits)
     assert lora_gradients(second.model, ids()).keys() == lora_gradients(first.model, ids()).keys()

@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification
 
 from minirl import models
 from minirl import recipe as recipes
+from minirl.adapter import adapter_state
 from minirl.errors import UserError
 from minirl.reward import CONFIG, WEIGHTS, RewardModel, Sample
 
@@ -37,7 +38,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> recipes.Model:
 @pytest.fixture(scope="module")
 def adapter(node: recipes.Model) -> dict[str, torch.Tensor]:
     """That of a policy that has learned something."""
-    state = models.adapter_state(models.load_model(node).model)
+    state = adapter_state(models.load_model(node).model)
     generator = torch.Generator().manual_seed(5)
     return {name: torch.randn(tensor.shape, generator=generator) * 0.1 for name, tensor in state.items()}
 
@@ -68,7 +69,7 @@ def trained(node: recipes.Model, adapter: dict[str, torch.Tensor]) -> tuple[Rewa
 
 def test_it_starts_from_the_policy_and_knows_nothing(node: recipes.Model, adapter: dict[str, torch.Tensor]) -> None:
     model = RewardModel.fresh(node, adapter, 0, CPU)
-    state = models.adapter_state(model.loaded.model)
+    state = adapter_state(model.loaded.model)
     assert all(torch.equal(state[name], tensor) for name, tensor in adapter.items())
     assert {name: tuple(state[name].shape) for name in state.keys() - adapter.keys()} == {"base_model.model.score.weight": (2, 32)}
     assert model([s.tokens for s in samples(5, 3)]) == [0.5] * 5
@@ -100,7 +101,7 @@ def test_equal_runs_are_equal_bit_for_bit(
     node: recipes.Model, adapter: dict[str, torch.Tensor], trained: tuple[RewardModel, list[dict[str, float]]]
 ) -> None:
     again, logged = fitted(node, adapter)
-    one, two = (models.adapter_state(model.loaded.model) for model in (trained[0], again))
+    one, two = (adapter_state(model.loaded.model) for model in (trained[0], again))
     assert logged == trained[1]
     assert all(torch.equal(one[name], two[name]) for name in one)
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_learner import open_policy, same_bits, stir, weights
 
-from minirl import models
+from minirl.adapter import save_adapter
 from minirl.errors import UserError
 from minirl.policy import Policy
 from minirl.train import _export
@@ -132,7 +132,7 @@ def test_the_final_folder_holds_the_head_and_loads_with_plain_peft(folder: str, 
     other.load_value_head(tmp_path)
     assert other.value_head is not None
     assert same_bits(dict(other.value_head.named_parameters()), dict(policy.add_value_head().named_parameters()))
-    models.save_adapter(policy.model, tmp_path / "bare")
+    save_adapter(policy.model, tmp_path / "bare")
     fresh = open_policy(folder)
     fresh.load_value_head(tmp_path / "bare")
     assert fresh.value_head is None

@@ -84,12 +84,14 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         self._began_s = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """TRL's hook: the clock of its step starts."""
         if self._is_cuda and not self._warm:
             torch.cuda.reset_peak_memory_stats(self.bench.device)
         synchronize(self.bench.device)
         self._began_s = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        """TRL's hook: its step is over, now ours."""
         synchronize(self.bench.device)
         theirs = time.perf_counter() - self._began_s, float(self.bench.sizes.rows)
         if self._is_cuda and not self._warm:

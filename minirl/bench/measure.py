@@ -28,9 +28,11 @@ class Spread:
 
     @property
     def median(self) -> float:
+        """The middle value."""
         return median(self.values)
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
         return {"median": self.median, "min": min(self.values), "max": max(self.values), "values": list(self.values)}
 
 
@@ -62,6 +64,7 @@ class Measurement:
         return Spread(tuple(a / b for a, b in zip(self.ours.values, self.theirs.values, strict=True)))
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
         return {
             "section": self.section,
             "what": self.what,
@@ -85,6 +88,7 @@ class Report:
     measurements: list[Measurement] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
+        """What `--json` writes."""
         lines = [measurement.to_json() for measurement in self.measurements]
         return {"machine": self.machine, "model": self.model, "settings": self.settings, "measurements": lines}
 

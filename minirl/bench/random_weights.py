@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from minirl.adapter import LOAD_ERRORS
 from minirl.embedded import quiet
 from minirl.errors import UserError
 from minirl.hub import hub_answers
-from minirl.models import LOAD_ERRORS
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

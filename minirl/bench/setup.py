@@ -40,6 +40,7 @@ class Sizes:
 
     @property
     def rows(self) -> int:
+        """Completions of one step."""
         return self.prompts * self.group
 
 
@@ -97,6 +98,7 @@ class Bench:
 
     @property
     def device(self) -> torch.device:
+        """Where the model stands."""
         return self.policy.device
 
     def resized(self, sizes: Sizes) -> Bench:
@@ -104,9 +106,11 @@ class Bench:
         return replace(self, sizes=sizes, problems=problems_of(self.chat, sizes))
 
     def sampling(self) -> recipe.Sampling:
+        """The recipe's numbers that fit these sizes."""
         return recipe.Sampling(attempt_tokens=self.sizes.new_tokens, reflection_tokens=self.sizes.new_tokens, rows=self.sizes.rows)
 
     def sampler(self) -> LiveSampler | PlainSampler:
+        """A live sampler of as many rows as one step has."""
         return open_sampler(self.policy, self.chat, rows=self.sizes.rows, cuda_graphs=self.options.cuda_graphs)
 
     def learner(self, micro_tokens: int | None = None) -> Learner:

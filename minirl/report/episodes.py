@@ -35,6 +35,7 @@ def episodes_html(episodes: Rows) -> str:
 
 
 def one_episode_html(row: Mapping[str, Any]) -> str:
+    """One episode, its turns one below the other."""
     turns, texts = row.get("turns") or [], row.get("texts") or []
     parts = {name: value for name, value in (row.get("parts") or {}).items() if value is not None}
     marks = [f"{text(name)} {_mark(value)}" for name, value in parts.items()]

@@ -17,6 +17,8 @@ _Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class Paragraph(BaseModel):
+    """A paragraph as a data set gives it."""
+
     idx: int
     title: _Text
     paragraph_text: str
@@ -24,6 +26,8 @@ class Paragraph(BaseModel):
 
 
 class Hop(BaseModel):
+    """One step of a decomposed question."""
+
     question: _Text
     answer: _Text
     paragraph_support_idx: int

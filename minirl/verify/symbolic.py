@@ -70,7 +70,7 @@ class Symbolic:
                 value: float | None = json.loads(line.recv_bytes(MAX_REPLY))
                 return value
         except (EOFError, OSError):
-            pass  # it died of this expression, as of a time-out: one that has no value
+            pass  # it died of this expression; like one that takes too long, it has no value, and the process is replaced below
         self.close()
         return None
 
