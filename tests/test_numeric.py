@@ -390,6 +390,27 @@ def test_a_slow_process_gives_no_value_and_the_next_call_does() -> None:
     symbolic.close()
 
 
+@needs_math_verify
+def test_an_interrupt_loses_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a process that goes on after an interrupt, whose answer the next question would get."""
+    symbolic = Symbolic()
+    assert symbolic("4\\pi") == pytest.approx(12.566370614)
+    line, waited = symbolic._line, []
+    assert line is not None
+
+    def poll(timeout_s: float) -> bool:
+        waited.append(timeout_s)
+        if len(waited) == 1:
+            raise KeyboardInterrupt
+        return type(line).poll(line, timeout_s)
+
+    monkeypatch.setattr(line, "poll", poll)
+    with pytest.raises(KeyboardInterrupt):
+        symbolic("5\\pi")
+    assert symbolic("6\\pi") == pytest.approx(18.849555922)
+    symbolic.close()
+
+
 def test_math_verify_missing_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minirl.verify.symbolic.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"math-verify is not installed; run `pip install 'minirl\[maths\]'`"):

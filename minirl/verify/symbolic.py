@@ -63,14 +63,17 @@ class Symbolic:
         latex = to_latex(expression)
         if latex is None:
             return None
-        line = self._line or self._start()
         try:
+            line = self._line or self._start()
             line.send_bytes(json.dumps(latex).encode())
             if line.poll(self.timeout_s):
                 value: float | None = json.loads(line.recv_bytes(MAX_REPLY))
                 return value
         except (EOFError, OSError):
             pass  # it died of this expression; like one that takes too long, it has no value, and the process is replaced below
+        except BaseException:  # an interrupt: the next question must not get this one's answer
+            self.close()
+            raise
         self.close()
         return None
 
