@@ -52,7 +52,8 @@ class Maths(Frozen):
     tolerance: NonNegative = 0.01
     """Largest difference from the gold number that is right (ReFT: 1e-2, absolute)."""
     symbolic: bool = False
-    """Value answers that are no plain number, such as 4π, with math-verify; else they count as no answer. Prose chains only."""
+    """Value answers that are no plain number, such as 4π or 2(3 + 4), with math-verify; else they count as no answer, and so does in either
+    case a range or a sum in digits alone, which is not worked out. Prose chains only."""
     credit: MathsCredit = MathsCredit()
     """Partial credit by error kind."""
     limits: ProgramLimits = ProgramLimits()
