@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from minirl.recipe.maths import MathsCredit
 from minirl.verify import sandbox
-from minirl.verify.program import answer, extract, verify
+from minirl.verify.program import answer, extract, verify, verify_letter
 from minirl.verify.sandbox import Limits, Result
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "svamp" / "train_pcot.json"
@@ -141,6 +141,50 @@ def test_a_program_is_handed_over_as_it_stands() -> None:
 )
 def test_verdicts(gold: str | float, expression: str, kind: str | None) -> None:
     assert check(gold, returns(expression)) == kind
+
+
+@pytest.mark.parametrize(
+    ("returned", "kind"),
+    [
+        ("'c'", None),
+        ("'C'", None),
+        ("'(c)'", None),
+        ("' c ) '", None),
+        ("'c.'", None),
+        ("['a', 'b', 'c', 'd', 'e'][2]", None),
+        ("'b'", "wrong_answer"),
+        ("'(D)'", "wrong_answer"),
+        ("'e'", "no_letter"),  # there are four options
+        ("'f'", "no_letter"),
+        ("'cc'", "no_letter"),
+        ("'c d'", "no_letter"),
+        ("'c) 38'", "no_letter"),
+        ("'option c'", "no_letter"),
+        ("''", "no_letter"),
+        ("'c' * 10 ** 6", "no_letter"),
+        ("'(' * 8", "no_letter"),
+        ("'\\n c'", "no_letter"),
+        ("'с'", "no_letter"),  # Cyrillic
+        ("b'c'", "no_letter"),
+        ("['c']", "no_letter"),
+        ("38", "no_letter"),
+        ("None", "no_letter"),
+        ("'\\'c'", "no_letter"),
+        ("c", "program_error"),
+        ("'c' * 10 ** 10", "memory"),
+        ("sum(range(10 ** 12))", "timeout"),
+    ],
+)
+def test_letters(returned: str, kind: str | None) -> None:
+    verdict = verify_letter("c", 4, returns(returned), CREDIT)
+    assert verdict.parts["error_kind"] == kind
+    assert verdict.passed == (kind is None)
+    assert verdict.score == {None: 1.0, "wrong_answer": 0.25}.get(kind, 0.125)  # type: ignore[call-overload]
+    assert verdict.parts["answer"] == ("c" if kind is None else verdict.parts["answer"] if kind == "wrong_answer" else None)
+
+
+def test_a_letter_in_prose_is_no_program() -> None:
+    assert verify_letter("c", 5, "The answer is (c).", CREDIT).parts == {"error_kind": "no_program", "answer": None}
 
 
 def test_prose_is_no_program() -> None:

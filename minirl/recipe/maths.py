@@ -15,7 +15,7 @@ class MathsCredit(Frozen):
     wrong_answer: Probability = 0.1
     """An answer that can be read and is wrong."""
     no_answer: Probability = 0.0
-    """No answer that can be read, or no program that runs to a number."""
+    """No answer that can be read, or no program that runs to one."""
 
 
 class ProgramLimits(Frozen):
@@ -112,8 +112,6 @@ class Mathqa(Maths):
 
     @model_validator(mode="after")
     def _check_numeric(self) -> Self:
-        if self.chain == "program" and not self.numeric:
-            raise ValueError("chain: got 'program', which returns a number and no letter; set numeric to true or chain to 'prose'")
         if self.symbolic and not self.numeric:
             raise ValueError("symbolic: got true, but the answer is a letter; set numeric to true or symbolic to false")
         return self

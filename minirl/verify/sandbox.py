@@ -56,6 +56,7 @@ reply
 
 _ERRORS: dict[str, ErrorKind] = {"timeout": "timeout", "late": "timeout", "memory": "memory"}
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_SHORT = re.compile(r"'([A-Za-z(). ]{1,8})'")
 _QUOTED = re.compile(r"(?:Decimal\()?'\s*([^']*?)\s*'\)?")
 
 
@@ -73,12 +74,14 @@ class Result:
     """What came out: a finite `value`, or None with the kind of error; `detail` is one line for people.
 
     program_error: it does not parse, uses what Monty lacks, or raised. timeout. memory: more memory or output than allowed.
-    no_number: it returned something else than a plain finite number.
+    no_number: it returned something else than a plain finite number. text: what that was, where it is one to eight letters, brackets, dots
+    and spaces (the letter of an option); None for anything else.
     """
 
     value: int | float | None
     error: ErrorKind | None = None
     detail: str = ""
+    text: str | None = None
 
 
 DEFAULT = Limits()
@@ -101,8 +104,8 @@ def run_program(source: str, *, limits: Limits = DEFAULT) -> Result:
         if kind not in ("died", "gone"):
             break
     if kind == "ok":
-        value = plain_number(text)
-        return Result(value) if value is not None else Result(None, "no_number", f"returned {_line(text)}")
+        value, short = plain_number(text), _SHORT.fullmatch(text)
+        return Result(value) if value is not None else Result(None, "no_number", f"returned {_line(text)}", short[1] if short else None)
     return Result(None, _ERRORS.get(kind, "program_error"), _line(text))
 
 
