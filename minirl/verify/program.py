@@ -64,7 +64,7 @@ def verify(gold: str | float, text: str, credit: MathsCredit, *, tolerance: floa
 
 
 def verify_letter(gold: str, options: int, text: str, credit: MathsCredit, *, limits: Limits = DEFAULT) -> Verdict:
-    """Score 1.0 when the program in `text` returns the letter `gold` of one of so many options, as "c", "C", "(c)" or "c)"; else as `verify`.
+    """Score 1.0 when the program in `text` returns the letter `gold` of one of so many options, as "c", "C" or "(c)"; else as `verify`.
 
     parts["error_kind"] is "no_letter" where `verify` has "no_number": another text, the option's value, a letter beyond the options.
     parts["answer"]: the letter. Whether it was worked out or only written down is not looked at.
