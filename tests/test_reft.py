@@ -59,6 +59,8 @@ def smaller(path: Path, model: Path) -> list[str]:
             sets |= {f"stages.{number}.problems": 6, f"stages.{number}.batch": 3}
         elif isinstance(stage, recipes.Train):
             sets |= {f"stages.{number}.steps": 2, f"stages.{number}.batch": 4, f"stages.{number}.group": min(stage.group, 3)}
+            if stage.learner.value_warmup:
+                sets[f"stages.{number}.learner.value_warmup"] = 1
     return [word for name, value in sets.items() for word in ("--set", f"{name}={value}")]
 
 

@@ -58,8 +58,8 @@ class Learner(Frozen):
     """Leave episodes that were cut by their token limit out of the loss (DAPO). Without it a cut episode is one that ended: it is trained
     with the reward that its verifier gave, and under ppo nothing is expected to come after the cut."""
     sampled_share: Probability | None = None
-    """nll: share of the loss that falls on what was sampled in the step, the rest falling on demonstrations (ReFT's online self-training:
-    0.5); None: every trained token counts alike."""
+    """self_train: share of the loss that falls on what was sampled in the step, the rest falling on demonstrations (ReFT's online
+    self-training: 0.5); None: every trained token counts alike."""
     gamma: Probability = 1.0
     """ppo: discount of rewards to come, a token."""
     gae_lambda: Probability = 0.95

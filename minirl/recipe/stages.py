@@ -142,6 +142,23 @@ class Train(Frozen):
             raise ValueError(f"reflections: got {self.reflections} with examples {self.examples!r}, expected 0: samples show no reflection")
         return self
 
+    @model_validator(mode="after")
+    def _check_learner(self) -> Self:
+        node = self.learner
+        if self.method == "self_train" and node.minibatches > 1:
+            got = f"learner.minibatches: got {node.minibatches} with method 'self_train'"
+            raise ValueError(f"{got}, expected 1: each update takes attempts and demonstrations together")
+        if self.method != "self_train" and node.sampled_share is not None:
+            got = f"learner.sampled_share: got {node.sampled_share} with method {self.method!r}"
+            raise ValueError(f"{got}; only self_train trains on both kinds in one step")
+        if node.minibatches > self.batch:
+            raise ValueError(f"learner.minibatches: got {node.minibatches} with batch {self.batch}, expected at most one a group")
+        if 0 < self.steps <= node.value_warmup:
+            raise ValueError(
+                f"learner.value_warmup: got {node.value_warmup} of {self.steps} steps, expected fewer: the adapter would not learn"
+            )
+        return self
+
 
 class RewardModel(Frozen):
     """Train a model that tells right samples from wrong ones on what the collect stage before it kept (ReFT, arXiv 2401.08967, section 4).
