@@ -50,6 +50,9 @@ def train(node: recipe.Recipe, folder: Path, progress: Progress | None = None) -
     if missing := sorted(set(node.track) - {str(name) for name in get_available_trackers()}):  # accelerate would leave it out silently
         raise UserError(f"track: got {missing[0]!r}, which is not installed; `pip install {missing[0]}` or take it out of the list")
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=list(node.track) or None, project_dir=str(folder))
+    alone = [index for index, stage in enumerate(node.stages) if isinstance(stage, recipe.RewardModel)]
+    if alone and accelerator.num_processes > 1:
+        raise UserError(f"stages[{alone[0]}]: a reward model is trained by one process; run the recipe without `accelerate launch`")
     if accelerator.is_main_process:
         run = Run.open(folder, node)
     accelerator.wait_for_everyone()
@@ -167,8 +170,6 @@ def _train(s: Session, index: int, stage: recipe.Train) -> None:
 
 def _reward_model(s: Session, index: int, stage: recipe.RewardModel) -> None:
     """Train a reward model on what the collect stage before has kept, to the run's folder reward_model; all of it or nothing is done."""
-    if s.accelerator.num_processes > 1:
-        raise UserError(f"stages[{index}]: a reward model is trained by one process; run the recipe without `accelerate launch`")
     s.progress.stage(f"{index} reward model", stage.epochs)
     problems = sorted({e.problem.id for e in s.run.kept(index - 1)}, key=lambda name: seed_of(s.recipe.seed, index, name))
     held_out = set(problems[: round(stage.held_out * len(problems))])

@@ -119,6 +119,10 @@ def test_unknown_keys_at_every_level(changes: dict[str, Any], path: str, got: st
             "stages[0]: learner.minibatches: got 2 with method 'self_train', expected 1",
         ),
         (
+            {"stages": [COLLECT, {"kind": "reward_model", "batch": 10, "micro_batch": 4}]},
+            "stages[1]: micro_batch: got 4 with batch 10, expected a divisor of it",
+        ),
+        (
             {"stages": [{**TRAIN, "batch": 2, "learner": {"minibatches": 3}}]},
             "stages[0]: learner.minibatches: got 3 with batch 2, expected at most one a group",
         ),
@@ -146,6 +150,12 @@ def test_wrong_values_are_named_by_path(changes: dict[str, Any], said: str) -> N
 def test_a_missing_part_is_named() -> None:
     with pytest.raises(UserError, match=r"^r.yaml: model: Field required$"):
         parse({"task": {"name": "countdown"}, "stages": [TRAIN]}, "r.yaml")
+
+
+def test_a_reward_models_micro_batch_may_hold_more_than_its_batch() -> None:
+    collect = {**COLLECT, "keep": "all"}
+    for batch, micro_batch in ((10, 5), (10, 10), (10, 16)):
+        assert parse(data(stages=[collect, {"kind": "reward_model", "batch": batch, "micro_batch": micro_batch}]), "r.yaml")
 
 
 def test_a_stage_that_is_left_out_may_keep_its_warm_up() -> None:

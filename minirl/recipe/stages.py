@@ -174,13 +174,19 @@ class RewardModel(Frozen):
     batch: PositiveInt = 32
     """Samples an update."""
     micro_batch: PositiveInt = 8
-    """Samples in one forward pass."""
+    """Samples in one forward pass: a divisor of `batch`, or more than that."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate; it rises over the first twentieth of the updates and then falls to 0 along a line."""
     held_out: Probability = 0.1
     """Share of the problems whose samples are kept for accuracy and AUC."""
     balance: bool = True
     """Weigh right and wrong samples alike, however many there are of each; else by their numbers."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.batch % min(self.batch, self.micro_batch):
+            raise ValueError(f"micro_batch: got {self.micro_batch} with batch {self.batch}, expected a divisor of it")
+        return self
 
 
 Stage = Annotated[Collect | Filter | Train | RewardModel, Field(discriminator="kind")]
