@@ -245,7 +245,9 @@ def test_several_processes_are_refused_before_anything_is_done(tiny: Path, tmp_p
     """Catches: a refusal after the hours of the warm-up."""
     monkeypatch.setattr("minirl.train.Accelerator", lambda **_: SimpleNamespace(num_processes=2, is_main_process=True))
     node = recipes.load(recipe(tmp_path / "r.yaml", tiny, STAGES))
-    with pytest.raises(UserError, match=r"stages\[1\]: a reward model is trained by one process; run the recipe without `accelerate launch`"):
+    with pytest.raises(
+        UserError, match=r"stages\[1\]: a reward model is trained by one process; run the recipe without `accelerate launch`"
+    ):
         train(node, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
