@@ -19,7 +19,7 @@ from minirl.evaluate import evaluate
 from minirl.methods.reflect import REFLECT, RETRY
 from minirl.recipe import Eval, Sampling
 from minirl.rollout import seed_of
-from minirl.statistics import summarise
+from minirl.statistics import summarise, wilson
 from minirl.tasks import Task
 from minirl.trial import _evaluated
 
@@ -141,11 +141,11 @@ def voted(rank: Any = None, **numbers: Any) -> list[dict[str, Any]]:
 def test_majority_of_the_samples() -> None:
     rows = voted(vote=True)
     assert [row["answer"] for row in rows] == [["b", "a", "b"], ["a", "b", "c"], ["c", "b", "b"], [None] * 3, [None, "a", "b"]]
-    # A tie goes to the answer given first; a question without any answer is wrong.
-    assert [row["scores"]["majority"] for row in rows] == [[1.0], [0.0], [1.0], [0.0], [0.0]]
+    # Of three answers that tie one is right, of two one; a question without any answer is wrong.
+    assert [row["scores"]["majority"] for row in rows] == [[1.0], [1 / 3], [1.0], [0.0], [0.5]]
     summary = summarise({"label": "x", "samples": 3, "problems": rows})
-    assert summary["scores"]["majority"].value == 0.4
-    assert summary["scores"]["majority"][1:] == pytest.approx((0.1176, 0.7693), abs=1e-4), "Wilson over 5 questions, not over 15 samples"
+    assert summary["scores"]["majority"].value == pytest.approx(17 / 30)
+    assert summary["scores"]["majority"][1:] == pytest.approx(wilson(17 / 6, 5)), "Wilson over 5 questions, not over 15 samples"
     assert summary["pass_at_k"][3].value == 0.8
     assert "scores" not in voted()[0]
     assert "answer" not in voted()[0]
