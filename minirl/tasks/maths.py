@@ -1,7 +1,8 @@
 """GSM8K, SVAMP and MathQA: word problems from the hub or from local files, with chains of reasoning in prose or as programs (ReFT).
 
 Invariant: no held-out question, whatever its case, spacing and punctuation, is among the training ones, and every chain that is shown
-passes the verifier. Training rows that cannot keep this are left out and counted in the task's notes, held-out rows never.
+passes the verifier. Training rows that cannot keep this are left out and counted in the task's notes. So are, on either side, rows that
+the recipe does not ask for: under `numeric` those whose right option is no number, under `most_calls` those that call too often.
 """
 
 from __future__ import annotations
