@@ -123,9 +123,10 @@ def _collect(s: Session, index: int, stage: recipe.Collect) -> None:
 
 
 def _keep(episodes: Sequence[Episode], stage: recipe.Collect) -> list[Episode]:
-    """The stage's choice among one problem's episodes, no two with the same tokens."""
+    """The stage's choice among one problem's episodes, no two with the same tokens; with `passed` none that its token limit cut."""
     wanted = {"failed": (False,), "passed": (True,), "all": (False, True)}[stage.keep]
-    distinct = {e.tokens: e for e in episodes if e.parts["first"] in wanted}
+    whole = [e for e in episodes if stage.keep != "passed" or e.finish != "length"]
+    distinct = {e.tokens: e for e in whole if e.parts["first"] in wanted}
     return list(distinct.values())[: stage.keep_each]
 
 

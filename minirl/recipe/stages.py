@@ -28,7 +28,7 @@ class Collect(Frozen):
     samples: PositiveInt = 1
     """Attempts a problem (R3: up to 64)."""
     keep: Literal["failed", "passed", "all"] = "failed"
-    """Which episodes to keep."""
+    """Which episodes to keep. passed: right ones that ended by themselves; one that the token limit cut would teach never to end."""
     keep_each: PositiveInt = 1
     """Most distinct episodes to keep of one problem."""
     temperature: PositiveFloat = 1.0
