@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -253,7 +254,9 @@ def test_any_text_gets_a_verdict(text: str) -> None:
 def test_extraction_is_linear() -> None:
     for piece in ("def solution():\n", "```\n", "```\ndef solution():\n", '    """ \'\'\' """\n', "x = 1\n", "a", " ", "import a, "):
         text = piece * (1_000_000 // len(piece))
+        began = time.process_time()
         extract(text + "\ndef solution():\n    return 1")
+        assert time.process_time() - began < 5.0, piece  # of 60,000 lines or a million words each looked at again: minutes
 
 
 def test_equal_values_vote_for_one_answer() -> None:
