@@ -22,7 +22,7 @@ class ProgramLimits(Frozen):
     """What one program may use in the sandbox."""
 
     time_s: PositiveFloat = 1.0
-    """Seconds it may run (ReFT: 10)."""
+    """Seconds of a CPU that it may use (ReFT: 10)."""
     memory_mb: PositiveInt = 64
     """MiB it may hold."""
 
