@@ -40,7 +40,7 @@ MAX_REPR = 400  # characters of a result; no float needs more, and a longer inte
 GRACE_S = 0.25  # what Monty's process may take beyond the limit before it is killed
 SLACK_S = 5.0  # what the helper may take beyond that, on a loaded machine
 ENOUGH = 0.8  # the share of its time, in CPU seconds, that a program must have had before a time-out is its own
-PATIENCE = 5  # how many times the wall-clock limit a second run has, in which CPU seconds decide
+PATIENCE = 10  # how many times the wall-clock limit a second run has, in which CPU seconds decide
 START_S = 60.0
 INSTALL = "install it with `pip install 'minirl[programs]'`"
 
