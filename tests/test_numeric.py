@@ -411,16 +411,16 @@ def test_an_interrupt_loses_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: a process that goes on after an interrupt, whose answer the next question would get."""
     symbolic = Symbolic()
     assert symbolic("4\\pi") == pytest.approx(12.566370614)
-    line, waited = symbolic._line, []
-    assert line is not None
+    assert symbolic._line is not None
+    wait, waited = symbolic._line.poll, list[float]()
 
     def poll(timeout_s: float) -> bool:
         waited.append(timeout_s)
         if len(waited) == 1:
             raise KeyboardInterrupt
-        return type(line).poll(line, timeout_s)
+        return wait(timeout_s)
 
-    monkeypatch.setattr(line, "poll", poll)
+    monkeypatch.setattr(symbolic._line, "poll", poll)
     with pytest.raises(KeyboardInterrupt):
         symbolic("5\\pi")
     assert symbolic("6\\pi") == pytest.approx(18.849555922)
