@@ -72,7 +72,8 @@ def gae(rewards: Sequence[float], values: Sequence[float], gamma: float, lam: fl
     """Advantages and returns of one episode's trained tokens (generalised advantage estimation, arXiv 1506.02438, eq. 16).
 
     What stands between two trained turns is skipped: the token after the last one of a turn is the first one of the next. After the last
-    of all the episode is over and worth 0. A return is an advantage plus the value, the target that the value head learns.
+    of all the episode is over and worth 0. A return is an advantage plus the value: with lambda 1 what the episode paid from there on,
+    below it in part what the values foretold. Advantages and the value head's targets have lambdas of their own (see ppo.experience).
     """
     advantages = [0.0] * len(rewards)
     following, after = 0.0, 0.0  # the next token's advantage and value

@@ -41,7 +41,7 @@ def evaluate(
 
     judge: asked about every answer of a question-answering task, once all are there (part `judged`). rank: how likely each sample is
     right; with it the score `reranked` says whether the sample that it puts first is (the earlier one of equals). With `node.vote` the
-    score `majority` says whether the answer is that most samples give (see `statistics.majority`).
+    score `majority` says whether the answer that most samples give is right (see `statistics.majority`).
     With tries 2 a failed first try is followed by a reflection and a second; `second` then counts problems solved within two tries.
     """
     method = evaluated_by(node, task)
@@ -90,8 +90,7 @@ def _row(episodes: Sequence[Episode], tries: int) -> dict[str, Any]:
 
 def _vote(row: dict[str, Any], episodes: Sequence[Episode]) -> None:
     row["answer"] = [None if (answer := e.parts.get("answer")) is None else str(answer) for e in episodes]
-    chosen = majority(row["answer"])
-    row["scores"] = row.get("scores", {}) | {"majority": [float(chosen is not None and row["first"][chosen])]}
+    row["scores"] = row.get("scores", {}) | {"majority": [majority(row["answer"], [bool(passed) for passed in row["first"]])]}
 
 
 def _rerank(row: dict[str, Any], chances: Sequence[float]) -> None:

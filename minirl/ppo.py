@@ -82,6 +82,10 @@ def look(policy: Policy, rows: Sequence[Row], batches: Iterable[Batch], *, tempe
 def experience(seen: Seen, scores: Mapping[int, float], node: Learner, total: Total, *, value_only: bool) -> Experience:
     """Token rewards, GAE and whitening (ReFT, arXiv 2401.08967, section 3.2) over the episodes of all processes.
 
+    Advantages are taken with `gae_lambda`, the returns that the value head learns with `value_lambda` (decoupled GAE: VC-PPO, arXiv
+    2503.01491). With one lambda of 0.95 for both, the target k tokens before the end of a chain that pays R is 0.95^k R while the head is
+    still zero: it would learn how near the end is, and not how likely the chain is right.
+
     scores: the verifier's, by the episode's number. An episode that its token limit cut is over like any other: nothing is added for what
     might have come, because the limit is part of the task and the verifier has judged the text as it stands.
     """
@@ -90,9 +94,8 @@ def experience(seen: Seen, scores: Mapping[int, float], node: Learner, total: To
     returns: list[float] = []
     for number in values:
         rewards = token_rewards(scores[number], old[number], anchor[number], node.beta)
-        found = gae(rewards, values[number], node.gamma, node.gae_lambda)
-        advantages += found[0]
-        returns += found[1]
+        advantages += gae(rewards, values[number], node.gamma, node.gae_lambda)[0]
+        returns += gae(rewards, values[number], node.gamma, node.value_lambda)[1]
     flat = seen.values.tolist()
     stats = {
         "value": moments(flat, total)[0],

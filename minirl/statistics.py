@@ -133,13 +133,20 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
-def majority(answers: Sequence[str | None]) -> int | None:
-    """Which sample speaks for the most frequent answer: the first that gave it. Of answers given equally often the one given first wins.
+def majority(answers: Sequence[str | None], passed: Sequence[bool]) -> float:
+    """Whether the answer that most samples give is right (majority@k), whatever the order of the samples.
 
-    None stands for no answer and has no vote; None where nobody has one.
+    None stands for no answer and has no vote; 0 where nobody has one. An answer is right where most samples that give it passed (as many as
+    not: 1/2): "50%" and "50" vote for one answer, and only the first is right where a share of 0.5 was asked for. Of answers given equally
+    often each counts alike, as if one of them were drawn.
     """
-    counts = Counter(answer for answer in answers if answer is not None)
-    return answers.index(max(counts, key=lambda answer: counts[answer])) if counts else None
+    votes: dict[str, list[bool]] = {}
+    for answer, right in zip(answers, passed, strict=True):
+        if answer is not None:
+            votes.setdefault(answer, []).append(right)
+    most = max(map(len, votes.values()), default=0)
+    winners = [sum(rights) for rights in votes.values() if len(rights) == most]
+    return sum(1.0 if 2 * right > most else 0.5 if 2 * right == most else 0.0 for right in winners) / len(winners) if winners else 0.0
 
 
 def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:

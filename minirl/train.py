@@ -50,6 +50,9 @@ def train(node: recipe.Recipe, folder: Path, progress: Progress | None = None) -
     if missing := sorted(set(node.track) - {str(name) for name in get_available_trackers()}):  # accelerate would leave it out silently
         raise UserError(f"track: got {missing[0]!r}, which is not installed; `pip install {missing[0]}` or take it out of the list")
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=list(node.track) or None, project_dir=str(folder))
+    alone = [index for index, stage in enumerate(node.stages) if isinstance(stage, recipe.RewardModel)]
+    if alone and accelerator.num_processes > 1:
+        raise UserError(f"stages[{alone[0]}]: a reward model is trained by one process; run the recipe without `accelerate launch`")
     if accelerator.is_main_process:
         run = Run.open(folder, node)
     accelerator.wait_for_everyone()
@@ -120,9 +123,10 @@ def _collect(s: Session, index: int, stage: recipe.Collect) -> None:
 
 
 def _keep(episodes: Sequence[Episode], stage: recipe.Collect) -> list[Episode]:
-    """The stage's choice among one problem's episodes, no two with the same tokens."""
+    """The stage's choice among one problem's episodes, no two with the same tokens; with `passed` none that its token limit cut."""
     wanted = {"failed": (False,), "passed": (True,), "all": (False, True)}[stage.keep]
-    distinct = {e.tokens: e for e in episodes if e.parts["first"] in wanted}
+    whole = [e for e in episodes if stage.keep != "passed" or e.finish != "length"]
+    distinct = {e.tokens: e for e in whole if e.parts["first"] in wanted}
     return list(distinct.values())[: stage.keep_each]
 
 
@@ -167,8 +171,6 @@ def _train(s: Session, index: int, stage: recipe.Train) -> None:
 
 def _reward_model(s: Session, index: int, stage: recipe.RewardModel) -> None:
     """Train a reward model on what the collect stage before has kept, to the run's folder reward_model; all of it or nothing is done."""
-    if s.accelerator.num_processes > 1:
-        raise UserError(f"stages[{index}]: a reward model is trained by one process; run the recipe without `accelerate launch`")
     s.progress.stage(f"{index} reward model", stage.epochs)
     problems = sorted({e.problem.id for e in s.run.kept(index - 1)}, key=lambda name: seed_of(s.recipe.seed, index, name))
     held_out = set(problems[: round(stage.held_out * len(problems))])

@@ -70,8 +70,7 @@ def evaluate_run(
     sampling and evaluation take the place of the run's own, overrides laid over them: what was trained on one task is tried on another.
     """
     overrides = [*overrides, *([f"eval.samples={samples}"] if samples is not None else []), *(["eval.vote=true"] if vote else [])]
-    wanted = _warmed(folder, overrides) if samples is not None and samples > 1 else overrides
-    node = _recipe(folder, wanted, method) if task is None else _transferred(folder, task, wanted, method)
+    node = _evaluated(folder, task, overrides, method, warm=samples is not None and samples > 1)
     changed = [*overrides, *([] if task is None else [f"recipe={task.stem}"])]
     if rerank is not None and (node.eval.samples < 2 or node.eval.tries == 2):
         raise UserError(
@@ -83,10 +82,19 @@ def evaluate_run(
         return _evaluate(opened, node, changed, method, shown, [*["vote"] * node.eval.vote, *([f"rerank {rerank}"] if rerank else [])])
 
 
-def _warmed(folder: Path, overrides: Sequence[str]) -> list[str]:
-    """With the temperature of training in place of 0, at which all samples would be equal."""
-    node = _recipe(folder, [text for text in overrides if not text.startswith(("eval.samples=", "eval.vote="))], None)
-    return [*([f"eval.temperature={node.sampling.temperature}"] if node.eval.temperature == 0 else []), *overrides]
+def _evaluated(folder: Path, task: Path | None, overrides: Sequence[str], method: str | None, *, warm: bool) -> recipe.Recipe:
+    """The recipe that is evaluated: the run's own, or another's with the run's model.
+
+    warm: with the temperature of training, that recipe's own, in place of 0, at which all samples would be equal.
+    """
+
+    def load(texts: Sequence[str]) -> recipe.Recipe:
+        return _recipe(folder, texts, method) if task is None else _transferred(folder, task, texts, method)
+
+    if not warm:
+        return load(overrides)
+    single = load([text for text in overrides if not text.startswith(("eval.samples=", "eval.vote="))])
+    return load([*([f"eval.temperature={single.sampling.temperature}"] if single.eval.temperature == 0 else []), *overrides])
 
 
 def _reward_model(folder: Path, node: recipe.Recipe) -> RewardModel:

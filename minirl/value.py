@@ -22,8 +22,9 @@ class ValueHead(nn.Module):
     """A linear map from D hidden numbers to one (ReFT, arXiv 2401.08967, section 3.2): mean(weight * state / rms(state)) + bias.
 
     Hidden states differ in size from model to model by far more than rewards do; over their own size, and with the mean in place of a
-    sum, a step of AdamW moves a value by at most about its learning rate whatever the model. The head starts at zero: the first
-    advantages are those of the bare returns, and no gradient reaches the trunk from random values.
+    sum, a step of AdamW moves a value by about twice its learning rate at most (once for the weights, once for the bias) whatever the
+    model. The head starts at zero: the first advantages are those of the bare returns, and no gradient reaches the trunk from random
+    values.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:

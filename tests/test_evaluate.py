@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import Scripted, at_random
@@ -17,8 +19,9 @@ from minirl.evaluate import evaluate
 from minirl.methods.reflect import REFLECT, RETRY
 from minirl.recipe import Eval, Sampling
 from minirl.rollout import seed_of
-from minirl.statistics import summarise
+from minirl.statistics import summarise, wilson
 from minirl.tasks import Task
+from minirl.trial import _evaluated
 
 CHAT = Chat(byte_tokenizer())
 # What is answered at the first and the second try of each question; digits are wrong in different ways.
@@ -138,11 +141,11 @@ def voted(rank: Any = None, **numbers: Any) -> list[dict[str, Any]]:
 def test_majority_of_the_samples() -> None:
     rows = voted(vote=True)
     assert [row["answer"] for row in rows] == [["b", "a", "b"], ["a", "b", "c"], ["c", "b", "b"], [None] * 3, [None, "a", "b"]]
-    # A tie goes to the answer given first; a question without any answer is wrong.
-    assert [row["scores"]["majority"] for row in rows] == [[1.0], [0.0], [1.0], [0.0], [0.0]]
+    # Of three answers that tie one is right, of two one; a question without any answer is wrong.
+    assert [row["scores"]["majority"] for row in rows] == [[1.0], [1 / 3], [1.0], [0.0], [0.5]]
     summary = summarise({"label": "x", "samples": 3, "problems": rows})
-    assert summary["scores"]["majority"].value == 0.4
-    assert summary["scores"]["majority"][1:] == pytest.approx((0.1176, 0.7693), abs=1e-4), "Wilson over 5 questions, not over 15 samples"
+    assert summary["scores"]["majority"].value == pytest.approx(17 / 30)
+    assert summary["scores"]["majority"][1:] == pytest.approx(wilson(17 / 6, 5)), "Wilson over 5 questions, not over 15 samples"
     assert summary["pass_at_k"][3].value == 0.8
     assert "scores" not in voted()[0]
     assert "answer" not in voted()[0]
@@ -164,3 +167,26 @@ def test_the_reward_model_picks_a_sample() -> None:
         row[: len(CHAT.prompt(Problem("a", "Question a?", "b")))] == CHAT.prompt(Problem("a", "Question a?", "b")) for row in asked[:3]
     )
     assert [row["scores"] for row in voted(lambda rows: [0.5] * len(rows))] == [{"reranked": [row["first"][0]]} for row in rows]
+
+
+def test_samples_are_as_warm_as_in_the_recipe_that_is_evaluated(tmp_path: Path) -> None:
+    """Catches: the temperature of the run's own recipe for another's task, that task's overrides laid over the run's own."""
+    stages = [{"kind": "train", "method": "single", "steps": 1}]
+    own = {"model": {"name": "own"}, "task": {"name": "countdown"}, "sampling": {"temperature": 0.5}, "stages": stages}
+    other = {"model": {"name": "other"}, "task": {"name": "svamp"}, "sampling": {"temperature": 0.75}, "stages": stages}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(own))
+    path = tmp_path / "other.yaml"
+    path.write_text(yaml.safe_dump(other))
+    many = ["eval.samples=4"]
+
+    def temperature(*overrides: str, task: Path | None = None, warm: bool = True) -> float:
+        node = _evaluated(tmp_path, task, overrides, None, warm=warm)
+        assert (node.model.name, node.task.name) == ("own", "countdown" if task is None else "svamp")
+        return node.eval.temperature
+
+    assert temperature(*many) == 0.5
+    assert temperature(*many, task=path) == 0.75
+    assert temperature("task.chain=program", *many, "eval.vote=true", task=path) == 0.75
+    assert temperature("sampling.temperature=0.25", *many, task=path) == 0.25
+    assert temperature("eval.temperature=0.125", *many, task=path) == 0.125
+    assert temperature("task.chain=program", task=path, warm=False) == temperature(warm=False) == 0.0

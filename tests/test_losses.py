@@ -248,6 +248,7 @@ def test_ppos_numbers_are_refused_where_they_do_nothing() -> None:
     """Catches: a value_coef written beside loss grpo that changes nothing without a word; a group baseline beside the value head."""
     node = Learner(loss="ppo")
     paper = {"passes": 2, "gamma": 1.0, "gae_lambda": 0.95, "value_coef": 5.0, "value_clip": 0.2, "value_warmup": 0, "value_detach": False}
+    paper |= {"value_lambda": 1.0}
     assert {name: getattr(node, name) for name in paper} == paper
     assert not node.penalises_loss
     assert [Learner(beta=0.1).penalises_loss, Learner(beta=0.0).penalises_loss] == [True, False]
@@ -257,6 +258,7 @@ def test_ppos_numbers_are_refused_where_they_do_nothing() -> None:
         "value_clip": None,
         "value_detach": True,
         "value_warmup": 3,
+        "value_lambda": 0.5,
         "gamma": 0.9,
     }.items():
         with pytest.raises(ValueError, match=f"{name}: got .* which loss 'grpo' does not use"):

@@ -16,7 +16,7 @@ from minirl.episode import Problem
 from minirl.errors import UserError
 from minirl.recipe.maths import Gsm8k, Mathqa, MathsCredit, Svamp
 from minirl.tasks import Task
-from minirl.tasks.maths import ASK_LETTER, ASK_NUMBER, ASK_PROGRAM, open_task
+from minirl.tasks.maths import ASK_LETTER, ASK_LETTER_PROGRAM, ASK_NUMBER, ASK_PROGRAM, open_task
 from minirl.tasks.maths_rows import options_of
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -167,6 +167,21 @@ def test_programs_by_hand(tmp_path: Path) -> None:
 
 
 @needs_sandbox
+def test_mathqa_programs_return_a_letter(tmp_path: Path) -> None:
+    """ReFT's P-CoT of multiple choice. Catches: a letter beside a number, the prose prompt, the option's value taken for its letter."""
+    rows = [reft(f"How many?\n{OPTIONS}", "C", PROGRAM.format("'c' if 5 * 200 == 1000 else 'e'"))]
+    rows += [reft(f"What else?\n{OPTIONS}", "a", PROGRAM.format("38")), reft(f"And then?\n{OPTIONS}", "a", "It is 38.")]
+    test = saved(tmp_path, [reft(f"What profit?\n{OPTIONS}", "b")], "test.json")
+    task = opened(Mathqa, saved(tmp_path, rows), test, chain="program")
+    listed = "(a) 38\n(b) 27.675\n(c) 1,000\n(d) 5 / 36\n(e) none of these"
+    (problem,) = task.train
+    assert problem.prompt == f"How many?\n{listed}\n\n{ASK_LETTER_PROGRAM}"
+    assert task.verify(problem, shown(task, problem)).parts == {"error_kind": None, "answer": "c"}
+    (held_out,) = task.held_out
+    assert [task.verify(held_out, PROGRAM.format(found)).score for found in ("'(B)'", "'c'", "27.675")] == [1.0, 0.1, 0.0]
+
+
+@needs_sandbox
 def test_docstrings_are_left_out_where_the_recipe_says_so(tmp_path: Path) -> None:
     text = 'def solution():\n    """{}"""\n    return {}'
     rows = [reft("Four?", 4, text.format("Four?", "len('''four''')")), reft("Five?", 5, text.format("Five?\n\n    And why?\n    ", "5"))]
@@ -230,7 +245,7 @@ def test_symbolic_answers_only_where_the_recipe_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "fields", "said"),
     [
-        (Mathqa, {"chain": "program"}, "chain: got 'program', which returns a number and no letter"),
+        (Mathqa, {"symbolic": True, "chain": "program"}, "symbolic: got true with chain 'program'"),
         (Mathqa, {"symbolic": True}, "symbolic: got true, but the answer is a letter"),
         (Svamp, {"symbolic": True, "chain": "program"}, "symbolic: got true with chain 'program'"),
         (Gsm8k, {"numeric": True}, "unknown key 'numeric'"),

@@ -44,6 +44,8 @@ def listed(block: str) -> list[str]:
 FIVE = listed("""
 5 ¦ 5. ¦ 5.0 ¦ 05 ¦ +5 ¦ : 5 ¦ 5! ¦ (5) ¦ [5] ¦ <5> ¦ `5` ¦ **5**. ¦ *5* ¦ 5 apples. ¦ 5 apples in total. ¦
 5 red and blue apples ¦ 5 (five) ¦ 5 apples, because 2 + 3 = 5 ¦ 5. Then 6 more came. ¦ 5th ¦ $5 ¦ $ 5 ¦ $5.00 ¦ 5 $ ¦ €5 ¦
+5 times ¦ 5 times a day ¦ 5 times as many ¦ 5 more apples than Tom ¦ 5 three-legged stools ¦ 5 twenty-one-year-olds ¦ 5 hundred ¦
+5 horsepower ¦ 5 tenpins ¦ 5 of the ones ¦
 USD 5 ¦ Rs. 5 ¦ rs . 5 ¦ 5 dollars per day at the farmers' market. ¦ 5 rs ¦ 5 miles/hour ¦ 5 miles / hour ¦ 5 km/h ¦ 5 m^2 ¦
 5 cm2 ¦ 5m² ¦ 5°C ¦ 5-year-olds ¦ 5 hours to finish ¦ approximately 5 ¦ ≈ 5 ¦ 10/2 ¦ 20 / 4 ¦ 10⁄2 ¦ $5$ ¦ 5e0 ¦ .5e1 ¦
 0.5E+1 ¦ 0.5 x 10^1 ¦ 50 × 10^-1 ¦ 0.05*10**2 ¦ 2 + 3 = 5 ¦ x = 5 ¦ x = 2 + 3 = 5. ¦ = 5 ¦ 1,000 / 200 = 5 ¦ 5% ¦ 500% ¦
@@ -63,12 +65,22 @@ NO_NUMBER = listed("""
 . ¦ five ¦ unknown ¦ none ¦ ? ¦ $ ¦ - ¦ not 5 ¦ isn't 5 ¦ 5? ¦ 5 or 6 ¦ 5 or so ¦ 5, 6 ¦ 5; 6 ¦ 5 and 6 ¦ 5 6 ¦ 5-6 ¦
 5 - 6 ¦ 5–6 ¦ 5 to 6 ¦ 5, or 6 ¦ 5 (6) ¦ 5 (or 6) ¦ 5. Or 6 ¦ either 5 ¦ between 3 and 5 ¦ at least 5 ¦ more than 5 ¦ < 5 ¦
 > 5 ¦ ≤ 5 ¦ <5 ¦ 5+ ¦ 5 ± 1 ¦ ~5~6 ¦ 5x ¦ 5 x ¦ 5 n ¦ 5π ¦ 5 π ¦ √5 ¦ 5^2 ¦ 5² ¦ 5**2 ¦ 5*2 ¦ 5 + 3 ¦ 5 squared ¦ 5 cubed ¦
+5 thousand two hundred ¦ 5 thousand, two hundred ¦ 5 hundred twenty ¦ 5 hundred, twenty ¦ 5 thousand million ¦ 5 times two ¦
+5 times the price ¦ 5 multiplied by ten ¦ 5 multiplied ¦ 5 divided by two ¦ 5 to the power of three ¦ 5 more than twenty ¦ 5 less than Tom ¦
+5 below zero ¦ 5 degrees below ¦ 5 feet six inches ¦ 5 twenty-one ¦ 5 three-quarters ¦ 5 dollars fifty ¦ 5 point one ¦ 5 over ten ¦
+5 apples in two bags ¦
 5 and a half ¦ 5 halves ¦ 5 tenths ¦ 5 point five ¦ 5 plus two ¦ 5 is wrong ¦ 5 is not right ¦ 5/0 ¦ 0/0 ¦ --5 ¦ -$-5 ¦
 5 ≠ 6 ¦ x = 5 or x = 6 ¦ x = 5, y = 6 ¦ x = 5 and y = 6 ¦ 5, 6 = 6 ¦ 5:30 ¦ 5.5.5 ¦ 5,5 ¦ 1,23 ¦ 0,005 ¦ 12/5/2020 ¦ 0x5 ¦
 ٥ ¦ ５ ¦ ⑤ ¦ 5 7/3 ¦ 5 / 6 / 7 ¦ the number 5 ¦ that she has 5 ¦ 1e9999
 """)
 NO_NUMBER += ["", "5\\pi", "5\\sqrt{2}", "\\boxed{5", "\\boxed{}", "\\boxed{5, 6}", "\\boxed{5} or 6", "\\boxed{5} or \\boxed{6}"]
 NO_NUMBER += ["not \\boxed{5}", "\\boxed{x=5, y=6}", "\\boxed{5 or 6}"]
+
+
+def test_a_scale_is_no_number_where_words_go_on() -> None:
+    for gold in ("5", "500", "520"):
+        assert kind(gold, says("5 hundred twenty")) == kind(gold, says("5 hundred, twenty")) == "no_answer"
+    assert kind("500", says("5 hundred apples")) == kind("500", says("5 hundred, because two are gone")) is None
 
 
 @pytest.mark.parametrize("statement", FIVE)
@@ -350,8 +362,8 @@ def test_every_prose_chain_of_svamp_but_two() -> None:
         ("\\sqrt 2 + 1", 2.414213562),
         ("2\\left(3+4\\right)", 14.0),
         ("\\sqrt[3]{8} + 1", 3.0),
-        ("1/0", None),
-        ("1+", None),
+        ("(3+4)/(1+1)", 3.5),
+        ("\\frac{1}{0}", None),
         ("\\sqrt{-1}", None),
         ("2^{(3+1)^99}", None),
     ],
@@ -371,6 +383,8 @@ def symbolic() -> Symbolic:
     listed(
         "¦ x + 1 ¦ 5 6 ¦ 3 1/2 ¦ 5, 6 ¦ (1)(2) ¦ 1.5.2 ¦ 9^9^9 ¦ 9^999 ¦ 9999999999 ¦ 12 π cm ¦ \\text{import os} ¦ ((((((((((1)))))))))) "
         "¦ \\int 5 ¦ __import__('os') ¦ 5 or 6 ¦ \\input{/etc/passwd} ¦ five ¦ () ¦ {1}{2} ¦ 3{4} ¦ 1-[2]"
+        "¦ 20-30 ¦ 20–30 ¦ 20 - 30. ¦ (20-30) ¦ \\left(20-30\\right) ¦ \\(20-30\\) ¦ 48 + 48/2 ¦ ((48 + 48/2)) ¦ $48+24$ ¦ 3 × 4 "
+        "¦ 3 \\times 4 ¦ 12 / 5 * 2 ¦ 5**2 ¦ (20)-(30) ¦ (-20)-(30) ¦ 1/0 ¦ 2+3"
     ),
 )
 def test_only_what_can_be_a_number_is_handed_to_math_verify(expression: str) -> None:
@@ -380,13 +394,36 @@ def test_only_what_can_be_a_number_is_handed_to_math_verify(expression: str) -> 
 @needs_math_verify
 def test_a_slow_process_gives_no_value_and_the_next_call_does() -> None:
     symbolic = Symbolic(timeout_s=0.0)
-    assert symbolic("2+3") is None
+    assert symbolic("2(1+3)") is None
     symbolic.timeout_s = 5.0
-    assert symbolic("2+3") == 5.0
+    assert symbolic("2(1+3)") == 8.0
     assert verify("12.566", says("4π"), CREDIT).parts["error_kind"] == "no_answer"
     assert verify("12.566", says("4π"), CREDIT, symbolic=symbolic).passed
     assert verify("12.566", says("5π"), CREDIT, symbolic=symbolic).parts["error_kind"] == "wrong_answer"
     assert verify("12.566", says("not 4π"), CREDIT, symbolic=symbolic).parts["error_kind"] == "no_answer"
+    assert verify("-10", says("20-30."), CREDIT, symbolic=symbolic).parts["error_kind"] == "no_answer"
+    assert verify("72", says("48 + 48/2"), CREDIT, symbolic=symbolic).parts["error_kind"] == "no_answer"
+    symbolic.close()
+
+
+@needs_math_verify
+def test_an_interrupt_loses_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a process that goes on after an interrupt, whose answer the next question would get."""
+    symbolic = Symbolic()
+    assert symbolic("4\\pi") == pytest.approx(12.566370614)
+    assert symbolic._line is not None
+    wait, waited = symbolic._line.poll, list[float]()
+
+    def poll(timeout_s: float) -> bool:
+        waited.append(timeout_s)
+        if len(waited) == 1:
+            raise KeyboardInterrupt
+        return wait(timeout_s)
+
+    monkeypatch.setattr(symbolic._line, "poll", poll)
+    with pytest.raises(KeyboardInterrupt):
+        symbolic("5\\pi")
+    assert symbolic("6\\pi") == pytest.approx(18.849555922)
     symbolic.close()
 
 

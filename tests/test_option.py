@@ -116,6 +116,31 @@ def test_whether_the_chain_agrees_with_the_letter(text: str, agrees: bool | None
     }
 
 
+TIMES = ("1 hour and 40 minutes", "2 hours", "1 hour and 41 minutes", "a and b", "20 or 30")
+
+
+@pytest.mark.parametrize(
+    ("statement", "chosen"),
+    [
+        ("(c) 1 hour and 41 minutes.", "c"),
+        ("c ) 1 Hour and 41 Minutes", "c"),
+        ("(c) (1 hour and 41 minutes), which is less than 2", "c"),
+        ("(c): 1 hour and 41 minutes, as said.", "c"),
+        ("(d) a and b.", "d"),
+        ("(e) 20 or 30", "e"),
+        ("(c) 1 hour and 40 minutes.", None),  # what (a) says
+        ("(c) 1 hour and 41 minutes or (a)", None),
+        ("(c) 1 hour and 41 minutes and more", None),
+        ("(b) or 2 hours", None),
+        ("(b) and (c) 1 hour and 41 minutes", None),
+        ("(e) 20 or 30 or 40", None),
+        ("(e) 20 or", None),
+    ],
+)
+def test_an_option_that_is_repeated_is_no_second_one(statement: str, chosen: str | None) -> None:
+    assert verify("c", TIMES, says(statement), CREDIT).parts["answer"] == chosen
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

@@ -21,10 +21,12 @@ from test_learner import CPU, Half, Plain, by_token, distance, failing, forward_
 from torch import Tensor
 
 from minirl import models, optim, recipe
+from minirl.batch import row
 from minirl.chat import Chat
 from minirl.episode import Ask, Episode, Group, Problem, Turn, regroup
 from minirl.learner import Learner
 from minirl.policy import Policy
+from minirl.ppo import Places, Seen, experience
 from minirl.sampler import LiveSampler
 
 
@@ -105,34 +107,39 @@ class PlainPPO(Plain):
             deltas = [r + node.gamma * after - v for r, v, after in zip(rewards, values, [*values[1:], 0.0], strict=True)]
             n, decay = len(values), node.gamma * node.gae_lambda
             advantages = [sum(decay ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
-            taken.append((e, before, values, anchor, advantages))
-        every = torch.tensor([a for *_, advantages in taken for a in advantages], dtype=torch.float64)
+            slow = node.gamma * node.value_lambda
+            targets = [values[t] + sum(slow ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
+            taken.append((e, before, values, anchor, advantages, targets))
+        every = torch.tensor([a for *_, advantages, _ in taken for a in advantages], dtype=torch.float64)
+        returns = torch.tensor([target for *_, targets in taken for target in targets], dtype=torch.float64)
         mean, std = every.mean().item(), every.std(correction=0).item()
         total, value_loss, value_clipped = torch.zeros(()), 0.0, 0
-        for e, before, values, _, advantages in taken:
+        for e, before, values, _, advantages, targets in taken:
             now, entropy = self.logprobs(e)
             fresh = self.values(e, detach=detach)
             for t, a in enumerate(advantages):
-                white, target = (a - mean) / (std + 1e-6), a + values[t]
+                white, target = (a - mean) / (std + 1e-6), targets[t]
                 ratio = torch.exp(now[t] - before[t])
                 gain = torch.minimum(ratio * white, torch.clamp(ratio, 0.8, 1.2) * white)
                 free, held = (fresh[t] - target) ** 2, (torch.clamp(fresh[t], values[t] - 0.2, values[t] + 0.2) - target) ** 2
                 weight, miss = 1 / (len(taken) * len(values)), 0.5 * torch.maximum(free, held)
                 total = total - weight * (gain + node.entropy * entropy[t] - node.value_coef * miss)
                 value_loss, value_clipped = value_loss + weight * miss.item(), value_clipped + int(held > free)
-        flat = torch.tensor([v for _, _, values, _, _ in taken for v in values], dtype=torch.float64)
-        ahead = torch.tensor([b - a for _, before, _, anchor, _ in taken for b, a in zip(before, anchor, strict=True)])
-        returns = every + flat
+        flat = torch.tensor([v for _, _, values, *_ in taken for v in values], dtype=torch.float64)
+        ahead = torch.tensor([b - a for _, before, _, anchor, *_ in taken for b, a in zip(before, anchor, strict=True)])
         logged = {"value": flat.mean(), "return": returns.mean(), "kl_penalty": node.beta * ahead.mean()}
         logged |= {"kl": (torch.exp(-ahead) + ahead - 1).mean(), "value_clip": torch.tensor(value_clipped / len(flat))}
-        logged |= {"explained_variance": 1 - every.var() / returns.var(), "value_loss": torch.tensor(value_loss)}
+        logged |= {"explained_variance": 1 - (returns - flat).var() / returns.var(), "value_loss": torch.tensor(value_loss)}
         return total, {name: value.item() for name, value in logged.items()}
 
 
 # --- the gradient itself
 
 
-@pytest.mark.parametrize("extras", [{}, {"temperature": 0.7, "entropy": 0.02, "value_detach": True, "gamma": 0.9, "gae_lambda": 0.5}])
+OTHERS = {"temperature": 0.7, "entropy": 0.02, "value_detach": True, "gamma": 0.9, "gae_lambda": 0.5}
+
+
+@pytest.mark.parametrize("extras", [{}, OTHERS, OTHERS | {"value_lambda": 0.3}], ids=["defaults", "others", "value_lambda"])
 def test_gradient_and_means_are_those_of_the_written_out_formula(folder: str, policy: Policy, extras: dict[str, Any]) -> None:
     """Catches: a value read at its own token in place of the one before, a value or penalty at an untrained token, whitening over an
     episode, a GAE that is broken at the tool's result, the penalty's sign, a wrong denominator, coefficient or reference."""
@@ -150,6 +157,23 @@ def test_gradient_and_means_are_those_of_the_written_out_formula(folder: str, po
     assert {name: stats[name] for name in logged} == pytest.approx(logged, rel=1e-4, abs=1e-6)
     assert (stats["groups"], stats["dead"], stats["trained_tokens"]) == (4.0, 0.0, sum(_scored_tokens(groups)))
     assert stats["clip"] > 0.0
+
+
+@pytest.mark.parametrize(("value_lambda", "returns"), [(1.0, [0.81, 0.9, 1.0]), (0.5, [0.5895, 0.81, 1.0]), (0.0, [0.45, 0.72, 1.0])])
+def test_advantages_and_returns_have_lambdas_of_their_own(value_lambda: float, returns: list[float]) -> None:
+    """Catches: one lambda for both, so that a head that starts at zero learns 0.95^k of what a chain pays; the two swapped."""
+    # Values 0.2, 0.5, 0.8; gamma 0.9; the score is 1. Lambda 1: 0.81, 0.9, 1 whatever the values are. Lambda 0: 0.9 * 0.5, 0.9 * 0.8, 1.
+    # Lambda 0.5: advantages 0.3895, 0.31, 0.2 (see test_gae_by_hand), each with its value on top. Their mean is 0.299833, their deviation
+    # sqrt((0.089667^2 + 0.010167^2 + 0.099833^2) / 3) = 0.077696.
+    problem = Problem("p", "?", None)
+    episode = Episode(problem, (Turn("prompt", (1, 2)), Turn("attempt", (3, 4, 5), (-1.0, -1.0, -1.0), trained=True)), 1.0)
+    places = Places([row(episode, advantage=1.0, weight=1.0, number=0, group=0)])
+    seen = Seen(places, torch.tensor([0.2, 0.5, 0.8]), torch.full((3,), -1.0), torch.full((3,), -1.0))
+    node = recipe.Learner(loss="ppo", gamma=0.9, gae_lambda=0.5, value_lambda=value_lambda)
+    found = experience(seen, {0: 1.0}, node, list, value_only=False)
+    assert found.returns.tolist() == pytest.approx(returns)
+    assert found.advantages.tolist() == pytest.approx([1.154, 0.131, -1.285], abs=1e-3)
+    assert found.stats["return"] == pytest.approx(sum(returns) / 3)
 
 
 def _scored_tokens(groups: Sequence[Group]) -> list[int]:

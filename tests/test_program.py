@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from minirl.recipe.maths import MathsCredit
 from minirl.verify import sandbox
-from minirl.verify.program import answer, extract, verify
+from minirl.verify.program import answer, extract, verify, verify_letter
 from minirl.verify.sandbox import Limits, Result
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "svamp" / "train_pcot.json"
@@ -143,6 +144,50 @@ def test_verdicts(gold: str | float, expression: str, kind: str | None) -> None:
     assert check(gold, returns(expression)) == kind
 
 
+@pytest.mark.parametrize(
+    ("returned", "kind"),
+    [
+        ("'c'", None),
+        ("'C'", None),
+        ("'(c)'", None),
+        ("' c ) '", None),
+        ("'c.'", None),
+        ("['a', 'b', 'c', 'd', 'e'][2]", None),
+        ("'b'", "wrong_answer"),
+        ("'(D)'", "wrong_answer"),
+        ("'e'", "no_letter"),  # there are four options
+        ("'f'", "no_letter"),
+        ("'cc'", "no_letter"),
+        ("'c d'", "no_letter"),
+        ("'c) 38'", "no_letter"),
+        ("'option c'", "no_letter"),
+        ("''", "no_letter"),
+        ("'c' * 10 ** 6", "no_letter"),
+        ("'(' * 8", "no_letter"),
+        ("'\\n c'", "no_letter"),
+        ("'с'", "no_letter"),  # Cyrillic
+        ("b'c'", "no_letter"),
+        ("['c']", "no_letter"),
+        ("38", "no_letter"),
+        ("None", "no_letter"),
+        ("'\\'c'", "no_letter"),
+        ("c", "program_error"),
+        ("'c' * 10 ** 10", "memory"),
+        ("sum(range(10 ** 12))", "timeout"),
+    ],
+)
+def test_letters(returned: str, kind: str | None) -> None:
+    verdict = verify_letter("c", 4, returns(returned), CREDIT)
+    assert verdict.parts["error_kind"] == kind
+    assert verdict.passed == (kind is None)
+    assert verdict.score == {None: 1.0, "wrong_answer": 0.25}.get(kind, 0.125)  # type: ignore[call-overload]
+    assert verdict.parts["answer"] == ("c" if kind is None else verdict.parts["answer"] if kind == "wrong_answer" else None)
+
+
+def test_a_letter_in_prose_is_no_program() -> None:
+    assert verify_letter("c", 5, "The answer is (c).", CREDIT).parts == {"error_kind": "no_program", "answer": None}
+
+
 def test_prose_is_no_program() -> None:
     assert check(5, "The answer is 5.") == "no_program"
 
@@ -209,7 +254,9 @@ def test_any_text_gets_a_verdict(text: str) -> None:
 def test_extraction_is_linear() -> None:
     for piece in ("def solution():\n", "```\n", "```\ndef solution():\n", '    """ \'\'\' """\n', "x = 1\n", "a", " ", "import a, "):
         text = piece * (1_000_000 // len(piece))
+        began = time.process_time()
         extract(text + "\ndef solution():\n    return 1")
+        assert time.process_time() - began < 5.0, piece  # of 60,000 lines or a million words each looked at again: minutes
 
 
 def test_equal_values_vote_for_one_answer() -> None:

@@ -110,6 +110,26 @@ def test_unknown_keys_at_every_level(changes: dict[str, Any], path: str, got: st
             "stages[0].learner.sampled_share: Input should be less than",
         ),
         ({"stages": [{**TRAIN, "method": "self_train"}]}, "stages[0]: method 'self_train' cannot take loss 'grpo'"),
+        (
+            {"stages": [{**SFT, "learner": {"loss": "nll", "sampled_share": 0.5}}]},
+            "stages[0]: learner.sampled_share: got 0.5 with method 'demonstrate'; only self_train",
+        ),
+        (
+            {"stages": [{**SFT, "method": "self_train", "learner": {"loss": "nll", "minibatches": 2}}]},
+            "stages[0]: learner.minibatches: got 2 with method 'self_train', expected 1",
+        ),
+        (
+            {"stages": [COLLECT, {"kind": "reward_model", "batch": 10, "micro_batch": 4}]},
+            "stages[1]: micro_batch: got 4 with batch 10, expected a divisor of it",
+        ),
+        (
+            {"stages": [{**TRAIN, "batch": 2, "learner": {"minibatches": 3}}]},
+            "stages[0]: learner.minibatches: got 3 with batch 2, expected at most one a group",
+        ),
+        (
+            {"stages": [{**TRAIN, "steps": 3, "learner": {"loss": "ppo", "value_warmup": 3}}]},
+            "stages[0]: learner.value_warmup: got 3 of 3 steps, expected fewer",
+        ),
         ({"task": {"name": "svamp", "docstring": False}}, "task: docstring: got false with chain 'prose', which has none"),
         ({"stages": [{**TRAIN, "learner": {"lr": float("inf")}}]}, "stages[0].learner.lr: Input should be a finite number"),
         ({"stages": [{**TRAIN, "learner": {"lr": float("nan")}}]}, "stages[0].learner.lr: Input should be a finite number"),
@@ -130,6 +150,17 @@ def test_wrong_values_are_named_by_path(changes: dict[str, Any], said: str) -> N
 def test_a_missing_part_is_named() -> None:
     with pytest.raises(UserError, match=r"^r.yaml: model: Field required$"):
         parse({"task": {"name": "countdown"}, "stages": [TRAIN]}, "r.yaml")
+
+
+def test_a_reward_models_micro_batch_may_hold_more_than_its_batch() -> None:
+    collect = {**COLLECT, "keep": "all"}
+    for batch, micro_batch in ((10, 5), (10, 10), (10, 16)):
+        assert parse(data(stages=[collect, {"kind": "reward_model", "batch": batch, "micro_batch": micro_batch}]), "r.yaml")
+
+
+def test_a_stage_that_is_left_out_may_keep_its_warm_up() -> None:
+    learner = {"loss": "ppo", "value_warmup": 5}
+    assert parse(data(stages=[{**TRAIN, "steps": 0, "learner": learner}, {**TRAIN, "steps": 6, "learner": learner}]), "r.yaml")
 
 
 def test_presets_are_numbers_that_can_be_overridden() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def smaller(path: Path, model: Path) -> list[str]:
             sets |= {f"stages.{number}.problems": 6, f"stages.{number}.batch": 3}
         elif isinstance(stage, recipes.Train):
             sets |= {f"stages.{number}.steps": 2, f"stages.{number}.batch": 4, f"stages.{number}.group": min(stage.group, 3)}
+            if stage.learner.value_warmup:
+                sets[f"stages.{number}.learner.value_warmup"] = 1
     return [word for name, value in sets.items() for word in ("--set", f"{name}={value}")]
 
 
@@ -93,6 +96,35 @@ def votes(start: Start, folder: Path) -> None:
     assert all(len(problem["answer"]) == 4 for problem in row["problems"])
     assert start(minirl, "report", str(folder)).wait().code == 0
     assert "Majority of the samples" in (folder / "report.html").read_text()
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The `minirl run` lines of a recipe's header, as words."""
+    lines = [line.removeprefix("#") for line in path.read_text().splitlines() if line.startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in joined.splitlines() if line.startswith("   minirl run ")]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_command_of_a_header_can_be_run(path: Path) -> None:
+    """Catches: overrides that only one of the two machines takes."""
+    found = commands(path)
+    assert found
+    for words in found:
+        assert ROOT / words[2] == path
+        assert set(words[3::2]) <= {"--set", "--out"}
+        overrides = [value for option, value in zip(words[3::2], words[4::2], strict=True) if option == "--set"]
+        for on_cpu in (False, True):
+            assert recipes.load(path, overrides, on_cpu=on_cpu).stages
+
+
+def test_prose_on_svamp() -> None:
+    (words,) = [words for words in commands(ROOT / "recipes/reft_svamp.yaml") if "task.chain=prose" in words]
+    for on_cpu in (False, True):
+        node = recipes.load(ROOT / "recipes/reft_svamp.yaml", [word for word in words if "=" in word], on_cpu=on_cpu)
+        assert isinstance(node.task, recipes.Svamp)
+        assert isinstance(node.stages[1], recipes.Train)
+        assert (node.task.chain, node.stages[1].learner.beta, node.sampling.attempt_tokens) == ("prose", 0.05, 200)
 
 
 def test_the_baselines_share_their_warm_up() -> None:

@@ -7,6 +7,7 @@ import math
 import shutil
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from minirl import recipe as recipes
 from minirl.adapter import adapter_state
 from minirl.errors import UserError
 from minirl.reward import CONFIG, WEIGHTS, RewardModel, Sample
+from minirl.train import train
 
 CPU = torch.device("cpu")
 NODE = recipes.RewardModel(kind="reward_model", lr=1e-2, batch=16)
@@ -237,6 +239,17 @@ def test_options_that_cannot_be(cli: Cli, whole: tuple[Path, Path], options: lis
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
     assert said in outcome.err
+
+
+def test_several_processes_are_refused_before_anything_is_done(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a refusal after the hours of the warm-up."""
+    monkeypatch.setattr("minirl.train.Accelerator", lambda **_: SimpleNamespace(num_processes=2, is_main_process=True))
+    node = recipes.load(recipe(tmp_path / "r.yaml", tiny, STAGES))
+    with pytest.raises(
+        UserError, match=r"stages\[1\]: a reward model is trained by one process; run the recipe without `accelerate launch`"
+    ):
+        train(node, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_killed_reward_model_is_begun_again(start: Start, cli: Cli, tiny: Path, tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +27,7 @@ from hypothesis import strategies as st
 
 from minirl.errors import UserError
 from minirl.verify import sandbox
+from minirl.verify.cpu import Meter
 from minirl.verify.sandbox import MAX_CHARS, MAX_DETAIL, Limits, Result, plain_number, run_program
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "svamp" / "train_pcot.json"
@@ -341,10 +343,86 @@ def test_a_helper_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sandbox, "SLACK_S", 0.1)
     first = helper()
     os.kill(first, signal.SIGSTOP)
-    assert run_program(solution("return 1"), limits=QUICK).error == "timeout"
-    assert run_program(solution("return 1")) == Result(1)
+    assert run_program(solution("return 1"), limits=QUICK) == Result(1)
+    assert helper() != first
     with pytest.raises(ProcessLookupError):
         os.kill(first, 0)
+
+
+@on_linux
+def test_a_program_whose_interpreter_gets_no_processor_runs_again() -> None:
+    """It stands still for all its time, as on a loaded machine, and is killed. Catches: a verdict by wall-clock."""
+    sandbox.close()
+    run_program(solution("return 1"))
+    (interpreter,) = interpreters(helper())
+    os.kill(interpreter, signal.SIGSTOP)
+    assert run_program(solution("return 6 * 7"), limits=Limits(time_s=0.2)) == Result(42)
+
+
+@on_linux
+def test_a_program_that_is_late_for_want_of_a_processor_runs_again() -> None:
+    """It stands still in the middle, and goes on when its time is over: Monty itself stops it."""
+    sandbox.close()
+    run_program(solution("return 1"))
+    (interpreter,) = interpreters(helper())
+
+    def send(number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(interpreter, number)
+
+    timers = [threading.Timer(0.03, send, (signal.SIGSTOP,)), threading.Timer(1.1, send, (signal.SIGCONT,))]
+    for timer in timers:
+        timer.start()
+    loop = "x = 0\nfor i in range(10 ** 6): x += i\nreturn x"
+    assert run_program(solution(loop), limits=Limits(time_s=1.0)) == Result(sum(range(10**6)))
+    for timer in timers:
+        timer.join()
+    sandbox.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "used_s", "patience", "found"),
+    [
+        ("timeout", 2.0, 1, "timeout"),
+        ("timeout", 1.6, 1, "timeout"),
+        ("timeout", 1.5, 1, "starved"),
+        ("timeout", 0.0, 1, "starved"),
+        ("timeout", None, 1, "timeout"),  # not known: macOS
+        ("ok", 0.1, 1, "ok"),
+        ("memory", 0.1, 1, "memory"),
+        ("died", 0.0, 1, "died"),
+        ("ok", 1.9, sandbox.PATIENCE, "ok"),
+        ("ok", 2.1, sandbox.PATIENCE, "timeout"),
+        ("program_error", 2.1, sandbox.PATIENCE, "timeout"),
+        ("timeout", 0.5, sandbox.PATIENCE, "timeout"),  # once is enough
+        ("ok", None, sandbox.PATIENCE, "ok"),
+    ],
+)
+def test_cpu_seconds_decide(kind: str, used_s: float | None, patience: int, found: str) -> None:
+    assert sandbox._by_cpu(kind, used_s, 2.0, patience) == found
+
+
+@on_linux
+def test_cpu_seconds_are_counted_of_the_living_and_of_the_killed() -> None:
+    """Catches: the seconds of earlier programs counted, those of a killed process lost."""
+    burn = "import time\nwhile time.process_time() < {}: pass\nprint(flush=True)\n"
+    code = burn.format(0.1) + "input()\n" + burn.format(0.3) + "input()"
+    child = subprocess.Popen([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdout.readline()
+    meter = Meter(child.pid)
+    assert meter.used_s() == pytest.approx(0.0, abs=0.05)
+    child.stdin.write(b"\n")
+    child.stdin.flush()
+    child.stdout.readline()
+    assert meter.used_s() == pytest.approx(0.2, abs=0.05)
+    child.kill()
+    child.wait()
+    assert meter.used_s() == pytest.approx(0.2, abs=0.05)
+    assert Meter(None).used_s() is None
+    child.stdin.close()
+    child.stdout.close()
 
 
 def gone(group: int, within_s: float = 5.0) -> bool:

@@ -125,29 +125,34 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_success() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answers", "chosen"),
+    ("answers", "passed", "right"),
     [
-        (["3", "5", "5"], 1),
-        (["3", "5", "5", "3"], 0),  # a tie goes to the answer that was given first
-        (["5", "3", "3", "5", "3"], 1),
-        ([None, None, "4"], 2),  # no answer has no vote, however many give none
-        ([None, None], None),
-        (["7"], 0),
+        (["3", "5", "5"], [0, 1, 1], 1.0),
+        (["3", "5", "5"], [1, 0, 0], 0.0),
+        (["3", "5", "5", "3"], [0, 1, 1, 0], 0.5),  # two answers tie, and one of them is right
+        (["1", "2", "3"], [0, 0, 1], 1 / 3),
+        (["5", "3", "3", "5", "3"], [1, 0, 0, 1, 0], 0.0),
+        ([None, None, "4"], [0, 0, 1], 1.0),  # no answer has no vote, however many give none
+        ([None, None], [0, 0], 0.0),
+        ([], [], 0.0),
+        # "50%" and "50" are one answer, of which only the first states 0.5: most of those who give it are right, or wrong, or neither.
+        (["50", "50", "50"], [1, 0, 1], 1.0),
+        (["50", "50", "50"], [1, 0, 0], 0.0),
+        (["50", "50", "0.5"], [1, 0, 1], 0.5),
     ],
 )
-def test_majority(answers: list[str | None], chosen: int | None) -> None:
-    assert majority(answers) == chosen
+def test_majority(answers: list[str | None], passed: list[int], right: float) -> None:
+    assert majority(answers, [bool(x) for x in passed]) == right
 
 
-@given(st.lists(st.sampled_from(["1", "2", "3", None]), max_size=12))
-def test_majority_is_of_a_most_frequent_answer(answers: list[str | None]) -> None:
-    chosen = majority(answers)
-    given_ = [answer for answer in answers if answer is not None]
-    assert (chosen is None) == (not given_)
-    if chosen is not None:
-        most = max(map(given_.count, given_))
-        assert given_.count(str(answers[chosen])) == most
-        assert all(given_.count(str(answer)) < most for answer in answers[:chosen] if answer is not None)
+@given(st.lists(st.tuples(st.sampled_from(["1", "2", "3", None]), st.booleans()), max_size=12), st.randoms(use_true_random=False))
+def test_majority_does_not_depend_on_the_order(samples: list[tuple[str | None, bool]], rng: Random) -> None:
+    """Catches: the verdict of the sample that came first, a tie that goes to the answer given first."""
+    shuffled = rng.sample(samples, len(samples))
+    found = majority([answer for answer, _ in samples], [passed for _, passed in samples])
+    assert majority([answer for answer, _ in shuffled], [passed for _, passed in shuffled]) == found
+    if all(passed for answer, passed in samples if answer is not None):
+        assert found == float(any(answer is not None for answer, _ in samples))
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.booleans()), max_size=15))

@@ -17,9 +17,12 @@ from conftest import Cli, Job, Start, minirl, recipe
 from safetensors.torch import load_file, save_file
 
 from minirl.chart import CURVES
+from minirl.episode import Episode, Problem, Turn
 from minirl.files import read_rows
 from minirl.metrics import SCORES
+from minirl.recipe import Collect
 from minirl.statistics import summarise
+from minirl.train import _keep
 
 Rows = list[dict[str, Any]]
 SINGLE = {"kind": "train", "method": "single", "steps": 2, "group": 4, "batch": 3, "learner": {"lr": 5e-3}}
@@ -257,6 +260,31 @@ def test_self_training(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     metrics = rows(tmp_path / "run", "metrics")[6]
     assert metrics["first"] == sum(row["parts"]["first"] for row in attempts) / 120
     assert metrics["trained_tokens"] == sum(len(turn["tokens"]) for row in online for turn in row["turns"] if turn["trained"])
+
+
+def test_what_was_cut_is_not_kept_as_right() -> None:
+    """Catches: self-training on right programs that the token limit cut while the model wrote on: they have no end to learn."""
+    problem = Problem("p", "?", None)
+
+    def played(token: int, passed: bool, finish: str) -> Episode:
+        turns = (Turn("prompt", (1,)), Turn("attempt", (token,), (-1.0,), trained=True))
+        return Episode(problem, turns, float(passed), {"first": passed}, finish)
+
+    episodes = [
+        played(2, True, "length"),
+        played(3, True, "stop"),
+        played(3, True, "stop"),
+        played(4, False, "length"),
+        played(5, True, "stop"),
+    ]
+
+    def kept(keep: Any, each: int = 9) -> list[int]:
+        return [e.tokens[1] for e in _keep(episodes, Collect(kind="collect", keep=keep, keep_each=each))]
+
+    assert kept("passed") == [3, 5]
+    assert kept("passed", 1) == [3]
+    assert kept("failed") == [4]
+    assert kept("all") == [2, 3, 4, 5]
 
 
 def test_a_run_is_not_taken_up_with_other_weights(start: Start, cli: Cli, tiny: Path, tmp_path: Path) -> None:

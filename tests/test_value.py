@@ -79,7 +79,7 @@ def test_it_computes_in_float32_whatever_the_trunk_does(dtype: torch.dtype) -> N
     assert head.weight.grad.dtype == torch.float32
 
 
-def test_one_step_of_adamw_moves_a_value_by_about_the_learning_rate() -> None:
+def test_one_step_of_adamw_moves_a_value_by_about_twice_the_learning_rate_at_most() -> None:
     """Catches: a head whose speed depends on the size of a model or of its states."""
     for size, scale in ((32, 1.0), (2048, 30.0)):
         states = scale * torch.randn(1, size, generator=torch.Generator().manual_seed(size))
@@ -87,7 +87,7 @@ def test_one_step_of_adamw_moves_a_value_by_about_the_learning_rate() -> None:
         optimizer = torch.optim.AdamW(head.parameters(), lr=0.01, weight_decay=0.0)
         head(states).sum().backward()
         optimizer.step()
-        assert 0.015 < -head(states).item() < 0.0205  # mean|state| / rms is about 0.8, and the bias moves by as much again
+        assert 0.015 < -head(states).item() < 0.0205  # the bias moves by 0.01, the weights by 0.01 * mean|state| / rms, about 0.008
 
 
 def test_a_policy_saves_and_loads_its_head_in_place(folder: str, tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ def demonstrate(talk: Talk, task: Task, *, share: float) -> Play:
 def as_sampled(episode: Episode) -> Problem:
     """The problem whose demonstration is the episode itself: its context is all that was said, with the mask it was born with.
 
-    The sampler's log-probabilities stay behind: they are those of other weights than the ones that will be trained on it.
+    The sampler's log-probabilities stay behind: they are those of other weights than the ones that will be trained on it. How the episode
+    ended is not kept either: what a stage keeps with `passed` ended by itself.
     """
     turns = tuple(Turn(turn.kind, turn.tokens, None, turn.trained) for turn in episode.turns)
     return replace(episode.problem, context=turns)

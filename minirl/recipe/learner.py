@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-PPO_ALONE = ("value_lr", "value_coef", "value_clip", "value_detach", "value_warmup", "gamma", "gae_lambda")
+PPO_ALONE = ("value_lr", "value_coef", "value_clip", "value_detach", "value_warmup", "value_lambda", "gamma", "gae_lambda")
 
 
 class Learner(Frozen):
@@ -58,19 +58,23 @@ class Learner(Frozen):
     """Leave episodes that were cut by their token limit out of the loss (DAPO). Without it a cut episode is one that ended: it is trained
     with the reward that its verifier gave, and under ppo nothing is expected to come after the cut."""
     sampled_share: Probability | None = None
-    """nll: share of the loss that falls on what was sampled in the step, the rest falling on demonstrations (ReFT's online self-training:
-    0.5); None: every trained token counts alike."""
+    """self_train: share of the loss that falls on what was sampled in the step, the rest falling on demonstrations (ReFT's online
+    self-training: 0.5); None: every trained token counts alike."""
     gamma: Probability = 1.0
     """ppo: discount of rewards to come, a token."""
     gae_lambda: Probability = 0.95
-    """ppo: GAE's lambda; 1 takes whole returns, 0 only the next value."""
+    """ppo: GAE's lambda of the advantages; 1 takes whole returns, 0 only the next value."""
+    value_lambda: Probability = 1.0
+    """ppo: lambda of the returns that the value head learns, apart from that of the advantages (decoupled GAE: VC-PPO, arXiv 2503.01491).
+    1 takes whole returns: below it a head that starts at 0 is taught its own zeros, the more of them the longer the chain."""
     value_coef: NonNegative = 5.0
     """ppo: weight of the value loss beside the policy's. It is for the trunk: under AdamW the head's own step hardly depends on it."""
     value_clip: PositiveFloat | None = 0.2
-    """ppo: a value is trained no further than this from what it was before the step; None for no clipping."""
+    """ppo: a value is trained no further than this from what it was before the step; None for no clipping. With `value_lr` 0.05 it hardly
+    binds in 2 passes of 1 minibatch: the second update sees values that one update has moved by about 0.1 at most."""
     value_lr: PositiveFloat = 0.05
-    """ppo: learning rate of the value head, the same at every step: about the most that one update moves a value. Its optimizer is AdamW
-    in float32, without weight decay."""
+    """ppo: learning rate of the value head, the same at every step; one update of the head moves a value by about twice as much at most
+    (see minirl/value.py). Its optimizer is AdamW in float32, without weight decay."""
     value_detach: bool = False
     """ppo: keep the value loss out of the trunk, so that the adapter learns from the policy's loss alone."""
     value_warmup: NonNegativeInt = 0

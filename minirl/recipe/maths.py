@@ -15,14 +15,14 @@ class MathsCredit(Frozen):
     wrong_answer: Probability = 0.1
     """An answer that can be read and is wrong."""
     no_answer: Probability = 0.0
-    """No answer that can be read, or no program that runs to a number."""
+    """No answer that can be read, or no program that runs to one."""
 
 
 class ProgramLimits(Frozen):
     """What one program may use in the sandbox."""
 
     time_s: PositiveFloat = 1.0
-    """Seconds it may run (ReFT: 10)."""
+    """Seconds of a CPU that it may use (ReFT: 10)."""
     memory_mb: PositiveInt = 64
     """MiB it may hold."""
 
@@ -52,7 +52,8 @@ class Maths(Frozen):
     tolerance: NonNegative = 0.01
     """Largest difference from the gold number that is right (ReFT: 1e-2, absolute)."""
     symbolic: bool = False
-    """Value answers that are no plain number, such as 4π, with math-verify; else they count as no answer. Prose chains only."""
+    """Value answers that are no plain number, such as 4π or 2(3 + 4), with math-verify; else they count as no answer, and so does in either
+    case a range or a sum in digits alone, which is not worked out. Prose chains only."""
     credit: MathsCredit = MathsCredit()
     """Partial credit by error kind."""
     limits: ProgramLimits = ProgramLimits()
@@ -111,8 +112,6 @@ class Mathqa(Maths):
 
     @model_validator(mode="after")
     def _check_numeric(self) -> Self:
-        if self.chain == "program" and not self.numeric:
-            raise ValueError("chain: got 'program', which returns a number and no letter; set numeric to true or chain to 'prose'")
         if self.symbolic and not self.numeric:
             raise ValueError("symbolic: got true, but the answer is a letter; set numeric to true or symbolic to false")
         return self

@@ -28,7 +28,7 @@ class Collect(Frozen):
     samples: PositiveInt = 1
     """Attempts a problem (R3: up to 64)."""
     keep: Literal["failed", "passed", "all"] = "failed"
-    """Which episodes to keep."""
+    """Which episodes to keep. passed: right ones that ended by themselves; one that the token limit cut would teach never to end."""
     keep_each: PositiveInt = 1
     """Most distinct episodes to keep of one problem."""
     temperature: PositiveFloat = 1.0
@@ -142,6 +142,23 @@ class Train(Frozen):
             raise ValueError(f"reflections: got {self.reflections} with examples {self.examples!r}, expected 0: samples show no reflection")
         return self
 
+    @model_validator(mode="after")
+    def _check_learner(self) -> Self:
+        node = self.learner
+        if self.method == "self_train" and node.minibatches > 1:
+            got = f"learner.minibatches: got {node.minibatches} with method 'self_train'"
+            raise ValueError(f"{got}, expected 1: each update takes attempts and demonstrations together")
+        if self.method != "self_train" and node.sampled_share is not None:
+            got = f"learner.sampled_share: got {node.sampled_share} with method {self.method!r}"
+            raise ValueError(f"{got}; only self_train trains on both kinds in one step")
+        if node.minibatches > self.batch:
+            raise ValueError(f"learner.minibatches: got {node.minibatches} with batch {self.batch}, expected at most one a group")
+        if 0 < self.steps <= node.value_warmup:
+            raise ValueError(
+                f"learner.value_warmup: got {node.value_warmup} of {self.steps} steps, expected fewer: the adapter would not learn"
+            )
+        return self
+
 
 class RewardModel(Frozen):
     """Train a model that tells right samples from wrong ones on what the collect stage before it kept (ReFT, arXiv 2401.08967, section 4).
@@ -157,13 +174,19 @@ class RewardModel(Frozen):
     batch: PositiveInt = 32
     """Samples an update."""
     micro_batch: PositiveInt = 8
-    """Samples in one forward pass."""
+    """Samples in one forward pass: a divisor of `batch`, or more than that."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate; it rises over the first twentieth of the updates and then falls to 0 along a line."""
     held_out: Probability = 0.1
     """Share of the problems whose samples are kept for accuracy and AUC."""
     balance: bool = True
     """Weigh right and wrong samples alike, however many there are of each; else by their numbers."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.batch % min(self.batch, self.micro_batch):
+            raise ValueError(f"micro_batch: got {self.micro_batch} with batch {self.batch}, expected a divisor of it")
+        return self
 
 
 Stage = Annotated[Collect | Filter | Train | RewardModel, Field(discriminator="kind")]

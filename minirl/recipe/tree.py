@@ -92,7 +92,7 @@ class Eval(Frozen):
     start: bool = True
     """Evaluate before the first stage."""
     vote: bool = False
-    """Maths tasks: also count the answer that most of a problem's samples give (majority@k; the one given first wins a tie)."""
+    """Maths tasks: also count the answer that most of a problem's samples give (majority@k; answers that tie count by their shares)."""
     judge: Judge | None = None
     """For question answering, `minirl eval` only: a model that says whether an answer means what a gold answer means."""
 

@@ -1,7 +1,8 @@
 """GSM8K, SVAMP and MathQA: word problems from the hub or from local files, with chains of reasoning in prose or as programs (ReFT).
 
 Invariant: no held-out question, whatever its case, spacing and punctuation, is among the training ones, and every chain that is shown
-passes the verifier. Training rows that cannot keep this are left out and counted in the task's notes, held-out rows never.
+passes the verifier. Training rows that cannot keep this are left out and counted in the task's notes. So are, on either side, rows that
+the recipe does not ask for: under `numeric` those whose right option is no number, under `most_calls` those that call too often.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ Check = Callable[[Problem, str], Verdict]
 ASK_NUMBER = f'Reason step by step, then end with "{PHRASE} N." where N is the number alone.'
 ASK_LETTER = f'Reason step by step, then end with "{PHRASE} (x)." where x is the letter of the right option.'
 ASK_PROGRAM = "Answer with a Python function `solution()` that takes nothing, works step by step and returns the answer as a number."
+ASK_LETTER_PROGRAM = (
+    "Answer with a Python function `solution()` that takes nothing, works step by step and returns the letter of the right option as text."
+)
 _WORDS = re.compile(r"\w+|[-+*/^=<>%]")
 
 
@@ -80,12 +84,15 @@ def demonstrate(problem: Problem, rng: Random, *, node: Maths) -> Demonstration:
 
 
 def _check(node: Gsm8k | Svamp | Mathqa) -> Check:
-    """The verifier that fits: of a program's value, of a letter, or of a stated number."""
+    """The verifier that fits: of a program's value or letter, of a letter, or of a stated number."""
+    letters = isinstance(node, Mathqa) and not node.numeric
     if node.chain == "program":
         require()
         limits = Limits(time_s=node.limits.time_s, memory_mb=node.limits.memory_mb)
+        if letters:
+            return lambda p, text: program.verify_letter(p.answer["letter"], len(p.answer["options"]), text, node.credit, limits=limits)
         return lambda p, text: program.verify(p.answer["value"], text, node.credit, tolerance=node.tolerance, limits=limits)
-    if isinstance(node, Mathqa) and not node.numeric:
+    if letters:
         return lambda p, text: option.verify(p.answer["letter"], p.answer["options"], text, node.credit)
     symbolic = Symbolic() if node.symbolic else None
     return lambda p, text: numeric.verify(p.answer["value"], text, node.credit, tolerance=node.tolerance, symbolic=symbolic)
@@ -128,7 +135,8 @@ def _problem(node: Gsm8k | Svamp | Mathqa, row: Row) -> Problem:
     if row.options and row.is_letter:
         listed = "\n".join(f"({letter}) {text}" for letter, text in zip(option.LETTERS, row.options, strict=True))
         answer = {"letter": row.gold, "options": list(row.options)}
-        return Problem(row.id, f"{row.question}\n{listed}\n\n{ASK_LETTER}", answer, row.chain)
+        ask = ASK_LETTER_PROGRAM if node.chain == "program" else ASK_LETTER
+        return Problem(row.id, f"{row.question}\n{listed}\n\n{ask}", answer, row.chain)
     if node.chain == "calls":
         return Problem(row.id, row.question, {"value": row.gold}, row.chain)  # what method stepwise asks for stands in its system message
     ask = ASK_PROGRAM if node.chain == "program" else ASK_NUMBER

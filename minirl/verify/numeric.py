@@ -33,8 +33,15 @@ _NUMBER = re.compile(
     rf"|(?P<plain>{_PLAIN}){_POWER}?)",
     re.IGNORECASE,
 )
+# Numbers in words, where they are not part of a longer one: "two-seaters" is a unit, "two" and "three-quarters" are numbers.
+_IN_WORDS = (
+    r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen"
+    r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|million|billion|trillion)(?!-(?!quarters?\b))"
+)
 _PERCENT = re.compile(r"\s*(?:\\?%|(?:percent|per\s?cent|pct)\b)", re.IGNORECASE)
-_SCALE = re.compile(r"\s*(?:(?P<word>hundred|thousand|million|billion|trillion|dozen)s?|(?P<k>k))\b", re.IGNORECASE)
+_SCALE = re.compile(
+    rf"\s*(?:(?P<word>hundred|thousand|million|billion|trillion|dozen)s?|(?P<k>k))\b(?!\s*,\s*{_IN_WORDS}\b)", re.IGNORECASE
+)
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 # A unit is words, which may carry a power (m^2, cm3), among closing marks. A digit or an operator that is left over makes it no unit.
 _WORD = r"(?:[-/]?[^\W\d_\u00b2\u00b3\u00b9\u2070-\u209f]++(?:[²³]|\^?\{?[23]\}?(?![0-9]))?+)"
@@ -42,8 +49,9 @@ _UNIT = re.compile(rf"(?:[\s*_\"'”’`)\]{{}}\\$€£¥₹¢°]|/(?=\s)|{_WORD
 _END = re.compile(r"\Z|[.!](?![0-9])|[;,(](?!\s*[0-9$€£-])")
 _NOT_A_UNIT = re.compile(
     r"\s*and\b|.*(?<![^\W\d_])(?:or|nor|not|plus|minus|versus|vs|wrong|incorrect|squared|cubed|factorial|sqrt|frac|pi|π|[xyzni]"
-    r"|half|halves|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths"
-    r"|(?:over|point)\s+(?:zero|one|two|three|four|five|six|seven|eight|nine|ten))\b",
+    r"|half|halves|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths|multiplied|divided|below|to\s+the\s+power"
+    r"|(?:less|more|fewer)\s+than|times\s+(?!(?:an?|per|each|every|in|as|more|daily|weekly)\b)[^\W\d_]+"
+    rf"|{_IN_WORDS})\b",
     re.IGNORECASE,
 )
 _HEDGED = re.compile(r"[.,;(!\s]*+(?:or|maybe|perhaps)\b", re.IGNORECASE)

@@ -22,6 +22,7 @@ _CLOSE = r"[\s*_\"'”’`$]*+(?P<bracket>[)\]}>:]|\.(?=\s*[^\s\w]*[0-9]))?(?:[\
 _CHOICE = re.compile(rf"{_LEAD}(?P<letter>[A-Za-z])(?![\w'’+#-]){_CLOSE}", re.IGNORECASE)
 _END = re.compile(r"\Z|[.!](?!\w)|[;,(]")
 # A second letter in the form of an option, or a word that takes the first one back.
+_WORD = re.compile(r"\w+")
 _SECOND = re.compile(
     r"\b(?:or|nor|not|and)\b|[(\[]\s*[a-e]\s*[)\]]|(?<![\w'’)\]])[a-e]\s*[)\]]|[,/&]\s*[a-e]\s*(?:[.!;,]|\Z)", re.IGNORECASE
 )
@@ -50,7 +51,7 @@ def verify(gold: str, options: Sequence[str], text: str, credit: MathsCredit) ->
     value does not agree. parts["answer"]: the letter.
     """
     found = stated(text)
-    choice = None if found is None else _choice(found.statement)
+    choice = None if found is None else _choice(found.statement, options)
     if found is None or choice is None or choice[0] not in LETTERS[: len(options)]:
         return Verdict(credit.no_answer, False, {"error_kind": "no_answer", "answer": None, "value_agrees": None, "lucky": None})
     agrees = _agrees(option_value(options[LETTERS.index(choice[0])]), choice[1], found)
@@ -60,15 +61,27 @@ def verify(gold: str, options: Sequence[str], text: str, credit: MathsCredit) ->
     return Verdict(credit.wrong_answer, False, {"error_kind": "wrong_answer", **said, "lucky": None})
 
 
-def _choice(statement: str) -> tuple[str, str] | None:
-    """The letter that a statement chooses, and what it says after it: ("c", "38") of "(c) 38"."""
+def _choice(statement: str, options: Sequence[str] = ()) -> tuple[str, str] | None:
+    """The letter that a statement chooses, and what it says after it: ("c", "38") of "(c) 38".
+
+    What repeats the text of the chosen one of `options` takes nothing back: "(c) 1 hour and 41 minutes" chooses one letter.
+    """
     match = _CHOICE.match(statement)
     if match is None:
         return None
-    after = statement[match.end() :]
-    if _SECOND.search(after) or not (match["bracket"] or _END.match(after)):
+    after, letter = statement[match.end() :], match["letter"].lower()
+    own = dict(zip(LETTERS, options, strict=False)).get(letter, "")
+    if _SECOND.search(_after_echo(after, own)) or not (match["bracket"] or _END.match(after)):
         return None
-    return match["letter"].lower(), after
+    return letter, after
+
+
+def _after_echo(said: str, option: str) -> str:
+    """`said` without the words of `option` at its head."""
+    words, own = list(_WORD.finditer(said)), [word.casefold() for word in _WORD.findall(option)]
+    if not own or [word[0].casefold() for word in words[: len(own)]] != own:
+        return said
+    return said[words[len(own) - 1].end() :]
 
 
 def _agrees(value: Number | None, said: str, found: Stated) -> bool | None:

@@ -1,4 +1,4 @@
-"""Programs: does the `solution()` in a text return the gold number? (ReFT's P-CoT, arXiv 2401.08967.)
+"""Programs: does the `solution()` in a text return the gold number, or the gold option's letter? (ReFT's P-CoT, arXiv 2401.08967.)
 
 Invariant: the text is read line by line and handed to the sandbox as it stands; nothing of it is executed, compiled or parsed here, and
 whatever it is, a Verdict comes back within the sandbox's limits.
@@ -14,9 +14,11 @@ from fractions import Fraction
 from minirl.episode import Verdict
 from minirl.recipe.maths import MathsCredit
 from minirl.verify.numeric import canonical
+from minirl.verify.option import LETTERS
 from minirl.verify.sandbox import DEFAULT, Limits, Result, plain_number, run_program
 
 FENCE = "```"
+_LETTER = re.compile(rf" *\(? *([{LETTERS}]) *[).]? *", re.IGNORECASE)
 _HEAD = re.compile(r"(?:async\s+)?def\s+solution\b")
 # Lines at the margin that belong to a program: what a prose sentence does not begin with.
 _CODE = re.compile(r"def\s+\w+\s*\(|class\s+\w+\s*[(:]|import\s+[\w., ]+$|from\s+[\w.]+\s+import\b|[A-Za-z_]\w*\s*=[^=]|[@#)\]}]")
@@ -59,6 +61,22 @@ def verify(gold: str | float, text: str, credit: MathsCredit, *, tolerance: floa
     if abs(value - Fraction(str(target))) <= Fraction(str(tolerance)):
         return Verdict(1.0, True, {"error_kind": None, "answer": canonical(value)})
     return Verdict(credit.wrong_answer, False, {"error_kind": "wrong_answer", "answer": canonical(value)})
+
+
+def verify_letter(gold: str, options: int, text: str, credit: MathsCredit, *, limits: Limits = DEFAULT) -> Verdict:
+    """Score 1.0 when the program in `text` returns the letter `gold` of one of so many options, as "c", "C" or "(c)"; else as `verify`.
+
+    parts["error_kind"] is "no_letter" where `verify` has "no_number": another text, the option's value, a letter beyond the options.
+    parts["answer"]: the letter. Whether it was worked out or only written down is not looked at.
+    """
+    result = answer(text, limits=limits)
+    found = _LETTER.fullmatch(result.text or "") if result else None
+    letter = found[1].lower() if found else None
+    if letter is None or letter not in LETTERS[:options]:
+        error = "no_program" if result is None else result.error if result.error not in (None, "no_number") else "no_letter"
+        return Verdict(credit.no_answer, False, {"error_kind": error, "answer": None})
+    passed = letter == gold
+    return Verdict(1.0 if passed else credit.wrong_answer, passed, {"error_kind": None if passed else "wrong_answer", "answer": letter})
 
 
 def _fenced(lines: list[str]) -> Iterator[list[str]]:

@@ -1,6 +1,7 @@
 """The program sandbox: Python that a model wrote, run by pydantic-monty (a small interpreter in Rust), never by this interpreter.
 
 Invariant: whatever the program, `run_program` returns a Result within its limits, and no byte of the program is executed in this process.
+How much else the machine has to do does not make a right program a slow one: a time-out counts when the program had its time.
 
 Three walls. Monty has no files, network, processes or environment, and counts time and memory itself. Its process is killed when it does
 not keep its own time (big integers, deeply nested source), has a clean environment and rlimits, and may crash alone. A helper process
@@ -28,6 +29,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 from minirl.errors import UserError
+from minirl.verify.cpu import Meter
 
 ErrorKind = Literal["program_error", "timeout", "memory", "no_number"]
 
@@ -37,6 +39,8 @@ MAX_DETAIL = 200  # characters of an error message
 MAX_REPR = 400  # characters of a result; no float needs more, and a longer integer is no finite float
 GRACE_S = 0.25  # what Monty's process may take beyond the limit before it is killed
 SLACK_S = 5.0  # what the helper may take beyond that, on a loaded machine
+ENOUGH = 0.8  # the share of its time, in CPU seconds, that a program must have had before a time-out is its own
+PATIENCE = 10  # how many times the wall-clock limit a second run has, in which CPU seconds decide
 START_S = 60.0
 INSTALL = "install it with `pip install 'minirl[programs]'`"
 
@@ -56,12 +60,13 @@ reply
 
 _ERRORS: dict[str, ErrorKind] = {"timeout": "timeout", "late": "timeout", "memory": "memory"}
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_SHORT = re.compile(r"'([A-Za-z(). ]{1,8})'")
 _QUOTED = re.compile(r"(?:Decimal\()?'\s*([^']*?)\s*'\)?")
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one program may use. time_s: seconds it runs. memory_mb: MiB of its heap. output_kb: KiB printed (and thrown away)."""
+    """What one program may use. time_s: seconds of a CPU. memory_mb: MiB of its heap. output_kb: KiB printed (and thrown away)."""
 
     time_s: float = 1.0
     memory_mb: int = 64
@@ -73,19 +78,26 @@ class Result:
     """What came out: a finite `value`, or None with the kind of error; `detail` is one line for people.
 
     program_error: it does not parse, uses what Monty lacks, or raised. timeout. memory: more memory or output than allowed.
-    no_number: it returned something else than a plain finite number.
+    no_number: it returned something else than a plain finite number. text: what that was, where it is one to eight letters, brackets, dots
+    and spaces (the letter of an option); None for anything else.
     """
 
     value: int | float | None
     error: ErrorKind | None = None
     detail: str = ""
+    text: str | None = None
 
 
 DEFAULT = Limits()
 
 
 def run_program(source: str, *, limits: Limits = DEFAULT) -> Result:
-    """Run `source` and call its `solution()`; the result is a function of the two arguments (clock and random numbers are fixed).
+    """Run `source` and call its `solution()`; the result is a function of the two arguments (clock and random numbers are fixed) and, for
+    a program that needs about as long as it may, of the processor's speed.
+
+    Monty's own limit is wall-clock. Where it strikes and the interpreter had less than ENOUGH of `time_s` as CPU time, the machine was busy
+    with something else: the program runs once more with PATIENCE times the wall-clock, and its CPU seconds decide. Without /proc (macOS)
+    they are not known, and the first time-out counts.
 
     Numbers are int, float, Decimal, or text that is one of these ("42"), which the paper's float() takes too; True, 3j, a list, "3/4" or
     "$5" are not. Imports: what Monty has built in (math, decimal, datetime, random, itertools, collections, re and some more; os and
@@ -95,14 +107,15 @@ def run_program(source: str, *, limits: Limits = DEFAULT) -> Result:
     if len(source) > MAX_CHARS:
         return Result(None, "program_error", f"{len(source)} characters, more than {MAX_CHARS}")
     request = {"source": source, **asdict(limits)}
-    for _ in range(2):
-        # A death that is no time-out may come from outside (a signal, the kernel's memory killer): only a second one is the program's.
-        kind, text = _ask(request, limits.time_s + GRACE_S + SLACK_S)
-        if kind not in ("died", "gone"):
+    for patience in (1, PATIENCE):
+        # A death that is no time-out may come from outside (a signal, the kernel's memory killer), and a program may wait for a processor:
+        # only a second one is the program's.
+        kind, text = _ask(request | {"patience": patience}, patience * limits.time_s + GRACE_S + SLACK_S)
+        if kind not in ("died", "gone", "late", "starved"):
             break
     if kind == "ok":
-        value = plain_number(text)
-        return Result(value) if value is not None else Result(None, "no_number", f"returned {_line(text)}")
+        value, short = plain_number(text), _SHORT.fullmatch(text)
+        return Result(value) if value is not None else Result(None, "no_number", f"returned {_line(text)}", short[1] if short else None)
     return Result(None, _ERRORS.get(kind, "program_error"), _line(text))
 
 
@@ -241,21 +254,34 @@ def serve(handle: int) -> None:
             line.send_bytes(json.dumps(_run(pool, **json.loads(line.recv_bytes()))).encode())
 
 
-def _run(pool: Any, source: str, time_s: float, memory_mb: int, output_kb: int) -> tuple[str, str]:
+def _run(pool: Any, source: str, time_s: float, memory_mb: int, output_kb: int, patience: int) -> tuple[str, str]:
     from pydantic_monty import CollectString, MontyCrashedError, MontyError
 
-    limits = {"max_feed_duration_secs": time_s, "max_memory": memory_mb << 20, "max_total_sleep_secs": 0.0}
+    limits = {"max_feed_duration_secs": patience * time_s, "max_memory": memory_mb << 20, "max_total_sleep_secs": 0.0}
     policy = {"datetime": datetime(2024, 1, 1), "sleep": "zero", "random_start": {"seed": 0}}
+    meter = Meter(None)
     try:
         with pool.checkout(limits=limits, os_policy=policy, assert_message_annotations=False) as session:
+            meter = Meter(session.worker_pid)
             _fence(session.worker_pid, memory_mb)
             good, text = session.feed_run(DRIVER, inputs={"source": source}, print_callback=CollectString(output_kb << 10))
-        return ("ok" if good else "program_error"), text
+        kind = "ok" if good else "program_error"
     except MontyCrashedError as error:
-        return ("timeout" if error.timed_out else "died"), _line(str(error))
+        kind, text = ("timeout" if error.timed_out else "died"), _line(str(error))
     except MontyError as error:
         kinds: dict[type[BaseException], str] = {TimeoutError: "timeout", MemoryError: "memory"}
-        return kinds.get(type(error.exception()), "program_error"), _line(str(error))
+        kind, text = kinds.get(type(error.exception()), "program_error"), _line(str(error))
+    return _by_cpu(kind, meter.used_s(), time_s, patience), text
+
+
+def _by_cpu(kind: str, used_s: float | None, time_s: float, patience: int) -> str:
+    """The kind of a run that used so many CPU seconds: "starved" for a first time-out that is the machine's, "timeout" for a second run
+    that ended only because it had more wall-clock."""
+    if used_s is None:
+        return kind
+    if patience == 1:
+        return "starved" if kind == "timeout" and used_s < ENOUGH * time_s else kind
+    return "timeout" if used_s > time_s else kind
 
 
 def _fence(process: int | None, memory_mb: int) -> None:

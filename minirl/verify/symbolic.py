@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
+from itertools import accumulate
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -40,6 +41,9 @@ _HUGE = re.compile(r"[0-9]{10}|\^\s*\{?\s*[0-9]{3}|\^[^+\-*/)]*\^")
 _SIDE_BY_SIDE = re.compile(r"[0-9.)\]}]\s+[0-9.]|[)\]]\s*[0-9.(]|}\s*[0-9.(]|\.[0-9]*\.")
 _STRAY_BRACE = re.compile(r"(?<!frac)(?<!sqrt)(?<![\^}\]])\{|(?<!sqrt)\[")
 _COMMA = re.compile(r"(?<=[0-9])(?:,|\{,\})(?=[0-9]{3}(?![0-9]))")
+# What digits alone cannot say. "20-30" is a range and "48 + 48/2" a sum that was not worked out: neither is an answer.
+_NEEDED = re.compile(r"\\(?:[dt]?frac|sqrt|pi)(?![a-zA-Z])|\^")
+_OPERATION = re.compile(r"\([^()]*[0-9]\s*[-+*/][^()]*\)")
 _SIGNS = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "π": r"\pi ", "∏": r"\pi "})
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|([0-9.]+))")
 _WRAP = re.compile(r"^\s*(?:\\\(|\\\[|\$)?(.*?)(?:\\\)|\\\]|\$)?[\s.!]*$", re.DOTALL)
@@ -63,14 +67,17 @@ class Symbolic:
         latex = to_latex(expression)
         if latex is None:
             return None
-        line = self._line or self._start()
         try:
+            line = self._line or self._start()
             line.send_bytes(json.dumps(latex).encode())
             if line.poll(self.timeout_s):
                 value: float | None = json.loads(line.recv_bytes(MAX_REPLY))
                 return value
         except (EOFError, OSError):
             pass  # it died of this expression; like one that takes too long, it has no value, and the process is replaced below
+        except BaseException:  # an interrupt: the next question must not get this one's answer
+            self.close()
+            raise
         self.close()
         return None
 
@@ -111,7 +118,10 @@ def _end(process: subprocess.Popen[bytes], line: Connection) -> None:
 
 
 def to_latex(expression: str) -> str | None:
-    """`expression` as LaTeX that can only be a number; None where it is anything else, or so large that it could take long."""
+    """`expression` as LaTeX that can only be a number; None where it is anything else, or so large that it could take long.
+
+    None too where nothing needs a value worked out: a root, pi, a power, a \\frac or an operation in brackets that are not around it all.
+    """
     match = _WRAP.match(expression[: 2 * MAX_CHARS].translate(_SIGNS))
     latex = _COMMA.sub("", match[1] if match else "")
     latex = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", latex).strip()
@@ -119,7 +129,19 @@ def to_latex(expression: str) -> str | None:
     braced = not _STRAY_BRACE.search(latex.replace(" ", "")) and latex.count("}{") <= latex.count("frac")
     small = len(latex) <= MAX_CHARS and bare.count("(") + bare.count("{") <= MAX_BRACKETS and not _HUGE.search(bare)
     plain = _ALLOWED.fullmatch(bare) and not _SIDE_BY_SIDE.search(bare)
-    return latex if small and braced and plain and re.search(r"[0-9]|\\pi", latex) else None
+    needed = _NEEDED.search(latex) or _OPERATION.search(_unwrapped(bare))
+    return latex if small and braced and plain and needed and re.search(r"[0-9]|\\pi", latex) else None
+
+
+def _unwrapped(text: str) -> str:
+    """Without the brackets that hold all of it."""
+    text = text.strip()
+    while text.startswith("(") and text.endswith(")"):
+        depths = list(accumulate((char == "(") - (char == ")") for char in text))
+        if 0 in depths[:-1]:
+            break
+        text = text[1:-1].strip()
+    return text
 
 
 def serve(handle: int) -> None:
