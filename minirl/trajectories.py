@@ -35,12 +35,16 @@ SHOWN = ("steps", "calls", "errors", "malformed")
 
 
 class StepScorer:
-    """Scores actions by a recipe's judge, opened when it is first asked: by then the first step's check has settled the sampler."""
+    """Scores actions by a recipe's judge, opened when it is first asked: by then the first step's check has settled the sampler.
 
-    def __init__(self, s: Session, node: recipe.Judge, method: str = "stepwise") -> None:
+    again: ask once more for what was not answered, for the position moves on for good once a filter's part is saved.
+    """
+
+    def __init__(self, s: Session, node: recipe.Judge, method: str = "stepwise", *, again: bool = False) -> None:
         self._s = s
         self._node = node
         self._method = method
+        self._again = again
         self._opened: StepScores | None = None
         self._known: Verdicts | None = None
         self._warned = False
@@ -50,8 +54,10 @@ class StepScorer:
         if self._opened is None:
             self._open()
         assert self._opened is not None
-        cases = [self._case(episode, turn) for episode, turn in wanted]
-        opinions = self._opened(cases, [episode.problem for episode, _ in wanted])
+        cases, problems = [self._case(episode, turn) for episode, turn in wanted], [episode.problem for episode, _ in wanted]
+        opinions = self._opened(cases, problems)
+        if self._again and any(o.came == "unanswered" for o in opinions):
+            opinions = self._opened(cases, problems)  # what was answered is known, and not asked for again
         if (failed := sum(o.came == "unanswered" for o in opinions)) and not self._warned:
             self._warned = True  # once a stage; metrics.jsonl counts them all
             self._s.progress.say(
@@ -181,7 +187,7 @@ def filter_stage(s: Session, index: int, stage: recipe.Filter) -> None:
 def _both_judges(s: Session, stage: recipe.Filter) -> Callable[[Sequence[Episode]], list[Judged]]:
     """The steps' judge with the rules beside it, and the outcome's."""
     node = stage.judge
-    steps = None if node is None else StepScorer(s, node)
+    steps = None if node is None else StepScorer(s, node, again=True)
     rules = None if node is None or node.kind == "verifier" else StepScorer(s, recipe.Judge.model_validate({"kind": "verifier"}))
     answers = None
     if node is not None and stage.outcome == "judge":
@@ -196,6 +202,8 @@ def _both_judges(s: Session, stage: recipe.Filter) -> Callable[[Sequence[Episode
             said = [e.parts.get("answer") for e in episodes]
             cases = [Case(e.problem.prompt, g, a if isinstance(a, str) else None) for e, g, a in zip(episodes, golds, said, strict=True)]
             right = list(answers(cases))
+            if None in right:
+                right = list(answers(cases))  # as in StepScorer: asks for what was not answered
         out = []
         for e, outcome in zip(episodes, right, strict=True):
             given: list[tuple[Opinion, ...] | None] = [None if it is None else tuple(next(it) for _ in actions(e)) for it in found]

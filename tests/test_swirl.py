@@ -135,11 +135,12 @@ def test_another_run_is_the_source_and_states_are_equal(keep: str, cli: Cli, wri
     filtered = {"kind": "filter", "keep": keep, "source": str(reference), "parts": 2, "judge": {"kind": "verifier"}}
     imitated = {"kind": "train", "method": "imitate", "steps": 2, "group": 1, "batch": 2, "states": 5, "learner": {"loss": "nll"}}
     outcome = cli("run", write([filtered, imitated], model={"adapter": str(reference / "adapter")}), "--out", tmp_path / "run")
-    if keep == "both":  # nothing it says is right
-        assert outcome.code == 2
-        assert "stages[1]: the collect stage before it kept nothing" in outcome.err
-        return
     assert outcome.code == 0, outcome.err
+    if keep == "both":  # nothing it says is right
+        assert "WARNING: stages[1]: the filter before it kept nothing; nothing is trained" in " ".join(outcome.out.split())
+        assert {row["stage"] for row in read_rows(tmp_path / "run/metrics.jsonl")} == {0}
+        assert (tmp_path / "run/adapter/adapter_model.safetensors").exists(), "the run went on to its end"
+        return
     assert len(episodes(tmp_path / "run/kept/0.jsonl")) == len(episodes(reference / "kept/1.jsonl"))
     assert (
         f"stage 1: 5 of {sum(row['states'] for row in read_rows(tmp_path / 'run/metrics.jsonl') if row['stage'] == 0)} states"
@@ -171,6 +172,49 @@ def test_a_judge_that_never_answers_stops_nothing(cli: Cli, write: Write, tmp_pa
     assert [(r["unanswered"], r["kept"]) for r in rows if r["stage"] == 1] == [(18, 6)]
     assert [(r["unscored"], r["dead"], r["trained_tokens"]) for r in rows if r["stage"] == 2] == [(8.0, 2.0, 0.0)] * 2
     assert outcome.out.count("WARNING: the judge gave no answer to") == 2, "once a stage"
+
+
+DEAD = {"kind": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0, "timeout_s": 1}
+
+
+def test_a_dead_judge_of_a_filter_ends_in_a_warning(cli: Cli, write: Write, tmp_path: Path) -> None:
+    """Catches: a run that stops for good, blaming another stage, because its filter could keep nothing."""
+    stages = [COLLECT | {"problems": 2}, FILTER | {"judge": DEAD, "parts": 2}, STEP | {"judge": DEAD, "states": 2}, SHOWN]
+    outcome = cli("run", write(stages), "--out", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    said = " ".join(outcome.out.split())
+    assert "WARNING: stages[2]: the filter before it kept nothing; nothing is trained" in said
+    rows = read_rows(tmp_path / "run/metrics.jsonl")
+    assert [(r["unanswered"], r["kept"]) for r in rows if r["stage"] == 1] == [(9, 0), (9, 0)]
+    assert [r["stage"] for r in rows] == [0, 1, 1, 3, 3], "the next stage is trained"
+
+
+def test_steps_that_were_not_answered_are_asked_for_once_more(
+    cli: Cli, write: Write, serve: Callable[[Reply], Server], tmp_path: Path
+) -> None:
+    """Catches: trajectories dropped for good because a server stumbled once."""
+    seen: set[str] = set()
+
+    def stumble(body: dict[str, Any]) -> tuple[int, bytes]:
+        text = body["messages"][1]["content"]
+        known = text in seen
+        seen.add(text)
+        return completion("GOOD") if known else (503, b"")
+
+    judge = DEAD | {"url": serve(stumble).url}
+    stages = [COLLECT | {"problems": 2, "samples": 2, "keep_each": 2}, FILTER | {"judge": judge, "parts": 2}, STEP | {"steps": 1}]
+    outcome = cli("run", write(stages), "--out", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    rows = [row for row in read_rows(tmp_path / "run/metrics.jsonl") if row["stage"] == 1]
+    assert [(r["trajectories"], r["unanswered"], r["kept"]) for r in rows] == [(2, 0, 2)] * 2
+
+
+def test_credit_by_step_goes_on_without_its_judge(cli: Cli, write: Write, tmp_path: Path) -> None:
+    online = {"kind": "train", "method": "stepwise", "credit": "step", "steps": 2, "group": 3, "batch": 2, "judge": DEAD}
+    outcome = cli("run", write([online]), "--out", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    rows = read_rows(tmp_path / "run/metrics.jsonl")
+    assert [(row["unscored"] > 0, row["dead"], row["trained_tokens"], row["grad_norm"]) for row in rows] == [(True, 2.0, 0.0, 0.0)] * 2
 
 
 def test_another_model_writes(cli: Cli, write: Write, tiny: Path, serve: Callable[[Reply], Server], tmp_path: Path) -> None:
