@@ -96,7 +96,10 @@ class Asker:
         self._max_tokens = max_tokens
 
     def __call__(self, system: str, texts: Sequence[str], read: Callable[[str], bool | None]) -> list[Opinion]:
-        """An opinion on each text. A reply that cannot be read is kept like any other; one that never came is asked for again next time."""
+        """An opinion on each text. A reply that cannot be read is kept like any other; one that never came is asked for again next time.
+
+        A server that was given up is given another chance at each call.
+        """
         keys = {text: key_of(self.name, str(self._max_tokens), system, text) for text in texts}
         new = [text for text in keys if keys[text] not in self.known]
         failed: set[str] = set()
@@ -110,6 +113,8 @@ class Asker:
             self.unreadable += verdict is None
             self.known.put(keys[text], None if verdict is None else float(verdict), said=said[:MOST_CHARS])
 
+        if reset := getattr(self._sampler, "reset", None):
+            reset()
         play([self._ask(system, text) for text in new], self._sampler, on_done=keep)
         self.asked += len(new)
         self.unanswered += len(failed)
