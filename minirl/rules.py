@@ -63,6 +63,10 @@ class Rules:
         """1 or 0 for each step; `problems` are looked at with `gold` alone."""
         return [Opinion(float(self._approves(case, problem))) for case, problem in zip(cases, problems, strict=True)]
 
+    def reads(self, message: str) -> bool:
+        """Whether a message is one readable action."""
+        return self._read(message) is not None
+
     def _approves(self, case: StepCase, problem: Problem) -> bool:
         action = self._read(case.message)
         if action is None or not action.content:

@@ -123,10 +123,9 @@ def step_judge(node: recipe.Judge, voice: Voice | None, rules: Rules, known: Ver
     judge = StepJudge(asker, voice.chat, voice.scorer if node.verdict == "probability" else None)
 
     def opinions(cases: Sequence[StepCase], _: Sequence[Problem]) -> list[Opinion]:
-        reset = getattr(voice.sampler, "reset", None)
-        if reset is not None:
-            reset()
-        return judge(cases)
+        """A turn that is no action is bad, whatever a judge would say: one action a turn is the method's law."""
+        given = iter(judge([case for case in cases if rules.reads(case.message)]))
+        return [next(given) if rules.reads(case.message) else Opinion(0.0) for case in cases]
 
     return opinions
 
