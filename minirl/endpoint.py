@@ -164,4 +164,5 @@ class EndpointSampler:
                 raise TypeError(f"content is {type(text).__name__}")
         except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
             raise UserError(f"{self._url}: got {answer[:40]!r} ({type(error).__name__}: {error}), {_EXPECTED}; mend the server") from error
+        text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair would break a tokenizer later on
         return Completion((), (), text, "length" if choice.get("finish_reason") == "length" else "stop")

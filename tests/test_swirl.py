@@ -246,6 +246,17 @@ def test_another_model_writes(cli: Cli, write: Write, tiny: Path, serve: Callabl
     assert len({e.tokens for e in found}) == len(found) >= 8
 
 
+def test_a_reply_that_is_cut_is_no_call(cli: Cli, write: Write, serve: Callable[[Reply], Server], tmp_path: Path) -> None:
+    """Catches: half an expression closed with its tag, and worked out."""
+    there = {"kind": "endpoint", "url": serve(lambda body: completion("Add. <do>4 * 1", "length")).url, "model": "m"}
+    stages = [COLLECT | {"speaker": there, "samples": 1, "keep_each": 1, "problems": 1}, {"kind": "filter", "keep": "none"}]
+    outcome = cli("run", write([*stages, STEP | {"judge": {"kind": "verifier"}, "steps": 1}]), "--out", tmp_path / "far")
+    assert outcome.code == 0, outcome.err
+    (episode,) = episodes(tmp_path / "far/kept/0.jsonl")
+    assert [episode.parts[name] for name in ("steps", "calls", "malformed")] == [3, 0, 3]
+    assert episode.finish == "length"
+
+
 def test_another_task_is_tried(cli: Cli, write: Write, whole: Any, data: dict[str, Any]) -> None:
     _, folder, _ = whole
     other = write([SHOWN], eval={"problems": 3, "start": False})
