@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
 from typing import Any, Literal, NamedTuple, Protocol
 
 from minirl.chat import Chat
@@ -153,7 +154,7 @@ class Judge:
 class StepJudge:
     """Judges steps by the judge's words, or where `chances` are given by its probabilities, to four decimals.
 
-    Rounding hides what a batch's make-up does to the last bits: a verdict is a function of its case.
+    Rounding hides what a batch's make-up does to the last bits: a verdict is a function of its case. What is no number is no verdict.
     """
 
     def __init__(self, asker: Asker, chat: Chat, chances: Chances | None = None) -> None:
@@ -175,7 +176,8 @@ class StepJudge:
         groups = [states.index(cases[i][:2]) for i in places]
         options = self._chat.inside(GOOD), self._chat.inside(BAD)
         for i, chance in zip(places, self._chances(prompts, options, groups) if prompts else [], strict=True):
-            known.put(keys[i], round(chance, 4))
+            known.put(keys[i], round(chance, 4) if isfinite(chance) else None)
+        self.asker.unreadable += sum(known.get(keys[i]) is None for i in places)
         self.asker.asked += len(places)
         return [opinion(known.get(key)) for key in keys]
 
