@@ -131,6 +131,21 @@ def test_probabilities_are_asked_for_by_state(task: Task, tmp_path: Path) -> Non
     assert len(calls) == 1
 
 
+def test_a_probability_that_is_no_number_is_no_verdict(task: Task, tmp_path: Path) -> None:
+    """Catches: one NaN that makes every advantage of its group NaN, and a run that goes on otherwise after a kill."""
+    cases = cases_of(played(task, *FOUR))[:3]
+    found = iter([float("nan"), 0.25, float("inf")])
+
+    def judge() -> StepJudge:
+        asker = Asker(CHAT, Scripted(CHAT, judging), max_tokens=9, known=Verdicts(tmp_path / "v.jsonl"))
+        return StepJudge(asker, CHAT, lambda prompts, options, groups: [next(found) for _ in prompts])
+
+    first = judge()
+    opinions = [Opinion(None, "unreadable"), Opinion(0.25), Opinion(None, "unreadable")]
+    assert (first(cases), first.asker.unreadable) == (opinions, 2)
+    assert judge()(cases) == opinions, "taken up again, it is the same"
+
+
 def test_verdicts_survive_a_torn_row(tmp_path: Path) -> None:
     path = tmp_path / "verdicts.jsonl"
     known = Verdicts(path)
@@ -346,6 +361,8 @@ def test_rules_of_the_calculator(task: Task) -> None:
     assert ruled(task, "<calc>24 + 48</calc>", *HALF)
     assert ruled(task, "<answer>24 clips</answer>", *HALF)
     assert not ruled(task, "<calc>48/2</calc>", *HALF), "it has been asked"
+    assert not ruled(task, "<calc>$48 / 2</calc>", *HALF), "written otherwise it is the same call"
+    assert ruled(task, "<calc>48 * 2</calc>", *HALF)
     assert not ruled(task, "<answer>25</answer>", *HALF)
     assert not ruled(task, "<answer>some</answer>", *HALF)
     assert not ruled(task, "<answer>48</answer>", ("model", "<calc>1+1</calc>"), ("tool", "1+1 -> 2"))
