@@ -130,9 +130,10 @@ def step_judge(node: recipe.Judge, voice: Voice | None, rules: Rules, known: Ver
     return opinions
 
 
-def verdicts_of(folder: Path, process: int = 0) -> Verdicts:
-    """The verdicts of a run folder; each process of a run keeps a file of its own."""
-    return Verdicts(folder / (f"verdicts-{process}.jsonl" if process else "verdicts.jsonl"))
+def verdicts_of(folder: Path, process: int = 0, source: str | None = None) -> Verdicts:
+    """The verdicts of a run folder; each process of a run keeps a file of its own. source: a run folder whose verdicts are known too."""
+    others = () if source is None else sorted(Path(source).expanduser().glob("verdicts*.jsonl"))
+    return Verdicts(folder / (f"verdicts-{process}.jsonl" if process else "verdicts.jsonl"), others)
 
 
 def _pad(chat: Chat) -> int:

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Cli, Start, minirl, recipe
+from conftest import Cli, Start, minirl, recipe, teach
 from servers import Reply, Server, completion
 from stepping import SOLUTION
-from tiny import save_tiny
 
 from minirl.episode import Episode
 from minirl.errors import UserError
@@ -42,9 +41,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny model that has learned nothing: its actions cannot be read, and its opinions of them differ."""
-    return save_tiny(tmp_path_factory.mktemp("model"))
+def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model whose turns are mostly actions, calls and answers, and none of them right by intent."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    outcome = start(teach, folder, 60, ("<do>{a} {sign} {b}</do>", "<do>{a}+{b}</do>", "<end>{b}</end>")).wait()
+    assert outcome.code == 0, outcome.err
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def write(tiny: Path, data: dict[str, Any], tmp_path_factory: pytest.TempPathFac
 
     def write(stages: list[dict[str, Any]], **parts: Any) -> Path:
         path = recipe(tmp_path_factory.mktemp("recipe") / "recipe.yaml", tiny, stages, **parts)
-        body = yaml.safe_load(path.read_text()) | {"task": data, "sampling": SAMPLING | {"rows": 64}}
+        body = yaml.safe_load(path.read_text()) | {"task": data, "sampling": SAMPLING | {"rows": 64} | parts.get("sampling", {})}
         path.write_text(yaml.safe_dump(body))
         return path
 
@@ -134,7 +136,8 @@ def test_another_run_is_the_source_and_states_are_equal(keep: str, cli: Cli, wri
     _, reference, _ = whole
     filtered = {"kind": "filter", "keep": keep, "source": str(reference), "parts": 2, "judge": {"kind": "verifier"}}
     imitated = {"kind": "train", "method": "imitate", "steps": 2, "group": 1, "batch": 2, "states": 5, "learner": {"loss": "nll"}}
-    outcome = cli("run", write([filtered, imitated], model={"adapter": str(reference / "adapter")}), "--out", tmp_path / "run")
+    parts = {"model": {"adapter": str(reference / "adapter")}}
+    outcome = cli("run", write([filtered, imitated], **parts), "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     if keep == "both":  # nothing it says is right
         assert "WARNING: stages[1]: the filter before it kept nothing; nothing is trained" in " ".join(outcome.out.split())
@@ -150,6 +153,15 @@ def test_another_run_is_the_source_and_states_are_equal(keep: str, cli: Cli, wri
         shown = Episode.from_json(row)
         assert [t.trained for t in shown.turns] == [False] * (len(shown.turns) - 1) + [True]
         assert shown.turns[-1].logprobs is None
+    found = sum(row["states"] for row in read_rows(tmp_path / "run/metrics.jsonl") if row["stage"] == 0)
+    outcome = cli("run", write([filtered, imitated | {"states": 1000}], **parts), "--out", tmp_path / "more")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert f"stages[1].states: got 1000, but there are {found} states" in outcome.err
+    assert f"--set stages.1.states={found} and another --out" in outcome.err
+    judged = FILTER | {"source": str(reference), "keep": "both"}
+    outcome = cli("run", write([judged, imitated], **parts), "--out", tmp_path / "judged")
+    assert outcome.code == 0, outcome.err
+    assert not (tmp_path / "judged/verdicts.jsonl").read_bytes(), "the source's judge has said it all"
 
 
 def test_credit_by_step_on_line(cli: Cli, write: Write, tmp_path: Path) -> None:
@@ -298,9 +310,19 @@ def test_wrong_recipes_are_told_in_one_line(write: Write, tiny: Path, data: dict
         assert "\n" not in str(error.value)
 
 
-def test_wrong_sources_are_told_in_one_line(cli: Cli, write: Write, tmp_path: Path) -> None:
+def test_wrong_sources_are_told_in_one_line(cli: Cli, write: Write, whole: Any, tmp_path: Path) -> None:
     filtered = {"kind": "filter", "keep": "none", "source": str(tmp_path / "none")}
     outcome = cli("run", write([filtered, STEP]), "--out", tmp_path / "run")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "is no run folder" in outcome.err
+    source = {"kind": "filter", "keep": "none", "source": str(whole[1])}
+    more = {"stepwise": {"expression": "do", "answer": "end", "steps": 4}}
+    for path, said in [
+        (write([source, STEP], sampling=more), "sampling.stepwise.steps 3, expected 4; take another run, or set sampling.stepwise.steps"),
+        (write([source, STEP], model={"template": "plain"}), "model.template 'chat', expected 'plain'"),
+        (write([source, STEP], model={"dtype": "bf16"}), "has trajectories of other base weights"),
+    ]:
+        outcome = cli("run", path, "--out", tmp_path / said[:20])
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+        assert said in outcome.err
     assert load(write([filtered, STEP])).stages[0].kind == "filter"
