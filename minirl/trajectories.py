@@ -251,8 +251,8 @@ def _check_source(s: Session, other: recipe.Recipe, folder: Path, where: str) ->
     got, expected = weights_of(folder), models.fingerprint(s.policy.model)
     if got != expected:
         raise UserError(
-            f"{where} has trajectories of other base weights (got {str(got)[:8]}, expected {expected[:8]}); load the copy of the model that "
-            "run had, in the same dtype and quantisation"
+            f"{where} has trajectories of other base weights (got {str(got)[:8]}, expected {expected[:8]}); load the copy of the model "
+            "that run had, in the same dtype and quantisation"
         )
 
 
