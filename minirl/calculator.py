@@ -17,16 +17,24 @@ MAX_BITS = 512  # of a numerator or a denominator
 MAX_POWER = 64
 DECIMALS = 6
 
-_PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])|[0-9]+(?!,[0-9]))(?:\.[0-9]+)?|\.[0-9]+|[0-9]+\.(?![0-9])"
+_HALVES = {"½": Fraction(1, 2), "⅓": Fraction(1, 3), "⅔": Fraction(2, 3), "¼": Fraction(1, 4), "¾": Fraction(3, 4)}
+_HALF = f"[{''.join(_HALVES)}]"
+_PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])|[0-9]+(?!,[0-9]))(?:\.[0-9]+|\.(?![0-9.]))?|\.[0-9]+"
 _CURRENCY = r"(?:[$€£¥₹]|(?:US|USD|EUR|GBP|Rs)\b\.?\s*[$€£¥₹]?)"
 _WORD = r"[^\W\d_]+(?:['’][^\W\d_]+)?"
 _TOKEN = re.compile(
-    rf"\s*(?:(?P<mixed>[0-9]+\s+[0-9]+/[0-9]+(?![0-9.,]))|(?P<number>(?:{_PLAIN})(?:[eE][+-]?[0-9]{{1,2}}(?![\w.]))?)(?:\.\.\.|…)?"
-    rf"|(?P<operator>\*\*|[-+*/^()])|(?P<percent>%)|(?P<currency>{_CURRENCY})|(?P<word>{_WORD}))"
+    rf"\s*(?:(?P<mixed>[0-9]+\s+[0-9]+/[0-9]+(?![0-9.,])|[0-9]*\s*{_HALF})"
+    rf"|(?P<number>(?:{_PLAIN})(?:[eE][+-]?[0-9]{{1,2}}(?![\w.]))?)(?:\.\.\.|…)?|(?P<operator>\*\*|[-+*/^()])|(?P<percent>%)|(?P<currency>{_CURRENCY})|(?P<word>{_WORD}))"
 )
-# After a number a word is its unit, with a power or a second unit of its own: 5 m^2, 60 km/h, 3 apples. `/` before a digit divides.
-_UNIT_TAIL = re.compile(rf"(?:\^[23](?![0-9.])|[²³])?(?:\s*/\s*(?={_WORD}))?")
+# After a number a word is its unit, with a power of its own: 5 m^2, 3 apples.
+_UNIT_TAIL = re.compile(r"(?:\^[23](?![0-9.])|[²³])?")
+_AMOUNT = rf"{_CURRENCY}\s*(?:{_PLAIN})"
+# Right behind a slash that stands right behind an amount or a unit, a word goes on with that unit: $5/hour, 60 km/h.
+_RATE = re.compile(rf"(?:{_AMOUNT}|[^\W\d_](?:\^[23]|[²³])?)/\Z")
+_MONEY = re.compile(rf"{_AMOUNT}\s*\Z")
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12, "k": 1000}
+_SCALES |= {"mn": 10**6, "bn": 10**9}
+_OF_MONEY = {"m": 10**6, "b": 10**9}  # $5m; 5 m are metres
 _WORDED = {"plus": "+", "minus": "-", "times": "*", "x": "*", "of": "*", "over": "/"}
 _WORDED_BY = {"divided": "/", "multiplied": "*"}
 _NO_UNITS = frozenset(
@@ -35,13 +43,13 @@ _NO_UNITS = frozenset(
         """a b c d e f i j n p q r t u v w y z pi and or not nor to than squared cubed half halves third thirds quarter quarters twice
         double triple sqrt sum mod modulo log ln sin cos tan abs round min max factorial equals is are was if then versus vs divided
         multiplied by zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty
-        ninety point""",
+        ninety point percentage mil bil tn""",
     )
 )
 _PERCENT = ("percent", "pct")
 _SIGNS = str.maketrans({"×": "*", "·": "*", "∙": "*", "÷": "/", "⁄": "/", "∕": "/", "−": "-", "–": "-", "—": "-", "﹣": "-", "－": "-"})
 _BRACKETS = str.maketrans("[]{}", "()()")
-_HALVES = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4"}
+_PER_CENT = re.compile(r"\bper\s+cent\b", re.IGNORECASE)
 
 
 class CalculatorError(ValueError):
@@ -64,8 +72,7 @@ def evaluate(expression: str) -> Fraction:
     if len(expression) > MAX_CHARS:
         raise CalculatorError(f"more than {MAX_CHARS} characters")
     text = expression.translate(_SIGNS).translate(_BRACKETS).replace("\\$", "$").replace("\\%", "%").strip(" \t\r\n`").rstrip(".?;: ")
-    text = "".join(f" {_HALVES[char]}" if char in _HALVES else char for char in text)
-    code, numbers = _read(_worked_side(text))
+    code, numbers = _read(_worked_side(_PER_CENT.sub("percent", text)))
     try:
         tree = ast.parse(code, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -92,7 +99,7 @@ def written(value: Fraction) -> str:
 
 def _worked_side(text: str) -> str:
     """The first side of an equation that has a digit in it."""
-    return next((side for side in text.split("=") if re.search("[0-9]", side)), text)
+    return next((side for side in text.split("=") if re.search(f"[0-9]|{_HALF}", side)), text)
 
 
 def _read(text: str) -> tuple[str, list[Fraction]]:
@@ -104,7 +111,8 @@ def _read(text: str) -> tuple[str, list[Fraction]]:
         token = _TOKEN.match(text, at)
         if token is None:
             raise CalculatorError(f"cannot read {text[at:].strip()[:20]!r}; use numbers, + - * / ^ and brackets")
-        at, kind, said = token.end(), str(token.lastgroup), token[str(token.lastgroup)]
+        kind = str(token.lastgroup)
+        at, said = token.end(), token[kind]
         if len(code) > MAX_TOKENS:
             raise CalculatorError("too many numbers and operators")
         if kind in ("mixed", "number"):
@@ -123,25 +131,30 @@ def _read(text: str) -> tuple[str, list[Fraction]]:
                 raise CalculatorError("a percent sign without a number before it")
             _scale(code, numbers, Fraction(1, 100))
         elif kind == "word":
-            at, after = _word(text, at, said, after, code, numbers)
+            at, after = _word(text, token.start(kind), said, after, code, numbers)
     if not numbers:
         raise CalculatorError("no numbers to work with")
     return "".join(code), numbers
 
 
-def _scale(code: list[str], numbers: list[Fraction], factor: Fraction) -> None:
-    """Multiply the last value, a number or what stands in brackets, so that 1 / 50% is 2."""
+def _scale(code: list[str], numbers: list[Fraction], factor: Fraction, name: str | None = None) -> None:
+    """Multiply the last value, a number or what stands in brackets, so that 1 / 50% is 2.
+
+    name: of a scale in words, which is refused after a slash: 1/2 million is half a million to most.
+    """
     start, depth = len(code), 0
     while start and (start == len(code) or depth > 0):
         start -= 1
         depth += code[start].count(")") - code[start].count("(")
+    if name is not None and code[:start][-1:] == ["/"]:
+        raise CalculatorError(f"put brackets around what belongs to {name!r}")
     code[start:] = [f"({''.join(code[start:])}*n{len(numbers)})"]
     numbers.append(factor)
 
 
-def _word(text: str, at: int, word: str, after: str, code: list[str], numbers: list[Fraction]) -> tuple[int, str]:
-    """A word is an operator, a scale (million) or a unit; where the text goes on, and what stands before it then."""
-    low = word.lower()
+def _word(text: str, start: int, word: str, after: str, code: list[str], numbers: list[Fraction]) -> tuple[int, str]:
+    """The word at `start` is an operator, a scale (million) or a unit; where the text goes on, and what stands before it then."""
+    low, at = word.lower(), start + len(word)
     if low in _WORDED_BY and (by := re.compile(r"\s+by\b", re.IGNORECASE).match(text, at)):
         at, low = by.end(), {"/": "over", "*": "times"}[_WORDED_BY[low]]
     if low in _WORDED and after == "value" and not (word == "x" and not _times(text, at)):
@@ -150,13 +163,16 @@ def _word(text: str, at: int, word: str, after: str, code: list[str], numbers: l
     if low == "minus" and after != "value":
         code.append("-")
         return at, "operator"
-    if low in _NO_UNITS or low in _WORDED or (after != "value" and (len(code) < 2 or code[-1] != "/")):
+    scale = _SCALES.get(low.removesuffix("s") if low != "s" else low)
+    if after == "value" and scale is None and low in _OF_MONEY and _MONEY.search(text[:start]):
+        scale = _OF_MONEY[low]
+    rest = after != "value" and scale is None and len(code) > 1 and code[-1] == "/" and _RATE.search(text[:start])  # of a unit: $5/hour
+    if low in _WORDED or (scale is None and (low in _NO_UNITS or word == "M")) or (after != "value" and not rest):
         raise CalculatorError(f"cannot read {word!r}; use numbers, + - * / ^ and brackets")
-    if after != "value":  # $5/hour: the rest of a unit
+    if rest:
         code.pop()
-        return at, "value"
-    if (scale := _SCALES.get(low.removesuffix("s") if low != "s" else low)) is not None:
-        _scale(code, numbers, Fraction(scale))
+    elif scale is not None:
+        _scale(code, numbers, Fraction(scale), word)
         return at, "value"
     tail = _UNIT_TAIL.match(text, at)
     return (tail.end() if tail else at), "value"
@@ -164,10 +180,12 @@ def _word(text: str, at: int, word: str, after: str, code: list[str], numbers: l
 
 def _times(text: str, at: int) -> bool:
     """Whether the x that ends before `at` multiplies: a number follows it, and it is not the one of 0x10."""
-    return bool(re.match(r"\s*[$€£(.]*\s*[0-9]", text[at:])) and not re.search(r"(?<![0-9.,])0x\Z", text[:at])
+    return bool(re.match(rf"\s*[$€£(.]*\s*(?:[0-9]|{_HALF})", text[at:])) and not re.search(r"(?<![0-9.,])0x\Z", text[:at])
 
 
 def _number(said: str) -> Fraction:
+    if said[-1] in _HALVES:
+        return _bounded(_HALVES[said[-1]] + int(said[:-1] or 0))
     if "/" in said:
         whole, num, den = (int(part) for part in re.split(r"\s+|/", said))
         if num >= den:

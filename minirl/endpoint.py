@@ -1,8 +1,9 @@
 """A sampler behind HTTP: any server that speaks OpenAI's chat completions, for judges and for whoever writes in the policy's place.
 
-Invariant: every ask is answered within (retries + 1) * timeout_s and the pauses between, at most `concurrency` of them are under way, and
-a server's fault is one line. A completion from here is text alone: `tokens` and `logprobs` are empty, for the server's ids are none of
-ours. So nothing of it can be trained; a conversation goes on from it once its text is written down again (see relay.py).
+Invariant: every ask is answered within (retries + 1) * timeout_s and the pauses between, at most `concurrency` connections are open (that
+of a request that was given up is closed before the next), and a server's fault is one line. A completion from here is text alone: `tokens`
+and `logprobs` are empty, for the server's ids are none of ours. So nothing of it can be trained; a conversation goes on from it once its
+text is written down again (see relay.py).
 """
 
 from __future__ import annotations
@@ -63,18 +64,23 @@ class Messages(Chat):
         return bytes(tokens).decode(errors="ignore")
 
 
+class _NoAnswerError(UserError):
+    """A fault that may be gone the next time: a time-out, a connection that fails, 408, 429 or 5xx."""
+
+
 class EndpointSampler:
     """Posts each ask in a thread of its own. Raises UserError from `poll` for a server that gives no answer, refuses, or says nonsense.
 
-    patient: never raise; an ask that comes to nothing is answered by a completion that "failed". After GIVE_UP of them in a row all that
-    wait fail at once, so that a dead server costs a few time-outs a call and not one for every ask; `reset` gives it another chance.
+    patient: never raise; an ask that comes to nothing is answered by a completion that "failed". After GIVE_UP without an answer in a row
+    all that wait fail at once; `reset` gives the server another chance: one ask goes ahead, without retries, and the others only once that
+    one is answered. So a dead server costs one time-out a call. A refusal of one ask (a prompt that is too long, say) is an answer.
     """
 
     def __init__(self, node: Other, *, patient: bool = False) -> None:
         self._node = node
         self.patient = patient
         self.last_fault = ""
-        self._faults = 0  # in a row
+        self._faults = 0  # asks without an answer, in a row
         self._url = str(node.url)
         self._waiting: deque[tuple[int, Ask]] = deque()
         self._running = 0
@@ -93,7 +99,7 @@ class EndpointSampler:
 
     def reset(self) -> None:
         """Nothing outlives a poll but how a server has done lately."""
-        self._faults = 0
+        self._faults = min(self._faults, GIVE_UP - 1)
 
     def poll(self) -> list[tuple[int, Completion]]:
         """Wait until at least one ask is answered; all that are."""
@@ -101,8 +107,10 @@ class EndpointSampler:
             given_up = [(key, FAILED) for key, _ in self._waiting]
             self._waiting.clear()
             return given_up
-        while self._waiting and self._running < self._node.concurrency:
-            threading.Thread(target=self._answer, args=self._waiting.popleft(), daemon=True).start()
+        doubtful = self._faults >= GIVE_UP - 1
+        while self._waiting and self._running < (1 if doubtful else self._node.concurrency):
+            retries = 0 if doubtful else self._node.retries
+            threading.Thread(target=self._answer, args=(*self._waiting.popleft(), retries), daemon=True).start()
             self._running += 1
         if not self._running:
             raise RuntimeError("poll: expected at least one ask")
@@ -112,30 +120,30 @@ class EndpointSampler:
         self._running -= len(found)
         answers = []
         for key, answer in found:
+            self._faults = self._faults + 1 if isinstance(answer, _NoAnswerError) else 0
             if not isinstance(answer, UserError):
-                self._faults = 0
                 answers.append((key, answer))
             elif self.patient:
-                self._faults, self.last_fault = self._faults + 1, str(answer)
+                self.last_fault = str(answer)
                 answers.append((key, FAILED))
             else:
                 raise answer
         return answers
 
-    def _answer(self, key: int, ask: Ask) -> None:
+    def _answer(self, key: int, ask: Ask, retries: int) -> None:
         try:
-            self._done.put((key, self._read(self._post(ask))))
+            self._done.put((key, self._read(self._post(ask, retries))))
         except UserError as error:
             self._done.put((key, error))
         except Exception as error:  # of a thread: whoever polls must hear of it, or would wait for ever
             self._done.put((key, UserError(f"{self._url}: {type(error).__name__}: {error}")))
 
-    def _post(self, ask: Ask) -> bytes:
+    def _post(self, ask: Ask, retries: int) -> bytes:
         messages = [json.loads(line) for line in bytes(ask.tokens).splitlines()]
         body: dict[str, Any] = {"model": self._node.model, "messages": messages, "max_tokens": ask.max_tokens}
         body |= {"temperature": ask.temperature, "seed": ask.seed % 2**31} | ({"stop": list(ask.stop)} if ask.stop else {})
         request, said = urllib.request.Request(self._url, json.dumps(body).encode(), self._headers), ""
-        for number in range(self._node.retries + 1):
+        for number in range(retries + 1):
             if number:
                 time.sleep(FIRST_PAUSE_S * 2 ** (number - 1))
             answer = within(request, self._node.timeout_s)
@@ -144,7 +152,7 @@ class EndpointSampler:
             said = f"{type(answer).__name__}: {answer}"[:200]
             if not passing(answer):
                 raise UserError(f"{self._url}: the server refused ({said}), {_EXPECTED}; see to the address, the model's name and the key")
-        raise UserError(f"{self._url}: no answer in {self._node.retries + 1} tries ({said}); see that the server runs, or raise timeout_s")
+        raise _NoAnswerError(f"{self._url}: no answer in {retries + 1} tries ({said}); see that the server runs, or raise timeout_s")
 
     def _read(self, answer: bytes) -> Completion:
         try:
@@ -156,4 +164,5 @@ class EndpointSampler:
                 raise TypeError(f"content is {type(text).__name__}")
         except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
             raise UserError(f"{self._url}: got {answer[:40]!r} ({type(error).__name__}: {error}), {_EXPECTED}; mend the server") from error
+        text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair would break a tokenizer later on
         return Completion((), (), text, "length" if choice.get("finish_reason") == "length" else "stop")

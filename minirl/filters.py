@@ -61,10 +61,12 @@ def marked(judged: Judged, at: float) -> Episode:
 def tally(trajectories: Sequence[Judged], keep: str, at: float) -> dict[str, int]:
     """Counts to log: trajectories and steps, what was approved, right, both and kept; and the pairs that agreement is reckoned from.
 
+    outcome_unknown: trajectories of which nobody could say whether they are right; they are not right, and in no ends.
     pairs_xy: steps of which the judge says x and the rules y; ends_xy: last steps of which the judge says x and the outcome y (1 is good).
     Steps that were not scored are in no pair.
     """
-    counts = dict.fromkeys(("trajectories", "states", "good_steps", "unreadable", "unanswered", "process", "outcome", "both", "kept"), 0)
+    names = ("trajectories", "states", "good_steps", "unreadable", "unanswered", "process", "outcome", "outcome_unknown", "both", "kept")
+    counts = dict.fromkeys(names, 0)
     counts |= {f"{kind}_{a}{b}": 0 for kind in ("pairs", "ends") for a in (1, 0) for b in (1, 0)}
     for judged in trajectories:
         opinions, fine, right = judged.opinions or (), process(judged, at), bool(judged.right)
@@ -75,6 +77,7 @@ def tally(trajectories: Sequence[Judged], keep: str, at: float) -> dict[str, int
         counts["unanswered"] += sum(o.came == "unanswered" for o in opinions)
         counts["process"] += fine
         counts["outcome"] += right
+        counts["outcome_unknown"] += judged.right is None
         counts["both"] += fine and right
         counts["kept"] += passes(judged, keep, at)
         for o, rule in zip(opinions, judged.rules or (), strict=False):
@@ -105,7 +108,8 @@ def summary(rows: Sequence[Mapping[str, float]], *, asked: bool) -> list[str]:
         return f"{total.get(name, 0):.0f} ({total.get(name, 0) / count:.1%})"
 
     lines = [f"{total.get('trajectories', 0):.0f} trajectories, {total.get('states', 0):.0f} states; kept {share('kept')}"]
-    lines.append(f"outcome right {share('outcome')}" + (f"; process {share('process')}; both {share('both')}" if asked else ""))
+    unknown = f", unknown {share('outcome_unknown')}" if total.get("outcome_unknown") else ""
+    lines.append(f"outcome right {share('outcome')}{unknown}" + (f"; process {share('process')}; both {share('both')}" if asked else ""))
     if asked:
         unread = f"{total['unreadable']:.0f} verdicts unreadable, {total['unanswered']:.0f} unanswered"
         lines.append(f"steps approved {total['good_steps'] / steps:.1%}; {unread}: not approved")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
 from typing import Any, Literal, NamedTuple, Protocol
 
 from minirl.chat import Chat
@@ -96,7 +97,10 @@ class Asker:
         self._max_tokens = max_tokens
 
     def __call__(self, system: str, texts: Sequence[str], read: Callable[[str], bool | None]) -> list[Opinion]:
-        """An opinion on each text. A reply that cannot be read is kept like any other; one that never came is asked for again next time."""
+        """An opinion on each text. A reply that cannot be read is kept like any other; one that never came is asked for again next time.
+
+        A server that was given up is given another chance at each call.
+        """
         keys = {text: key_of(self.name, str(self._max_tokens), system, text) for text in texts}
         new = [text for text in keys if keys[text] not in self.known]
         failed: set[str] = set()
@@ -110,6 +114,8 @@ class Asker:
             self.unreadable += verdict is None
             self.known.put(keys[text], None if verdict is None else float(verdict), said=said[:MOST_CHARS])
 
+        if reset := getattr(self._sampler, "reset", None):
+            reset()
         play([self._ask(system, text) for text in new], self._sampler, on_done=keep)
         self.asked += len(new)
         self.unanswered += len(failed)
@@ -148,7 +154,7 @@ class Judge:
 class StepJudge:
     """Judges steps by the judge's words, or where `chances` are given by its probabilities, to four decimals.
 
-    Rounding hides what a batch's make-up does to the last bits: a verdict is a function of its case.
+    Rounding hides what a batch's make-up does to the last bits: a verdict is a function of its case. What is no number is no verdict.
     """
 
     def __init__(self, asker: Asker, chat: Chat, chances: Chances | None = None) -> None:
@@ -170,7 +176,8 @@ class StepJudge:
         groups = [states.index(cases[i][:2]) for i in places]
         options = self._chat.inside(GOOD), self._chat.inside(BAD)
         for i, chance in zip(places, self._chances(prompts, options, groups) if prompts else [], strict=True):
-            known.put(keys[i], round(chance, 4))
+            known.put(keys[i], round(chance, 4) if isfinite(chance) else None)
+        self.asker.unreadable += sum(known.get(keys[i]) is None for i in places)
         self.asker.asked += len(places)
         return [opinion(known.get(key)) for key in keys]
 

@@ -33,10 +33,15 @@ class Relay(Talk):
         self._other.tell(kind, text)
 
     def ask(self, kind: str, *, max_tokens: int, trained: bool = False, stop: tuple[str, ...] = ()) -> Generator[Ask, Completion, str]:
-        """Let the speaker speak: its text, with the stop string that a server leaves out put back."""
+        """Let the speaker speak: its text, with the stop string that a server leaves out put back.
+
+        A reply that the speaker's limit has cut ends where it was cut, and is no action.
+        """
         text = yield from self._other.ask(kind, max_tokens=max_tokens, stop=stop)
+        self._finish = self._other._finish
         if not self._other.turns[-1].tokens:  # a server's: text alone
-            text += next((end for end in stop if text.count("<" + end[2:]) > text.count(end)), "")
+            if self._finish != "length":
+                text += next((end for end in stop if text.count("<" + end[2:]) > text.count(end)), "")
             self._other.turns[-1] = Turn(kind, self._other.chat.reply(text))
         self.turns.append(Turn(kind, self.chat.reply(text), None, trained))
         return text

@@ -63,6 +63,10 @@ class Rules:
         """1 or 0 for each step; `problems` are looked at with `gold` alone."""
         return [Opinion(float(self._approves(case, problem))) for case, problem in zip(cases, problems, strict=True)]
 
+    def reads(self, message: str) -> bool:
+        """Whether a message is one readable action."""
+        return self._read(message) is not None
+
     def _approves(self, case: StepCase, problem: Problem) -> bool:
         action = self._read(case.message)
         if action is None or not action.content:
@@ -75,9 +79,11 @@ class Rules:
         before = [self._read(text) for author, text in case.said if author == "model"]
         if len(before) + 1 == self._steps:
             return False  # nobody will answer this call
-        if any(a is not None and a.kind == "call" and _same(a.content, action.content) for a in before):
+        searches = isinstance(self._task, SearchTask)
+        plain = _plain_query if searches else _plain_expression
+        if any(a is not None and a.kind == "call" and plain(a.content) == plain(action.content) for a in before):
             return False
-        asks = _asks_for_words if isinstance(self._task, SearchTask) else _asks_for_numbers
+        asks = _asks_for_words if searches else _asks_for_numbers
         return asks(action.content, [case.question, *told])
 
     def _supports(self, answer: str, told: Sequence[str]) -> bool:
@@ -90,8 +96,12 @@ class Rules:
         return stated is not None and any(v is not None and abs(v.value - stated.value) <= Fraction(1, 100) for v in values)
 
 
-def _same(one: str, other: str) -> bool:
-    return one.lower().split() == other.lower().split()
+def _plain_query(query: str) -> str:
+    return " ".join(query.lower().split())
+
+
+def _plain_expression(expression: str) -> str:
+    return re.sub(r"[\s$,]", "", expression.lower())
 
 
 def _asks_for_numbers(expression: str, known: Sequence[str]) -> bool:

@@ -209,6 +209,12 @@ def standing(folder: Path) -> tuple[Position, bool]:
     return state.position, state.finished
 
 
+def weights_of(folder: Path) -> str | None:
+    """The fingerprint of the base weights of a run; None where it began with none."""
+    path = folder / "model.json"
+    return str(json.loads(path.read_text())["weights"]) if path.exists() else None
+
+
 def add_later_eval(folder: Path, row: Mapping[str, Any]) -> None:
     """Put an evaluation that `minirl eval` made beside the run's own, in place of one of the same kind. Needs no open run.
 

@@ -123,17 +123,17 @@ def step_judge(node: recipe.Judge, voice: Voice | None, rules: Rules, known: Ver
     judge = StepJudge(asker, voice.chat, voice.scorer if node.verdict == "probability" else None)
 
     def opinions(cases: Sequence[StepCase], _: Sequence[Problem]) -> list[Opinion]:
-        reset = getattr(voice.sampler, "reset", None)
-        if reset is not None:
-            reset()
-        return judge(cases)
+        """A turn that is no action is bad, whatever a judge would say: one action a turn is the method's law."""
+        given = iter(judge([case for case in cases if rules.reads(case.message)]))
+        return [next(given) if rules.reads(case.message) else Opinion(0.0) for case in cases]
 
     return opinions
 
 
-def verdicts_of(folder: Path, process: int = 0) -> Verdicts:
-    """The verdicts of a run folder; each process of a run keeps a file of its own."""
-    return Verdicts(folder / (f"verdicts-{process}.jsonl" if process else "verdicts.jsonl"))
+def verdicts_of(folder: Path, process: int = 0, source: str | None = None) -> Verdicts:
+    """The verdicts of a run folder; each process of a run keeps a file of its own. source: a run folder whose verdicts are known too."""
+    others = () if source is None else sorted(Path(source).expanduser().glob("verdicts*.jsonl"))
+    return Verdicts(folder / (f"verdicts-{process}.jsonl" if process else "verdicts.jsonl"), others)
 
 
 def _pad(chat: Chat) -> int:

@@ -132,6 +132,10 @@ def _keep(episodes: Sequence[Episode], stage: recipe.Collect) -> list[Episode]:
 
 def _train(s: Session, index: int, stage: recipe.Train) -> None:
     """A stage's steps, with its evaluations and checkpoints."""
+    if index and isinstance(s.recipe.stages[index - 1], recipe.Filter) and not s.run.kept(index - 1):
+        s.progress.say(f"WARNING: stages[{index}]: the filter before it kept nothing; nothing is trained")
+        s.run.advance(Position(index + 1, 0))
+        return
     learner = _learner(s, index, stage)
     problems = _problems(s, index, stage)
     method, judge = method_of(stage), None if stage.judge is None else StepScorer(s, stage.judge, stage.method)

@@ -23,7 +23,7 @@ from minirl.methods.stepwise import stepwise, tags_of
 from minirl.relay import Relay
 from minirl.rollout import play
 from minirl.rules import Rules, reader, search_reader
-from minirl.rundir import standing
+from minirl.rundir import standing, weights_of
 from minirl.session import Interrupted, Session
 from minirl.speakers import StepScores, answer_judge, step_judge, verdicts_of
 from minirl.split import actions, imitations, some, states
@@ -35,12 +35,18 @@ SHOWN = ("steps", "calls", "errors", "malformed")
 
 
 class StepScorer:
-    """Scores actions by a recipe's judge, opened when it is first asked: by then the first step's check has settled the sampler."""
+    """Scores actions by a recipe's judge, opened when it is first asked: by then the first step's check has settled the sampler.
 
-    def __init__(self, s: Session, node: recipe.Judge, method: str = "stepwise") -> None:
+    again: ask once more for what was not answered, for the position moves on for good once a filter's part is saved. source: another run
+    of the same base weights, whose verdicts are taken over.
+    """
+
+    def __init__(self, s: Session, node: recipe.Judge, method: str = "stepwise", *, again: bool = False, source: str | None = None) -> None:
         self._s = s
         self._node = node
         self._method = method
+        self._again = again
+        self._source = source
         self._opened: StepScores | None = None
         self._known: Verdicts | None = None
         self._warned = False
@@ -50,8 +56,10 @@ class StepScorer:
         if self._opened is None:
             self._open()
         assert self._opened is not None
-        cases = [self._case(episode, turn) for episode, turn in wanted]
-        opinions = self._opened(cases, [episode.problem for episode, _ in wanted])
+        cases, problems = [self._case(episode, turn) for episode, turn in wanted], [episode.problem for episode, _ in wanted]
+        opinions = self._opened(cases, problems)
+        if self._again and any(o.came == "unanswered" for o in opinions):
+            opinions = self._opened(cases, problems)  # what was answered is known, and not asked for again
         if (failed := sum(o.came == "unanswered" for o in opinions)) and not self._warned:
             self._warned = True  # once a stage; metrics.jsonl counts them all
             self._s.progress.say(
@@ -61,7 +69,7 @@ class StepScorer:
 
     def _open(self) -> None:
         s, node = self._s, self._node
-        self._known = verdicts_of(s.run.folder, s.accelerator.process_index)
+        self._known = verdicts_of(s.run.folder, s.accelerator.process_index, self._source)
         voice = None if node.kind == "verifier" else s.voices.open(node, s.sampler, patient=True)
         self._opened = step_judge(node, voice, rules_of(s, node, self._method), self._known)
 
@@ -181,11 +189,12 @@ def filter_stage(s: Session, index: int, stage: recipe.Filter) -> None:
 def _both_judges(s: Session, stage: recipe.Filter) -> Callable[[Sequence[Episode]], list[Judged]]:
     """The steps' judge with the rules beside it, and the outcome's."""
     node = stage.judge
-    steps = None if node is None else StepScorer(s, node)
+    steps = None if node is None else StepScorer(s, node, again=True, source=stage.source)
     rules = None if node is None or node.kind == "verifier" else StepScorer(s, recipe.Judge.model_validate({"kind": "verifier"}))
     answers = None
     if node is not None and stage.outcome == "judge":
-        answers = answer_judge(node, s.voices.open(node, s.sampler, patient=True), verdicts_of(s.run.folder, s.accelerator.process_index))
+        known = verdicts_of(s.run.folder, s.accelerator.process_index, stage.source)
+        answers = answer_judge(node, s.voices.open(node, s.sampler, patient=True), known)
 
     def judge(episodes: Sequence[Episode]) -> list[Judged]:
         wanted = [(e, turn) for e in episodes for turn in actions(e)]
@@ -196,6 +205,8 @@ def _both_judges(s: Session, stage: recipe.Filter) -> Callable[[Sequence[Episode
             said = [e.parts.get("answer") for e in episodes]
             cases = [Case(e.problem.prompt, g, a if isinstance(a, str) else None) for e, g, a in zip(episodes, golds, said, strict=True)]
             right = list(answers(cases))
+            if None in right:
+                right = list(answers(cases))  # as in StepScorer: asks for what was not answered
         out = []
         for e, outcome in zip(episodes, right, strict=True):
             given: list[tuple[Opinion, ...] | None] = [None if it is None else tuple(next(it) for _ in actions(e)) for it in found]
@@ -218,20 +229,41 @@ def trajectories_of(s: Session, index: int, stage: recipe.Filter) -> list[Episod
     found = [n for n, old in enumerate(other.stages) if isinstance(old, recipe.Collect) and old.method == "stepwise"]
     if not found or standing(folder)[0].stage <= found[-1]:
         raise UserError(f"{where} has no finished stepwise collect stage; run its recipe to the end of one")
-    if (other.model.name, other.model.template) != (s.recipe.model.name, s.recipe.model.template):
-        raise UserError(f"{where} has trajectories of {other.model.name}, expected {s.recipe.model.name}: another model has other tokens")
+    _check_source(s, other, folder, where)
     path = folder / "kept" / f"{found[-1]}.jsonl"
     rows: list[dict[str, Any]] = read_rows(path, growing=False)
     return [Episode.from_json(row, f"{path}:{line}") for line, row in enumerate(rows, start=1)]
 
 
+def _check_source(s: Session, other: recipe.Recipe, folder: Path, where: str) -> None:
+    """Raises UserError for trajectories that the run could not have made itself: of another model, task or tool, or other weights."""
+    mine = s.recipe
+    named: list[tuple[str, Any, Any]] = [
+        ("model.name", other.model.name, mine.model.name),
+        ("model.template", other.model.template, mine.model.template),
+    ]
+    named += [("task.name", other.task.name, mine.task.name)]
+    for name in type(mine.sampling.stepwise).model_fields:
+        named.append((f"sampling.stepwise.{name}", getattr(other.sampling.stepwise, name), getattr(mine.sampling.stepwise, name)))
+    for name, got, expected in named:
+        if got != expected:
+            raise UserError(f"{where} has trajectories made with {name} {got!r}, expected {expected!r}; take another run, or set {name}")
+    got, expected = weights_of(folder), models.fingerprint(s.policy.model)
+    if got != expected:
+        raise UserError(
+            f"{where} has trajectories of other base weights (got {str(got)[:8]}, expected {expected[:8]}); load the copy of the model "
+            "that run had, in the same dtype and quantisation"
+        )
+
+
 def states_of(s: Session, index: int, stage: recipe.Train, kept: Sequence[Episode]) -> list[Problem]:
-    """The states that a stage trains on; with their actions where it imitates them."""
+    """The states that a stage trains on, with their actions where it imitates them. Raises UserError where it asks for more."""
     split = imitations(kept) if stage.method == "imitate" else states(kept)
     chosen = some(split, stage.states, s.recipe.seed)
     s.progress.say(f"stage {index}: {len(chosen)} of {len(split)} states of {len(kept)} trajectories")
     if stage.states is not None and len(split) < stage.states:
-        s.progress.say(
-            f"WARNING: stages[{index}].states asks for {stage.states}, there are {len(split)}; filters are not compared at equal numbers"
+        raise UserError(
+            f"stages[{index}].states: got {stage.states}, but there are {len(split)} states; filters are compared at equal numbers, so run "
+            f"all of them again with --set stages.{index}.states={len(split)} and another --out"
         )
     return chosen

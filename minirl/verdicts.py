@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from hashlib import blake2b
 from math import isfinite
 from pathlib import Path
@@ -24,15 +25,17 @@ def key_of(*parts: str) -> str:
 class Verdicts:
     """Verdicts by key: 1.0 good, 0.0 bad, a probability in between, None for a reply that cannot be read. Without a path in memory alone.
 
-    Several processes may write one file: each row is appended by one call.
+    Several processes may write one file: each row is appended by one call. others: files that are read as well, and never written.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, others: Iterable[Path] = ()) -> None:
         self._known: dict[str, float | None] = {}
         self._handle: int | None = None
         if path is None:
             return
         try:
+            for other in others:
+                self._read(other)
             torn = self._read(path)
             self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             if torn:

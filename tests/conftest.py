@@ -147,8 +147,8 @@ def minirl(*argv: str) -> None:
     app(argv)
 
 
-def teach(folder: Path, steps: int = 60) -> None:
-    """Train all of a tiny model to answer in form after every opening of an assistant's turn."""
+def teach(folder: Path, steps: int = 60, replies: tuple[str, ...] = ("<answer>{a} {sign} {b}</answer>",)) -> None:
+    """Train all of a tiny model to say one of `replies` after every opening of an assistant's turn."""
     import torch
     from tiny import byte_tokenizer, tiny_model
 
@@ -166,7 +166,8 @@ def teach(folder: Path, steps: int = 60) -> None:
         tokens = [*chat.prompt(rng.choice(task.train))]
         mask = [False] * len(tokens)
         for request in (REFLECT, RETRY, None):
-            reply = chat.reply(f"<answer>{rng.randint(1, 4)} {rng.choice('+*')} {rng.randint(1, 4)}</answer>")
+            numbers = {"a": rng.randint(1, 4), "sign": rng.choice("+*"), "b": rng.randint(1, 4)}
+            reply = chat.reply((rng.choice(replies) if len(replies) > 1 else replies[0]).format(**numbers))
             after = chat.user(request, after=reply) if request else ()
             tokens += [*reply, *after]
             mask += [True] * len(reply) + [False] * len(after)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import http.server
 import json
+import selectors
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -51,6 +53,64 @@ class Server:
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1/chat/completions"
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+
+class Hanging:
+    """Begins an answer to whoever connects and never ends it: a byte of a header now and then, so that no socket's time-out ends it either.
+
+    seen: connections; most: how many were open at once, those that the client has closed not among them.
+    """
+
+    def __init__(self) -> None:
+        self.seen = self.most = 0
+        self._closed = False
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/v1/chat/completions"
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def __enter__(self) -> Hanging:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed = True
+        self._thread.join()
+        self._listener.close()
+
+    def _serve(self) -> None:
+        clients: set[socket.socket] = set()
+        with selectors.DefaultSelector() as poller:
+            poller.register(self._listener, selectors.EVENT_READ)
+            while not self._closed:
+                ready = {key.fileobj for key, _ in poller.select(0.02)}
+                for client in list(clients):
+                    if client in ready and _hung_up(client):
+                        poller.unregister(client)
+                        clients.remove(client)
+                        client.close()
+                if self._listener in ready:  # after the others: whoever hung up did so before
+                    client, _ = self._listener.accept()
+                    client.setblocking(False)
+                    client.send(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+                    clients.add(client)
+                    poller.register(client, selectors.EVENT_READ)
+                    self.seen, self.most = self.seen + 1, max(self.most, len(clients))
+                for client in clients:
+                    with suppress(OSError):
+                        client.send(b"a")
+        for client in clients:
+            client.close()
+
+
+def _hung_up(client: socket.socket) -> bool:
+    try:
+        while client.recv(2**16):
+            pass
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def completion(text: str, finish: str = "stop") -> tuple[int, bytes]:

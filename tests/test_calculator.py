@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minirl.calculator import MAX_CHARS, CalculatorError, evaluate, reply, written
-from minirl.tasks.calls import Call, Chain, confirmed, read
+from minirl.tasks.calls import _MARK, Call, Chain, _agrees, confirmed, read
+
+GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
 
 
 @pytest.mark.parametrize(
@@ -41,6 +45,25 @@ from minirl.tasks.calls import Call, Chain, confirmed, read
         ("1 1/2 * 4", "6"),
         ("½ of 30", "15"),
         ("2 million / 4", "500000"),
+        ("100 / ½", "200"),
+        ("½ dozen", "6"),
+        ("½ million", "500000"),
+        ("½%", "0.005"),
+        ("2½ * 4", "10"),
+        ("3 x 1 ¾", "5.25"),
+        ("x = ¼", "0.25"),
+        ("1 1/2 million", "1500000"),
+        ("100 / (2 dozen)", "4.166667..."),
+        ("20 per cent of 50", "10"),
+        ("$2M / 4", "500000"),
+        ("$2.5m", "2500000"),
+        ("€3 b / 3", "1000000000"),
+        ("3bn / 3", "1000000000"),
+        ("5 m * 2 m", "10"),
+        ("5 m/s^2 * 2", "10"),
+        ("USD 5/hour * 2", "10"),
+        ("3. * 4", "12"),
+        ("1,000. / 4.", "250"),
         ("5 dozen eggs", "60"),
         ("5k", "5000"),
         ("3 x 4", "12"),
@@ -74,6 +97,8 @@ NEAR_MISSES = [
     *("7 % 3", "7 mod 3", "5!", "sqrt(16)", "2^0.5", "9^9^9", "2^65", "4//2", "3 << 2", "1 if 2 else 3"),
     *("2x + 3", "2a + 3b", "x", "n0", "pi * 2", "5 squared", "twice 4", "3 hundred twenty", "half of 4", "one + 2"),
     *("12 and 13", "5 or 6", "12 - ", "* 3", "(2", "2)", "()", "+", "5 5", "1e999"),
+    *("1/2 million", "1 over 2 dozen", "100 / (1 + 1) million", "100/5k", "$5/dozen", "5 eggs/dozen", "0.5½", "½½", "2^½"),
+    *("100 / people", "2 * 120 / friends", "$100 / people", "(4 + 2)/people", "2M / 4", "2 mil", "3b", "50 percentage of 2"),
     *("10:30 - 9:15", "__import__('os')", "(1).real", "5 more than 3", "0x10", "1_000", "five", "$", "%", "1;2"),
 ]
 
@@ -163,3 +188,12 @@ def test_marks_of_gsm8k_are_calls() -> None:
     assert not confirmed("No calls. #### 3")
     assert read("p = <<14=14>>14 of 2+1=<<2+1=3>>3.\n#### 3") == Chain((Call("p = 14 of 2+1", "2+1"),), "3.", "3")
     assert not confirmed("p = <<14=14>>14.\n#### 14")
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="no ../shared/data")
+def test_the_marks_of_gsm8k_are_reproduced() -> None:
+    """Catches: a rule against ambiguity that refuses what people write. The two that are left divide by `//`."""
+    rows = [json.loads(line) for name in ("train", "test") for line in (GSM8K / f"{name}.jsonl").read_text().splitlines()]
+    marks = [mark for row in rows for mark in _MARK.finditer(row["answer"])]
+    wrong = [mark["expression"] for mark in marks if not _agrees(mark["expression"], mark["value"])]
+    assert (len(marks), sorted(wrong)) == (27_998, ["180//3", "560//10"])

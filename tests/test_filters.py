@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from scripted import Scripted
-from servers import Reply, Server, completion, node
+from servers import Hanging, Reply, Server, completion, node
 from stepping import CHAT, FOUR, TAGS, calls_task, played, search_task
 
 from minirl import recipe
@@ -19,8 +19,9 @@ from minirl.endpoint import GIVE_UP, EndpointSampler, Messages
 from minirl.episode import Ask, Episode, Group, Problem, Turn
 from minirl.errors import UserError
 from minirl.filters import Judged, agreement, approved, marked, passes, process, summary, tally
-from minirl.judge import Asker, Opinion, StepCase, StepJudge, parse_step, step_case, step_prompt
+from minirl.judge import Asker, Case, Opinion, StepCase, StepJudge, parse_step, step_case, step_prompt
 from minirl.rules import Rules, reader, search_reader
+from minirl.speakers import Voice, answer_judge, step_judge
 from minirl.split import actions
 from minirl.tasks import Task
 from minirl.trajectories import rewarded
@@ -96,6 +97,20 @@ def test_steps_are_judged_once(task: Task, tmp_path: Path) -> None:
     assert len(other.asks) == 5, "another judge has verdicts of its own"
 
 
+def test_a_turn_that_is_no_action_is_bad_whatever_a_judge_says(task: Task) -> None:
+    """Catches: two actions in a turn, or none, approved by a judge that looks at the words alone."""
+    cases = cases_of(played(task, *FOUR))
+    two = cases[0]._replace(message="<calc>1+1</calc> <answer>2</answer>")
+    sampler = Scripted(CHAT, lambda text, ask: "GOOD")
+    voice, settings = Voice("scripted", CHAT, sampler, None), recipe.Judge(kind="base")
+    judge = step_judge(settings, voice, Rules(task, reader(TAGS)), Verdicts())
+    opinions = judge([*cases, two], [played(task, *FOUR).problem] * 6)
+    assert [o.score for o in opinions] == [1.0, 1.0, 0.0, 1.0, 1.0, 0.0]
+    assert len(sampler.asks) == 4, "the judge is not asked"
+    whole = played(task, *FOUR)
+    assert not process(Judged(whole, tuple(opinions[:5]), True), 0.5)
+
+
 def test_probabilities_are_asked_for_by_state(task: Task, tmp_path: Path) -> None:
     cases = cases_of(played(task, *FOUR))
     calls: list[tuple[int, list[int]]] = []
@@ -114,6 +129,21 @@ def test_probabilities_are_asked_for_by_state(task: Task, tmp_path: Path) -> Non
     assert all(o.score == round(o.score or 0, 4) for o in first)
     assert judge([cases[0]]) == first[:1]
     assert len(calls) == 1
+
+
+def test_a_probability_that_is_no_number_is_no_verdict(task: Task, tmp_path: Path) -> None:
+    """Catches: one NaN that makes every advantage of its group NaN, and a run that goes on otherwise after a kill."""
+    cases = cases_of(played(task, *FOUR))[:3]
+    found = iter([float("nan"), 0.25, float("inf")])
+
+    def judge() -> StepJudge:
+        asker = Asker(CHAT, Scripted(CHAT, judging), max_tokens=9, known=Verdicts(tmp_path / "v.jsonl"))
+        return StepJudge(asker, CHAT, lambda prompts, options, groups: [next(found) for _ in prompts])
+
+    first = judge()
+    opinions = [Opinion(None, "unreadable"), Opinion(0.25), Opinion(None, "unreadable")]
+    assert (first(cases), first.asker.unreadable) == (opinions, 2)
+    assert judge()(cases) == opinions, "taken up again, it is the same"
 
 
 def test_verdicts_survive_a_torn_row(tmp_path: Path) -> None:
@@ -173,17 +203,60 @@ def test_a_judge_that_is_slow_wrong_or_dead_leaves_steps_unscored(serve: Callabl
 
 def test_a_dead_judge_is_not_waited_for_at_every_ask(serve: Callable[[Reply], Server], task: Task) -> None:
     """Catches: a run that goes through its time-outs for each of thousands of steps; a judge that is given up for good."""
-    server = serve(lambda body: (503, b""))
+    alive: list[bool] = []
+    server = serve(lambda body: completion("GOOD") if alive else (503, b""))
     cases = [StepCase(str(n), (), "m") for n in range(60)]
     sampler = EndpointSampler(node(server.url, retries=0, concurrency=4), patient=True)
     asker = Asker(Messages(), sampler, max_tokens=20)
     assert StepJudge(asker, Messages())(cases) == [Opinion(None, "unanswered")] * 60
     assert GIVE_UP <= len(server.bodies) <= GIVE_UP + 4
     assert "no answer in 1 tries" in sampler.last_fault
-    sampler.reset()
     seen = len(server.bodies)
-    StepJudge(asker, Messages())(cases[:2])
-    assert len(server.bodies) == seen + 2, "what was never answered is asked again"
+    for call in (1, 2, 3):
+        assert StepJudge(asker, Messages())(cases) == [Opinion(None, "unanswered")] * 60
+        assert len(server.bodies) == seen + call, "one ask goes ahead of the others"
+    alive.append(True)
+    assert StepJudge(asker, Messages())(cases) == [Opinion(1.0)] * 60, "what was never answered is asked again"
+
+
+def test_a_hanging_judge_costs_one_time_out_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: retries and pauses paid again at every step, requests that are given up and go on beside the next."""
+    monkeypatch.setattr("minirl.endpoint.FIRST_PAUSE_S", 0.01)
+    cases = [StepCase(str(n), (), "m") for n in range(40)]
+    with Hanging() as server:
+        sampler = EndpointSampler(node(server.url, retries=2, timeout_s=0.15, concurrency=3), patient=True)
+        judge = StepJudge(Asker(Messages(), sampler, max_tokens=20), Messages())
+        began, seen = time.monotonic(), []
+        for _ in range(3):
+            assert judge(cases) == [Opinion(None, "unanswered")] * 40
+            seen.append(server.seen)
+        assert time.monotonic() - began < 4.0  # about 1.4 + 0.15 + 0.15
+        assert seen[0] <= 3 * (GIVE_UP + 3)
+        assert seen[1:] == [seen[0] + 1, seen[0] + 2]
+        assert server.most <= 3
+    assert "no whole answer within 0.15 s" in sampler.last_fault
+
+
+def test_a_refusal_is_no_reason_to_give_a_server_up(serve: Callable[[Reply], Server]) -> None:
+    """Catches: prompts that are too long counted as a dead server."""
+    server = serve(lambda body: (400, b"too long") if "long" in body["messages"][1]["content"] else completion("GOOD"))
+    cases = [StepCase(f"{n} {'long' if n < 12 else 'short'}", (), "m") for n in range(16)]
+    opinions, asker = asked(server.url, cases, concurrency=1)
+    assert opinions == [Opinion(None, "unanswered")] * 12 + [Opinion(1.0)] * 4
+    assert (asker.unanswered, len(server.bodies)) == (12, 16)
+
+
+def test_a_judge_of_answers_is_given_another_chance(serve: Callable[[Reply], Server]) -> None:
+    """Catches: a judge that stumbled once and is never asked again."""
+    alive: list[bool] = []
+    right = json.dumps({"rationale": "Same.", "judgement": "correct"})
+    server = serve(lambda body: completion(right) if alive else (503, b""))
+    settings = node(server.url, retries=0)
+    judge = answer_judge(settings, Voice("far", Messages(), EndpointSampler(settings, patient=True), None))
+    cases = [Case(str(n), ("London",), "London") for n in range(20)]
+    assert judge(cases) == [None] * 20
+    alive.append(True)
+    assert judge(cases) == [True] * 20
 
 
 def test_what_was_not_scored_is_neither_right_nor_wrong() -> None:
@@ -237,7 +310,7 @@ def test_tally_and_agreement() -> None:
     assert {name: counts[name] for name in ("trajectories", "states", "good_steps", "unreadable", "unanswered")} == {
         **{"trajectories": 8, "states": 15, "good_steps": 11, "unreadable": 1, "unanswered": 1}
     }
-    assert [counts[name] for name in ("process", "outcome", "both", "kept")] == [3, 4, 1, 3]
+    assert [counts[name] for name in ("process", "outcome", "outcome_unknown", "both", "kept")] == [3, 4, 1, 1, 3]
     assert [counts[f"pairs_{p}"] for p in ("11", "10", "01", "00")] == [9, 2, 0, 2]
     assert [counts[f"ends_{p}"] for p in ("11", "10", "01", "00")] == [3, 1, 0, 1]
     share, kappa, pairs = agreement(counts, "pairs") or (0, 0, 0)
@@ -249,7 +322,7 @@ def test_tally_and_agreement() -> None:
     assert {name: sum(h[name] for h in halves) for name in counts} == counts
     assert summary(halves, asked=True) == [
         "8 trajectories, 15 states; kept 3 (37.5%)",
-        "outcome right 4 (50.0%); process 3 (37.5%); both 1 (12.5%)",
+        "outcome right 4 (50.0%), unknown 1 (12.5%); process 3 (37.5%); both 1 (12.5%)",
         "steps approved 73.3%; 1 verdicts unreadable, 1 unanswered: not approved",
         "judge against rules, step by step: agree 84.6%, kappa 0.58, 13 pairs",
         "judge against outcome, last step: agree 80.0%, kappa 0.55, 5 pairs",
@@ -288,6 +361,8 @@ def test_rules_of_the_calculator(task: Task) -> None:
     assert ruled(task, "<calc>24 + 48</calc>", *HALF)
     assert ruled(task, "<answer>24 clips</answer>", *HALF)
     assert not ruled(task, "<calc>48/2</calc>", *HALF), "it has been asked"
+    assert not ruled(task, "<calc>$48 / 2</calc>", *HALF), "written otherwise it is the same call"
+    assert ruled(task, "<calc>48 * 2</calc>", *HALF)
     assert not ruled(task, "<answer>25</answer>", *HALF)
     assert not ruled(task, "<answer>some</answer>", *HALF)
     assert not ruled(task, "<answer>48</answer>", ("model", "<calc>1+1</calc>"), ("tool", "1+1 -> 2"))

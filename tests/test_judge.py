@@ -122,6 +122,13 @@ def test_a_completion_is_text_alone(serve: Callable[[Reply], Server]) -> None:
         sampler.poll()
 
 
+def test_half_of_a_surrogate_pair_breaks_no_tokenizer(serve: Callable[[Reply], Server]) -> None:
+    sampler = EndpointSampler(node(serve(lambda body: completion("so \ud800!")).url))
+    sampler.add(0, Ask(Messages().prompt(Problem("p", "Why?", None)), 5, 0.0))
+    ((_, said),) = sampler.poll()
+    assert CHAT.text(CHAT.reply(said.text)).startswith("so ?!")
+
+
 def test_passing_faults_are_asked_again_and_others_told(serve: Callable[[Reply], Server]) -> None:
     replies = iter([(503, b""), completion(RIGHT)])
     assert Judge(Messages(), EndpointSampler(node(serve(lambda body: next(replies)).url)), max_tokens=9)([LONDON]) == [True]

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Cli, Start, minirl, recipe
+from conftest import Cli, Start, minirl, recipe, teach
 from servers import Reply, Server, completion
 from stepping import SOLUTION
-from tiny import save_tiny
 
 from minirl.episode import Episode
 from minirl.errors import UserError
@@ -42,9 +41,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny model that has learned nothing: its actions cannot be read, and its opinions of them differ."""
-    return save_tiny(tmp_path_factory.mktemp("model"))
+def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model whose turns are mostly actions, calls and answers, and none of them right by intent."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    outcome = start(teach, folder, 60, ("<do>{a} {sign} {b}</do>", "<do>{a}+{b}</do>", "<end>{b}</end>")).wait()
+    assert outcome.code == 0, outcome.err
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def write(tiny: Path, data: dict[str, Any], tmp_path_factory: pytest.TempPathFac
 
     def write(stages: list[dict[str, Any]], **parts: Any) -> Path:
         path = recipe(tmp_path_factory.mktemp("recipe") / "recipe.yaml", tiny, stages, **parts)
-        body = yaml.safe_load(path.read_text()) | {"task": data, "sampling": SAMPLING | {"rows": 64}}
+        body = yaml.safe_load(path.read_text()) | {"task": data, "sampling": SAMPLING | {"rows": 64} | parts.get("sampling", {})}
         path.write_text(yaml.safe_dump(body))
         return path
 
@@ -134,12 +136,14 @@ def test_another_run_is_the_source_and_states_are_equal(keep: str, cli: Cli, wri
     _, reference, _ = whole
     filtered = {"kind": "filter", "keep": keep, "source": str(reference), "parts": 2, "judge": {"kind": "verifier"}}
     imitated = {"kind": "train", "method": "imitate", "steps": 2, "group": 1, "batch": 2, "states": 5, "learner": {"loss": "nll"}}
-    outcome = cli("run", write([filtered, imitated], model={"adapter": str(reference / "adapter")}), "--out", tmp_path / "run")
-    if keep == "both":  # nothing it says is right
-        assert outcome.code == 2
-        assert "stages[1]: the collect stage before it kept nothing" in outcome.err
-        return
+    parts = {"model": {"adapter": str(reference / "adapter")}}
+    outcome = cli("run", write([filtered, imitated], **parts), "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err
+    if keep == "both":  # nothing it says is right
+        assert "WARNING: stages[1]: the filter before it kept nothing; nothing is trained" in " ".join(outcome.out.split())
+        assert {row["stage"] for row in read_rows(tmp_path / "run/metrics.jsonl")} == {0}
+        assert (tmp_path / "run/adapter/adapter_model.safetensors").exists(), "the run went on to its end"
+        return
     assert len(episodes(tmp_path / "run/kept/0.jsonl")) == len(episodes(reference / "kept/1.jsonl"))
     assert (
         f"stage 1: 5 of {sum(row['states'] for row in read_rows(tmp_path / 'run/metrics.jsonl') if row['stage'] == 0)} states"
@@ -149,6 +153,15 @@ def test_another_run_is_the_source_and_states_are_equal(keep: str, cli: Cli, wri
         shown = Episode.from_json(row)
         assert [t.trained for t in shown.turns] == [False] * (len(shown.turns) - 1) + [True]
         assert shown.turns[-1].logprobs is None
+    found = sum(row["states"] for row in read_rows(tmp_path / "run/metrics.jsonl") if row["stage"] == 0)
+    outcome = cli("run", write([filtered, imitated | {"states": 1000}], **parts), "--out", tmp_path / "more")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert f"stages[1].states: got 1000, but there are {found} states" in outcome.err
+    assert f"--set stages.1.states={found} and another --out" in outcome.err
+    judged = FILTER | {"source": str(reference), "keep": "both"}
+    outcome = cli("run", write([judged, imitated], **parts), "--out", tmp_path / "judged")
+    assert outcome.code == 0, outcome.err
+    assert not (tmp_path / "judged/verdicts.jsonl").read_bytes(), "the source's judge has said it all"
 
 
 def test_credit_by_step_on_line(cli: Cli, write: Write, tmp_path: Path) -> None:
@@ -158,7 +171,7 @@ def test_credit_by_step_on_line(cli: Cli, write: Write, tmp_path: Path) -> None:
     rows = read_rows(tmp_path / "run/metrics.jsonl")
     assert all(row["dead"] == 0 and row["trained_tokens"] > 0 and 0 <= row["approved"] <= 1 for row in rows)
     shown = [Episode.from_json(row) for row in read_rows(tmp_path / "run/episodes.jsonl") if row["label"] == "train"]
-    assert all(e.step_rewards is not None and len(e.step_rewards) == 3 for e in shown)
+    assert all(e.step_rewards is not None and len(e.step_rewards) == e.parts["steps"] for e in shown)
 
 
 def test_a_judge_that_never_answers_stops_nothing(cli: Cli, write: Write, tmp_path: Path) -> None:
@@ -168,9 +181,55 @@ def test_a_judge_that_never_answers_stops_nothing(cli: Cli, write: Write, tmp_pa
     outcome = cli("run", write(stages), "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     rows = read_rows(tmp_path / "run/metrics.jsonl")
-    assert [(r["unanswered"], r["kept"]) for r in rows if r["stage"] == 1] == [(18, 6)]
-    assert [(r["unscored"], r["dead"], r["trained_tokens"]) for r in rows if r["stage"] == 2] == [(8.0, 2.0, 0.0)] * 2
+    assert [(r["unanswered"] > 0, r["kept"] - r["trajectories"]) for r in rows if r["stage"] == 1] == [(True, 0)]
+    assert [(r["unscored"] > 0, r["dead"], r["trained_tokens"]) for r in rows if r["stage"] == 2] == [(True, 2.0, 0.0)] * 2
     assert outcome.out.count("WARNING: the judge gave no answer to") == 2, "once a stage"
+
+
+DEAD = {"kind": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0, "timeout_s": 1}
+
+
+def test_a_dead_judge_of_a_filter_ends_in_a_warning(cli: Cli, write: Write, tmp_path: Path) -> None:
+    """Catches: a run that stops for good, blaming another stage, because its filter could keep nothing."""
+    stages = [COLLECT | {"problems": 2}, FILTER | {"judge": DEAD, "parts": 2}, STEP | {"judge": DEAD, "states": 2}, SHOWN]
+    outcome = cli("run", write(stages), "--out", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    said = " ".join(outcome.out.split())
+    assert "WARNING: stages[2]: the filter before it kept nothing; nothing is trained" in said
+    rows = read_rows(tmp_path / "run/metrics.jsonl")
+    assert [(r["unanswered"] > 0, r["kept"]) for r in rows if r["stage"] == 1] == [(True, 0)] * 2
+    assert [r["stage"] for r in rows] == [0, 1, 1, 3, 3], "the next stage is trained"
+
+
+def test_steps_that_were_not_answered_are_asked_for_once_more(
+    cli: Cli, write: Write, serve: Callable[[Reply], Server], tmp_path: Path
+) -> None:
+    """Catches: trajectories dropped for good because a server stumbled once."""
+    seen: set[str] = set()
+
+    def stumble(body: dict[str, Any]) -> tuple[int, bytes]:
+        text = body["messages"][1]["content"]
+        known = text in seen
+        seen.add(text)
+        return completion("GOOD") if known else (503, b"")
+
+    judge = DEAD | {"url": serve(stumble).url}
+    stages = [COLLECT | {"problems": 3, "samples": 1}, FILTER | {"judge": judge, "parts": 3}, STEP | {"steps": 1}]
+    outcome = cli("run", write(stages), "--out", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    rows = [row for row in read_rows(tmp_path / "run/metrics.jsonl") if row["stage"] == 1]
+    in_form = [e.parts["malformed"] == 0 for e in episodes(tmp_path / "run/kept/0.jsonl")]
+    assert any(in_form)
+    assert [(r["unanswered"], r["kept"]) for r in rows] == [(0, int(good)) for good in in_form]
+    assert "WARNING: the judge gave no answer" not in outcome.out
+
+
+def test_credit_by_step_goes_on_without_its_judge(cli: Cli, write: Write, tmp_path: Path) -> None:
+    online = {"kind": "train", "method": "stepwise", "credit": "step", "steps": 2, "group": 3, "batch": 2, "judge": DEAD}
+    outcome = cli("run", write([online]), "--out", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    rows = read_rows(tmp_path / "run/metrics.jsonl")
+    assert [(row["unscored"] > 0, row["dead"], row["trained_tokens"], row["grad_norm"]) for row in rows] == [(True, 2.0, 0.0, 0.0)] * 2
 
 
 def test_another_model_writes(cli: Cli, write: Write, tiny: Path, serve: Callable[[Reply], Server], tmp_path: Path) -> None:
@@ -200,6 +259,17 @@ def test_another_model_writes(cli: Cli, write: Write, tiny: Path, serve: Callabl
     assert all(t.logprobs is None for e in found for t in e.turns)
     assert {e.parts["by"] for e in found} == {f"model {tiny}"}
     assert len({e.tokens for e in found}) == len(found) >= 8
+
+
+def test_a_reply_that_is_cut_is_no_call(cli: Cli, write: Write, serve: Callable[[Reply], Server], tmp_path: Path) -> None:
+    """Catches: half an expression closed with its tag, and worked out."""
+    there = {"kind": "endpoint", "url": serve(lambda body: completion("Add. <do>4 * 1", "length")).url, "model": "m"}
+    stages = [COLLECT | {"speaker": there, "samples": 1, "keep_each": 1, "problems": 1}, {"kind": "filter", "keep": "none"}]
+    outcome = cli("run", write([*stages, STEP | {"judge": {"kind": "verifier"}, "steps": 1}]), "--out", tmp_path / "far")
+    assert outcome.code == 0, outcome.err
+    (episode,) = episodes(tmp_path / "far/kept/0.jsonl")
+    assert [episode.parts[name] for name in ("steps", "calls", "malformed")] == [3, 0, 3]
+    assert episode.finish == "length"
 
 
 def test_another_task_is_tried(cli: Cli, write: Write, whole: Any, data: dict[str, Any]) -> None:
@@ -243,9 +313,19 @@ def test_wrong_recipes_are_told_in_one_line(write: Write, tiny: Path, data: dict
         assert "\n" not in str(error.value)
 
 
-def test_wrong_sources_are_told_in_one_line(cli: Cli, write: Write, tmp_path: Path) -> None:
+def test_wrong_sources_are_told_in_one_line(cli: Cli, write: Write, whole: Any, tmp_path: Path) -> None:
     filtered = {"kind": "filter", "keep": "none", "source": str(tmp_path / "none")}
     outcome = cli("run", write([filtered, STEP]), "--out", tmp_path / "run")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "is no run folder" in outcome.err
+    source = {"kind": "filter", "keep": "none", "source": str(whole[1])}
+    more = {"stepwise": {"expression": "do", "answer": "end", "steps": 4}}
+    for path, said in [
+        (write([source, STEP], sampling=more), "sampling.stepwise.steps 3, expected 4; take another run, or set sampling.stepwise.steps"),
+        (write([source, STEP], model={"template": "plain"}), "model.template 'chat', expected 'plain'"),
+        (write([source, STEP], model={"dtype": "bf16"}), "has trajectories of other base weights"),
+    ]:
+        outcome = cli("run", path, "--out", tmp_path / said[:20])
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+        assert said in outcome.err
     assert load(write([filtered, STEP])).stages[0].kind == "filter"

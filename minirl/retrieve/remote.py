@@ -9,11 +9,13 @@ from __future__ import annotations
 import http.client
 import json
 import reprlib
+import socket
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from minirl.errors import UserError
@@ -85,21 +87,81 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class _Line:
+    """The connections of one request, so that another thread can hang up."""
+
+    def __init__(self) -> None:
+        self._sockets: list[socket.socket] = []
+        self._cut = False
+
+    def took(self, sock: socket.socket) -> None:
+        """A connection was made; it ends at once where the line has been cut."""
+        self._sockets.append(sock)
+        if self._cut:
+            self.cut()
+
+    def cut(self) -> None:
+        """End what there is and what is still to come."""
+        self._cut = True  # before the list is gone through, so that no connection slips in between
+        for sock in list(self._sockets):
+            with suppress(OSError):  # the other side was first
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+class _Wired:
+    """Mixed into a handler of urllib: a line hears of each connection."""
+
+    def __init__(self, line: _Line) -> None:
+        super().__init__()
+        self._line = line
+
+    def do_open(self, kind: Callable[..., Any], req: urllib.request.Request, **more: Any) -> Any:
+        """As the handler's own."""
+
+        def made(*args: Any, **more: Any) -> Any:
+            connection = kind(*args, **more)
+            connect = connection.connect
+
+            def connected() -> None:
+                connect()
+                self._line.took(connection.sock)
+
+            connection.connect = connected
+            return connection
+
+        return super().do_open(made, req, **more)  # type: ignore[misc]
+
+
+class _Http(_Wired, urllib.request.HTTPHandler):
+    pass
+
+
+class _Https(_Wired, urllib.request.HTTPSHandler):
+    pass
+
+
 def within(request: urllib.request.Request, limit_s: float) -> bytes | Exception:
-    """The answer's first MAX_BYTES + 1 bytes, or why there is none after `limit_s`."""
+    """The answer's first MAX_BYTES + 1 bytes, or why there is none after `limit_s`; then the connection is closed, for the server to see.
+
+    What a server still does for a connection that is closed is its own affair.
+    """
     got: list[bytes | Exception] = []
+    line = _Line()
     # A socket's timeout bounds neither the look-up of a name nor a server that drips bytes; not waiting for a thread bounds both.
-    thread = threading.Thread(target=lambda: got.append(_post(request, limit_s)), daemon=True)
+    thread = threading.Thread(target=lambda: got.append(_post(request, limit_s, line)), daemon=True)
     thread.start()
     thread.join(limit_s)
-    return got[0] if got else TimeoutError(f"no whole answer within {limit_s:g} s")
+    if got:
+        return got[0]
+    line.cut()
+    return TimeoutError(f"no whole answer within {limit_s:g} s")
 
 
-def _post(request: urllib.request.Request, limit_s: float) -> bytes | Exception:
+def _post(request: urllib.request.Request, limit_s: float, line: _Line) -> bytes | Exception:
     end = time.monotonic() + limit_s
     body = bytearray()
     try:
-        with urllib.request.build_opener(_Stay).open(request, timeout=limit_s) as response:
+        with urllib.request.build_opener(_Stay, _Http(line), _Https(line)).open(request, timeout=limit_s) as response:
             while len(body) <= MAX_BYTES and time.monotonic() < end:
                 chunk = response.read1(CHUNK_BYTES)
                 body += chunk
