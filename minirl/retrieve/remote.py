@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -115,11 +115,11 @@ class _Wired:
         super().__init__()
         self._line = line
 
-    def do_open(self, kind: Callable[..., Any], req: urllib.request.Request, **more: Any) -> Any:
+    def do_open(self, http_class: Any, req: urllib.request.Request, **http_conn_args: Any) -> Any:
         """As the handler's own."""
 
         def made(*args: Any, **more: Any) -> Any:
-            connection = kind(*args, **more)
+            connection = http_class(*args, **more)
             connect = connection.connect
 
             def connected() -> None:
@@ -129,7 +129,7 @@ class _Wired:
             connection.connect = connected
             return connection
 
-        return super().do_open(made, req, **more)  # type: ignore[misc]
+        return super().do_open(made, req, **http_conn_args)  # type: ignore[misc]
 
 
 class _Http(_Wired, urllib.request.HTTPHandler):
