@@ -88,7 +88,7 @@ def test_evaluations_are_judged() -> None:
 
     def script(text: str, ask: Ask) -> str:
         place = "Rome" if "Where is a" in text else "London town"
-        return f"<think></think><answer>\\boxed{{{place}}}</answer>"
+        return f"<think></think><answer>{place}</answer>"  # in no box: bad form, but an answer
 
     judge = Judge(CHAT, Scripted(CHAT, judging), max_tokens=100)
     rows, _ = evaluate(problems, task, CHAT, Scripted(CHAT, script), recipe.Sampling(), recipe.Eval(), 0, judge)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,15 +19,15 @@ from minirl.methods.ircot import ircot
 from minirl.methods.iter_retgen import iter_retgen
 from minirl.methods.naive_rag import naive_rag
 from minirl.methods.no_rag import no_rag
-from minirl.methods.rag import within
-from minirl.methods.search import search
+from minirl.methods.rag import form, within
+from minirl.methods.search import instructions, search
 from minirl.methods.single import single
 from minirl.recipe import Sampling
 from minirl.retrieve import Passage
 from minirl.rollout import Talk, play
 from minirl.tasks import Task
 from minirl.tasks.qa import SearchTask
-from minirl.verify.qa import verify
+from minirl.verify.qa import RESEARCH, SEARCH_R1, Tags, verify
 
 CHAT = Chat(byte_tokenizer())
 QUESTION = "Where was the director born?"
@@ -46,14 +47,16 @@ class Library:
         return [([FILM] if QUESTION in query else []) + ([REED] if "Carol Reed" in query else []) for query in queries]
 
 
-def scored(problem: Problem, text: str) -> Verdict:
-    return verify(problem.answer["golds"], text)
+def scored(problem: Problem, text: str, tags: Tags = RESEARCH) -> Verdict:
+    return verify(problem.answer["golds"], text, tags=tags)
 
 
-def played(method: Method, script: Callable[[str, Ask], str], **sampling: Any) -> tuple[Episode, Scripted, list[str]]:
+def played(
+    method: Method, script: Callable[[str, Ask], str], *, tags: Tags = RESEARCH, **sampling: Any
+) -> tuple[Episode, Scripted, list[str]]:
     """One episode, its sampler, and the queries."""
     library = Library()
-    task = SearchTask("films", (), (PROBLEM,), scored, stop=("</answer>",), retriever=library, k=5)
+    task = SearchTask("films", (), (PROBLEM,), partial(scored, tags=tags), stop=("</answer>",), tags=tags, retriever=library, k=5)
     sampler = Scripted(CHAT, script)
     talk = Talk(PROBLEM, CHAT, Sampling(**({"attempt_tokens": 300} | sampling)), temperature=0.0, seed="0")
     (episode,) = play([method(talk, task)], sampler)
@@ -74,6 +77,18 @@ def test_no_rag() -> None:
         1.0,
         {"em": 1.0, "f1": 1.0, "searches": 0, "response": len(PUTNEY), "recall": None, "first": True, "first_error": None},
     )
+
+
+@pytest.mark.parametrize("tags", [RESEARCH, SEARCH_R1])
+def test_the_answer_counts_with_its_box_and_without(tags: Tags) -> None:
+    """The prompt says which form is wanted; the score goes by the answer."""
+    for said, em in (("Putney", 1.0), (" Rome ", 0.0), ("", 0.0)):
+        episode, sampler, _ = played(no_rag, lambda text, ask, said=said: f"It was there. <answer>{said}</answer>", tags=tags)  # type: ignore[misc]
+        assert (episode.reward, episode.parts["em"], episode.parts["f1"], episode.parts["first"]) == (em, em, em, bool(em)), said
+    prompt = CHAT.text(sampler.asks[0].tokens)
+    assert ("inside \\boxed{}" in prompt) == tags.boxed
+    assert form(tags) in instructions(tags), "asked for in the words of method search"
+    assert form(tags) in prompt
 
 
 def test_naive_rag() -> None:

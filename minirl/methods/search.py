@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from minirl.episode import Part
-from minirl.methods.rag import NOTHING, corpus_of, listed, recall
+from minirl.methods.rag import NOTHING, corpus_of, form, listed, recall
 from minirl.retrieve import Passage
 from minirl.rollout import Lookup, Play, Talk
 from minirl.tasks import Task
@@ -37,14 +37,12 @@ For example:
 </{result}>
 <{think}> Carol Reed was born in Putney. </{think}>
 {shown}"""
-IN_A_BOX = ", with nothing but the answer itself inside \\boxed{}"
-ALONE = ", with nothing else between them"
 
 
 def instructions(tags: Tags) -> str:
     """The system message: what the tags are for, and one example."""
     names = {"think": tags.think, "search": tags.search, "result": tags.result, "answer": tags.answer}
-    return PROMPT.format(**names, form=IN_A_BOX if tags.boxed else ALONE, shown=answer_text("Putney", tags))
+    return PROMPT.format(**names, form=form(tags), shown=answer_text("Putney", tags))
 
 
 def search(talk: Talk, task: Task) -> Play:
