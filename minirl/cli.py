@@ -89,7 +89,9 @@ def eval_(
         if table:
             if samples or vote or rerank:
                 raise UserError("--table: got it with --samples, --vote or --rerank, expected it alone: it compares single tries")
-            typer.echo(trial.table(trial.compare_methods(folder, set_ or ())))
+            if base or method:
+                raise UserError("--table: got it with --base or --method, expected neither: it compares all methods, base and adapter")
+            typer.echo(trial.table(trial.compare_methods(folder, set_ or (), task=task)))
             return
         found = trial.evaluate_run(folder, set_ or (), base=base, method=method, samples=samples, vote=vote, rerank=rerank, task=task)
         summary = found.summary

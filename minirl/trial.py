@@ -6,6 +6,7 @@ Invariant: the run itself is left as it is; what is found is kept beside its own
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +32,11 @@ BASELINES = ("no_rag", "naive_rag", "iter_retgen", "ircot")
 
 
 class Evaluation(NamedTuple):
-    """What `statistics.summarise` says, and the first episode of each problem as a row of episodes.jsonl, texts included."""
+    """What `statistics.summarise` says, the first episode of each problem as a row of episodes.jsonl, texts included, and what was kept."""
 
     summary: dict[str, Any]
     episodes: list[dict[str, Any]]
+    row: dict[str, Any]
 
 
 class Opened(NamedTuple):
@@ -97,18 +99,22 @@ def _reward_model(folder: Path, node: recipe.Recipe) -> RewardModel:
     return RewardModel.open(folder / "reward_model", theirs)
 
 
-def compare_methods(folder: Path, overrides: Sequence[str] = (), *, progress: Progress | None = None) -> list[Evaluation]:
+def compare_methods(
+    folder: Path, overrides: Sequence[str] = (), *, task: Path | None = None, progress: Progress | None = None
+) -> list[Evaluation]:
     """ReSearch's table for a run's data set (arXiv 2503.19470, table 1): the baselines and search with the base model, then search with
-    the adapter, where the run has made one. Each result is kept beside the run.
+    the adapter, where the run has made one. Each result is kept beside the run. task: another recipe, as for `evaluate_run`.
     """
+    changed = [*overrides, *([] if task is None else [f"recipe={task.stem}"])]
     adapter = (folder / "adapter").is_dir()
     wanted = [(True, (*BASELINES, "search")), *([(False, ("search",))] if adapter else [])]
-    nodes = {method: _recipe(folder, overrides, method) for method in (*BASELINES, "search")}
+    read = partial(_recipe, folder) if task is None else partial(_transferred, folder, task)
+    nodes = {method: read(overrides, method) for method in (*BASELINES, "search")}
     with progress or Progress() as shown:
         found = []
         for base, methods in wanted:
             opened = _open(folder, nodes["search"], shown, base=base)
-            found += [_evaluate(opened, nodes[method], overrides, method, shown) for method in methods]
+            found += [_evaluate(opened, nodes[method], changed, method, shown) for method in methods]
     return found
 
 
@@ -164,11 +170,15 @@ def _evaluate(
     shown.evaluation(f"{label}, {method}" if method else label, summary)
     add_later_eval(opened.folder, row)
     kept = [{"label": label, **e.to_json(), "texts": texts(chat, e)} for e in episodes]
-    return Evaluation(summary | {"method": method}, kept)
+    return Evaluation(summary | {"method": method}, kept, row)
 
 
 def table(found: Sequence[Evaluation]) -> str:
-    """ReSearch's table as text, a line an evaluation: percent with 95 % intervals, and searches an episode."""
+    """ReSearch's table as text, a line an evaluation: percent with 95 % intervals, and searches an episode.
+
+    Above it what all of them share: how many problems, and what differs from the run's own recipe (see `evaluate_run`).
+    """
+    shared = [text for text in found[0].row["changed"] if all(text in e.row["changed"] for e in found)]
     names = [name for name in ("em", "f1", "judged", "recall", "searches") if any(name in e.summary["scores"] for e in found)]
     lines = [["model", "method", *names]]
     for evaluation in found:
@@ -176,7 +186,8 @@ def table(found: Sequence[Evaluation]) -> str:
         cells = [(name, said["scores"].get(name)) for name in names]
         lines.append([str(said["label"]), str(said["method"]), *("-" if i is None else _cell(name, i) for name, i in cells)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([", ".join([f"{found[0].summary['problems']} held-out problems", *shared]), *shown])
 
 
 def _cell(name: str, found: Interval) -> str:

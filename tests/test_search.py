@@ -424,10 +424,17 @@ def test_a_whole_run_and_its_table(cli: Callable[..., Any], tmp_path: Path) -> N
         ("adapter", "search"),
     ]
     assert [e.summary["scores"]["searches"].value for e in found][:3] == [0.0, 1.0, 3.0]
-    lines = table(found).splitlines()
+    title, *lines = table(found).splitlines()
+    assert title == "2 held-out problems, sampling.attempt_tokens=20"
     assert lines[0].split() == ["model", "method", "em", "f1", "recall", "searches"]
     assert lines[2].split()[:3] == ["base", "naive_rag", "0.0"]
     assert len(read_rows(tmp_path / "run" / LATER)) == 6
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(whole | {"eval": {"problems": 1}}))
+    outcome = cli("eval", tmp_path / "run", "--table", "--task", tmp_path / "other.yaml", "--set", "sampling.attempt_tokens=9")
+    assert outcome.code == 0, outcome.err
+    assert "\n1 held-out problems, sampling.attempt_tokens=9, recipe=other\nmodel " in outcome.out
+    later = read_rows(tmp_path / "run" / LATER)[6:]
+    assert [row["changed"] for row in later[-2:]] == [["sampling.attempt_tokens=9", "recipe=other", "eval.method=search"]] * 2
 
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
