@@ -36,7 +36,7 @@ from minirl.statistics import summarise
 from minirl.tasks import Task
 from minirl.tasks.qa import Plan, SearchTask, Step
 from minirl.trial import compare_methods, table
-from minirl.verify.qa import RESEARCH, SEARCH_R1, Tags, read, verify
+from minirl.verify.qa import RESEARCH, SEARCH_R1, Tags, normalise, read, verify
 
 CHAT = Chat(byte_tokenizer())
 ANSWER = {"golds": ["Putney"], "titles": ["The Third Man", "Carol Reed"], "paragraphs": [], "steps": []}
@@ -283,6 +283,26 @@ def test_demonstrated_searches() -> None:
     assert (episode.reward, episode.sampled_tokens, episode.turns[0]) == (None, 0, played(LAST).turns[0])
 
 
+def test_an_answer_out_of_nowhere_is_not_trained() -> None:
+    """The searches before it are; an answer is where it stands in a result, whole and however it is written, and where it is yes or no."""
+    director, reed = Step("director of it", "The Third Man"), Step("Carol Reed born", "Carol Reed")
+    for steps, answer, trained in [
+        ((director, reed), "Putney", True),
+        ((director, reed), "a film by  the carol reed", True),
+        ((director,), "Putney", False),
+        ((director, reed), "Put", False),
+        ((director,), "Yes", True),
+        ((director,), "no", True),
+    ]:
+        talk = Talk(PROBLEM, CHAT, Sampling(attempt_tokens=2000), temperature=1.0, seed="0")
+        task = task_of(plan=lambda problem, steps=steps, answer=answer: Plan(steps, answer))  # type: ignore[misc]
+        (episode,) = play([demonstrate(talk, task, share=0.0)], Scripted(CHAT, said()))
+        assert [turn.trained for turn in episode.turns] == [False, *[True, False] * len(steps), trained], answer
+    talk = Talk(PROBLEM, CHAT, Sampling(attempt_tokens=2000, result_tokens=20), temperature=1.0, seed="0")
+    (episode,) = play([demonstrate(talk, task_of(plan=plan), share=0.0)], Scripted(CHAT, said()))
+    assert not episode.turns[-1].trained, "the result was cut before it"
+
+
 def test_demonstrations_fit_the_limit() -> None:
     whole = len(demonstrated().tokens) - len(played(LAST).turns[0].tokens)
     episode = demonstrated(attempt_tokens=whole - 20)
@@ -440,6 +460,11 @@ def test_a_whole_run_and_its_table(cli: Callable[..., Any], tmp_path: Path) -> N
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def results(episode: Episode) -> str:
+    """The text of all that was found."""
+    return "\n".join(CHAT.text(turn.tokens) for turn in episode.turns if turn.kind == "result")
+
+
 @pytest.mark.skipif(not (DATA / "hotpotqa").is_dir(), reason="no question-answering rows in ../shared/data")
 @pytest.mark.parametrize(("name", "most"), [("hotpotqa", 0.8), ("musique", 0.4)])
 def test_demonstrations_on_real_questions(name: str, most: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,5 +482,7 @@ def test_demonstrations_on_real_questions(name: str, most: float, tmp_path: Path
         verdict = task.verify(episode.problem, text)
         assert (verdict.passed, verdict.parts["searches"]) == (True, episode.parts["searches"])
         assert len(episode.tokens) - len(episode.turns[0].tokens) <= 4000
+        answer, shown = (" ".join(normalise(t).split()) for t in (episode.problem.answer["golds"][0], results(episode)))
+        assert episode.turns[-1].trained == (answer in ("yes", "no") or f" {answer} " in f" {shown} ")
     failed = [CHAT.text(e.tokens).count("That did not help.") / int(e.parts["searches"] or 1) for e in episodes]
     assert sum(failed) / len(failed) < 1 - most
