@@ -136,6 +136,42 @@ def test_ircot_ends_with_an_answer() -> None:
     assert (len(queries), len(sampler.asks), episode.parts["em"], episode.parts["searches"]) == (1, 1, 1.0, 1)
 
 
+def test_ircot_does_not_search_inside_an_answer() -> None:
+    whole = "It was there. <answer>\\boxed{St. Louis, Mo. or so}</answer>"
+
+    def script(text: str, ask: Ask) -> str:
+        said = text.rpartition("assistant\n")[2]
+        assert whole.startswith(said), "it goes on from its own words"
+        return whole[len(said) :]
+
+    episode, sampler, queries = played(ircot, script)
+    assert queries == [QUESTION, "It was there."]
+    assert [ask.stop == ("</answer>",) for ask in sampler.asks] == [False, False, True]
+    assert CHAT.text([t for turn in episode.turns[1:] for t in turn.tokens]) == whole
+    assert (episode.parts["first_error"], episode.parts["searches"]) == ("wrong", 2)
+    room = len(whole) - 20
+    episode, sampler, _ = played(ircot, script, attempt_tokens=room)
+    assert sum(len(turn.tokens) for turn in episode.turns if turn.kind == "attempt") <= room
+    assert (episode.parts["first_error"], episode.finish) == ("answer", "length")
+
+
+def test_ircot_shows_a_passage_once_at_its_longest() -> None:
+    """What the budget cut in one round may be whole in another; without an id, too."""
+    long = Passage("Carol Reed", "Born in Putney, a good way up the river.")
+
+    class Two:
+        def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+            return [[FILM, long] if query == QUESTION else [long] for query in queries]
+
+    task = SearchTask("films", (), (PROBLEM,), scored, stop=("</answer>",), retriever=Two(), k=5)
+    sampler = Scripted(CHAT, lambda text, ask: PUTNEY if "So." in text.rpartition("assistant\n")[2] else "So. And")
+    talk = Talk(PROBLEM, CHAT, Sampling(attempt_tokens=300, result_tokens=60), temperature=0.0, seed="0")
+    play([ircot(talk, task)], sampler)
+    film = f"{FILM.title}\n{FILM.text}\n\n"
+    shown = [f"{film}Carol Reed\nBorn in Putne", f"{film}{long.title}\n{long.text}"]
+    assert [user(ask).partition("\n\nQuestion")[0] for ask in sampler.asks] == shown
+
+
 def test_ircot_has_a_limit() -> None:
     episode, sampler, queries = played(ircot, lambda text, ask: " And Carol Reed. And" if ask.stop != ("</answer>",) else PUTNEY)
     assert queries == [QUESTION, *["And Carol Reed."] * 4]
