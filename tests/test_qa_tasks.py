@@ -122,6 +122,18 @@ def test_the_same_question_in_other_clothes_is_the_same(tmp_path: Path) -> None:
     )
 
 
+def test_questions_with_one_id_are_told_apart(tmp_path: Path) -> None:
+    """Evaluations are kept and compared by the problems' ids."""
+    path = write(tmp_path / "rows.jsonl", [row(f"Who is {n}?") | {"_id": "seven" if n % 2 else str(n)} for n in range(6)])
+    task = opened("hotpotqa", path, held_out=4)
+    ids = [problem.id for problem in (*task.train, *task.held_out)]
+    assert len(set(ids)) == 6
+    assert {i for i in ids if "seven" not in i} == {"hotpotqa/0", "hotpotqa/2", "hotpotqa/4"}
+    assert all(problem.id.startswith("hotpotqa/seven-") for problem in (*task.train, *task.held_out) if problem.prompt[7] in "135")
+    again = opened("hotpotqa", path, held_out=4)
+    assert (again.train, again.held_out) == (task.train, task.held_out)
+
+
 @needs_data
 def test_pooled_paragraphs_are_the_published_corpora() -> None:
     task = hotpot()

@@ -14,7 +14,7 @@ import html
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +85,7 @@ def open_task(node: QA, seed: int) -> SearchTask:
             f"{test_source}: got {len(held_out)} held-out and {len(train)} training questions ({left_out.total()} rows left out), "
             f"expected {node.held_out} and {'some' if node.train else 'none'}; pass more data, or a smaller `--set task.held_out=N`"
         )
-    problems = [row.problem(node.name) for row in (*train, *held_out)]
+    problems = _told_apart([row.problem(node.name) for row in (*train, *held_out)])
     passages = tuple(dict.fromkeys(passage for row in (*train, *held_out) for passage in row.passages))
     notes = [f"rows left out because they {reason}: {count}" for reason, count in sorted(left_out.items())]
     notes.append(coverage_note(problems, [title for title, _ in passages]))
@@ -210,6 +210,12 @@ def _usable(node: QA, source: str, split: str, held_out: set[bytes], left_out: C
         else:
             seen.add(key)
             yield row
+
+
+def _told_apart(problems: Sequence[Problem]) -> list[Problem]:
+    """Problems with ids of their own: those whose id another question has too get their question's digest behind it."""
+    often = Counter(problem.id for problem in problems)
+    return [replace(p, id=f"{p.id}-{digest(p.prompt).hex()}") if often[p.id] > 1 else p for p in problems]
 
 
 def _title(title: str) -> str:
