@@ -189,6 +189,9 @@ def test_ircot_ends_where_the_model_has_nothing_to_say() -> None:
 def test_passages_have_a_budget(method: Method) -> None:
     _, sampler, _ = played(method, lambda text, ask: PUTNEY, result_tokens=20)
     assert user(sampler.asks[0]) == f"The Third Man\nDirect\n\nQuestion: {QUESTION}"
+    episode, sampler, _ = played(method, lambda text, ask: PUTNEY, result_tokens=13)
+    assert "The Third Man" not in user(sampler.asks[0])
+    assert episode.parts["recall"] == 0.0, "found, but never shown"
 
 
 def test_within() -> None:

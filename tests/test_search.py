@@ -175,6 +175,18 @@ def test_results_have_a_budget_and_are_closed() -> None:
     assert episode.reward == 1.0
 
 
+@pytest.mark.parametrize(("tokens", "recall"), [(12, 0.0), (13, 0.5), (26, 0.5), (49, 0.5), (50, 1.0), (1000, 1.0)])
+def test_recall_counts_what_was_shown(tokens: int, recall: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A paragraph whose title the budget cut away was found, but nobody has read it."""
+    monkeypatch.setitem(CORPUS, "director", [Passage("The Third Man", "By <think>éCarol Reed."), Passage("Carol Reed", "Born.")])
+    episode = played(FIRST, LAST, result_tokens=tokens)
+    whole = b"The Third Man\nBy < think>\xc3\xa9Carol Reed.\n\nCarol Reed\nBorn."
+    assert bytes(episode.turns[2].tokens) == b" <result>\n" + whole[:tokens] + b"\n</result>"
+    assert episode.parts["recall"] == recall
+    # Nor has anybody read a result that ends the episode.
+    assert played(FIRST, attempt_tokens=len(FIRST) + 40).parts["recall"] == 0.0
+
+
 def test_nothing_found_and_no_searches_left() -> None:
     library = Library()
     episode = played("<think></think><search> nobody </search>", SECOND, LAST, task=task_of(library), searches=1)

@@ -39,7 +39,10 @@ def listed(passages: Sequence[Passage]) -> str:
 
 
 def recall(talk: Talk, seen: Sequence[Passage]) -> float | None:
-    """The share of the question's gold paragraphs that were found; None where none is known."""
+    """The share of the question's gold paragraphs among those that were shown, by title; None where none is known.
+
+    seen: passages whose whole title the model could read. What `result_tokens` cut away before it was found, but never shown.
+    """
     return coverage([talk.problem], [passage.title for passage in seen])
 
 
@@ -59,7 +62,7 @@ def put(talk: Talk, tags: Tags, passages: Sequence[Passage] | None = None) -> No
 
 
 def within(talk: Talk, passages: Sequence[Passage]) -> list[Passage]:
-    """The first of the passages, as far as `result_tokens` go; the last of them cut between two tokens."""
+    """The first of the passages, as far as `result_tokens` go; the last of them cut between two tokens, after its title."""
     kept, room = list[Passage](), talk.sampling.result_tokens
     for passage in passages:
         tokens = talk.chat.inside(listed([passage]))

@@ -17,7 +17,7 @@ SCORES = {
     "f1": "F1",
     "judged": "Judged right",
     "format": "Good form",
-    "recall": "Gold paragraphs found",
+    "recall": "Gold paragraphs shown",
     "searches": "Searches",
     "response": "Tokens, results included",
     "majority": "Majority of the samples",
