@@ -138,7 +138,8 @@ def _open(folder: Path, node: recipe.Recipe, shown: Progress, *, base: bool) -> 
     loaded = models.load_model(node.model, node.seed)
     chat = Chat(loaded.tokenizer, eos=models.eos(loaded.model), plain=node.model.template == "plain")
     policy, task = Policy(loaded.model, loaded.device, loaded.dtype), open_task(node.task, node.seed)
-    shown.say(models.describe(loaded))
+    for line in (models.describe(loaded), *task.notes):
+        shown.say(line)
     sampling = node.sampling
     sampler = open_sampler(policy, chat, rows=sampling.rows, cache_tokens=sampling.cache_tokens, cuda_graphs=sampling.cuda_graphs)
     opened = Opened(folder, "base" if base else "adapter", chat, task, policy, sampler, None)

@@ -464,6 +464,7 @@ def test_a_whole_run_and_its_table(cli: Callable[..., Any], tmp_path: Path) -> N
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(whole | {"eval": {"problems": 1}}))
     outcome = cli("eval", tmp_path / "run", "--table", "--task", tmp_path / "other.yaml", "--set", "sampling.attempt_tokens=9")
     assert outcome.code == 0, outcome.err
+    assert "hotpotqa: 8 paragraphs to search; gold paragraphs among them: 100.0%" in outcome.out
     assert "\n1 held-out problems, sampling.attempt_tokens=9, recipe=other\nmodel " in outcome.out
     later = read_rows(tmp_path / "run" / LATER)[6:]
     assert [row["changed"] for row in later[-2:]] == [["sampling.attempt_tokens=9", "recipe=other", "eval.method=search"]] * 2
