@@ -151,7 +151,7 @@ def _judge(opened: Opened, node: recipe.Recipe) -> Judge | None:
     if judge is None:
         return None
     voices = Voices(opened.policy, opened.chat, rows=sampling.rows, cache_tokens=sampling.cache_tokens)
-    return answer_judge(judge, voices.open(judge, opened.sampler, patient=False), verdicts_of(opened.folder))
+    return answer_judge(judge, voices.open(judge, opened.sampler, patient=True), verdicts_of(opened.folder))
 
 
 def _evaluate(
@@ -162,8 +162,9 @@ def _evaluate(
     opened.sampler.reset()
     problems = task.held_out[: node.eval.problems]
     rows, episodes = evaluate(problems, task, chat, opened.sampler, node.sampling, node.eval, node.seed, opened.judge, opened.rank)
-    if opened.judge is not None and opened.judge.unreadable:
-        shown.say(f"judge: {opened.judge.unreadable} of {opened.judge.asked} verdicts so far could not be read; they count for nothing")
+    if (judge := opened.judge) is not None and judge.unreadable + judge.unanswered:
+        of = f"{judge.unreadable + judge.unanswered} of {len(problems) * node.eval.samples} answers have no verdict"
+        shown.say(f"WARNING: judge: {of} ({judge.unanswered} unanswered, {judge.unreadable} unreadable); `judged` is over the others")
     row = {"label": label, "stage": len(node.stages), "step": 0} | eval_settings(node.eval)
     changed = [text for text in overrides if not text.startswith("eval.")] + ([f"eval.method={method}"] if method else [])
     row |= {"changed": [*changed, *more], "problems": rows}
