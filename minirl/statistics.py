@@ -193,12 +193,13 @@ def summarise(row: Mapping[str, Any]) -> dict[str, Any]:
     first: passed at once. second: passed within two tries. fixed: share of the failed first tries that the retry mends; second and
     fixed are None for a single try, fixed also where nothing failed. pass_at_k: {k: Interval} over first tries, k = 1 .. samples.
     first_errors, second_errors: {kind: count}, commonest first. scores: {name: Interval} of the metrics.SCORES that the row has, over the
-    problems that have them. UserError for a row that is none.
+    problems that have them; counted: {name: how many of the problems x samples have it}. UserError for a row that is none.
     """
     problems = list(_tries(row).values())
     samples = min(t.samples for t in problems)
     two = row.get("tries", 1) == 2
     failed = [t for t in problems if t.first < t.samples]
+    names = dict.fromkeys(name for t in problems for name in t.scores)
     by_k = {k: [pass_at_k(t.samples, t.first, k) for t in problems] for k in range(1, samples + 1)}
     return {
         **{key: row.get(key) for key in ("label", "stage", "step", "tries", "temperature")},
@@ -211,7 +212,8 @@ def summarise(row: Mapping[str, Any]) -> dict[str, Any]:
         "pass_at_k": {k: cluster_interval(values, samples // k) for k, values in by_k.items()},
         "first_errors": dict(Counter(e for t in problems for e in t.first_errors).most_common()),
         "second_errors": dict(Counter(e for t in problems for e in t.second_errors).most_common()),
-        "scores": {name: _score(name, problems) for name in dict.fromkeys(name for t in problems for name in t.scores)},
+        "scores": {name: _score(name, problems) for name in names},
+        "counted": {name: sum(len(t.scores.get(name, ())) for t in problems) for name in names},
     }
 
 

@@ -176,7 +176,8 @@ def _evaluate(
 
 
 def table(found: Sequence[Evaluation]) -> str:
-    """ReSearch's table as text, a line an evaluation: percent with 95 % intervals, and searches an episode.
+    """ReSearch's table as text, a line an evaluation: percent with 95 % intervals, and searches an episode. `judged` is a share of the
+    answers that have a verdict: their number stands beside it, and where methods differ in it their shares do not compare.
 
     Above it what all of them share: how many problems, and what differs from the run's own recipe (see `evaluate_run`).
     """
@@ -185,14 +186,17 @@ def table(found: Sequence[Evaluation]) -> str:
     lines = [["model", "method", *names]]
     for evaluation in found:
         said = evaluation.summary
-        cells = [(name, said["scores"].get(name)) for name in names]
-        lines.append([str(said["label"]), str(said["method"]), *("-" if i is None else _cell(name, i) for name, i in cells)])
+        lines.append([str(said["label"]), str(said["method"]), *(_cell(name, said) for name in names)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([", ".join([f"{found[0].summary['problems']} held-out problems", *shared]), *shown])
 
 
-def _cell(name: str, found: Interval) -> str:
+def _cell(name: str, said: dict[str, Any]) -> str:
+    found: Interval | None = said["scores"].get(name)
+    if found is None:
+        return "-"
     if name in COUNTS:
         return f"{found.value:.2f}"
-    return f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    share = f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    return share if name != "judged" else f"{share} of {said['counted'][name]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from minirl.plain import PlainSampler
 from minirl.policy import Policy
 from minirl.progress import Progress
 from minirl.rundir import LATER
-from minirl.speakers import BaseSampler, bare
+from minirl.speakers import BaseSampler, Voices, bare
 from minirl.tasks.qa import SearchTask
 from minirl.verify.qa import verify
 
@@ -146,6 +147,17 @@ def test_a_judge_that_is_down_costs_no_evaluation(tmp_path: Path) -> None:
     assert [row["id"] for row in read_rows(tmp_path / LATER)[0]["problems"]] == [f"q/{n}" for n in range(10)]
 
 
+def test_judged_says_of_how_many(tmp_path: Path, serve: Callable[[Reply], Server]) -> None:
+    """At every evaluation alike: what could not be read at the first one is known at the second, and still counts for nothing."""
+    server = serve(lambda body: completion(judging(body["messages"][1]["content"], None)))  # type: ignore[arg-type]
+    first, second = (tried(tmp_path, ["London", "Rome", "Paris", "London"], url=server.url) for _ in range(2))
+    for found, lines in (first, second):
+        assert any("1 of 4 answers have no verdict (0 unanswered, 1 unreadable)" in line for line in lines)
+        assert (found.summary["scores"]["judged"].value, found.summary["counted"]["judged"]) == (pytest.approx(2 / 3), 3)
+        assert re.search(r" 66\.7 \[[^]]*\] of 3 ", trial.table([found]))
+    assert len(server.bodies) == 4
+
+
 def test_a_judge_is_given_another_chance_at_each_evaluation(serve: Callable[[Reply], Server]) -> None:
     up = False
     server = serve(lambda body: completion(RIGHT) if up else (401, b""))
@@ -238,6 +250,8 @@ def test_the_base_judges_without_the_adapter(tmp_path: Path) -> None:
     assert trained != fresh
     assert answered(BaseSampler(policy, sampler)) == fresh
     assert answered(sampler) == trained, "the adapter is back"
+    name = Voices(policy, chat, rows=4).open(recipe.Judge(kind="base"), sampler, patient=True).name
+    assert name == f"base {models.fingerprint(policy.model)[:8]}", "a verdict of other weights is another's"
     with pytest.raises(ZeroDivisionError), bare(policy):
         raise ZeroDivisionError
     assert answered(sampler) == trained
