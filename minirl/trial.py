@@ -28,6 +28,8 @@ from minirl.speakers import Voices, answer_judge, verdicts_of
 from minirl.statistics import COUNTS, Interval, summarise
 from minirl.tasks import Task, open_task
 
+RECORDED = ("eval.tries", "eval.samples", "eval.temperature", "eval.problems", "eval.vote")
+"""What a row says in places of its own; any other override tells how an evaluation was made."""
 BASELINES = ("no_rag", "naive_rag", "iter_retgen", "ircot")
 
 
@@ -166,8 +168,9 @@ def _evaluate(
         of = f"{judge.unreadable + judge.unanswered} of {len(problems) * node.eval.samples} answers have no verdict"
         shown.say(f"WARNING: judge: {of} ({judge.unanswered} unanswered, {judge.unreadable} unreadable); `judged` is over the others")
     row = {"label": label, "stage": len(node.stages), "step": 0} | eval_settings(node.eval)
-    changed = [text for text in overrides if not text.startswith("eval.")] + ([f"eval.method={method}"] if method else [])
-    row |= {"changed": [*changed, *more], "problems": rows}
+    changed = [text for text in overrides if text.partition("=")[0] not in RECORDED]
+    changed += [f"eval.method={method}"] if method else []
+    row |= {"changed": list(dict.fromkeys([*changed, *more])), "problems": rows}
     summary = summarise(row)
     shown.evaluation(f"{label}, {method}" if method else label, summary)
     add_later_eval(opened.folder, row)

@@ -147,6 +147,15 @@ def test_a_judge_that_is_down_costs_no_evaluation(tmp_path: Path) -> None:
     assert [row["id"] for row in read_rows(tmp_path / LATER)[0]["problems"]] == [f"q/{n}" for n in range(10)]
 
 
+def test_evaluations_made_in_different_ways_are_kept_apart(tmp_path: Path) -> None:
+    """What a row does not say elsewhere stands in `changed`."""
+    ways = [["eval.problems=1"], ["eval.judge.max_tokens=9"], ["eval.method=naive_rag", "eval.samples=1"], ["seed=2"], []]
+    for overrides in ways:
+        tried(tmp_path, ["London"], *overrides)
+    kept = [["eval.judge.max_tokens=9"], ["eval.method=naive_rag"], ["seed=2"], []]
+    assert [row["changed"] for row in read_rows(tmp_path / LATER)] == kept, "the first and the last were made alike"
+
+
 def test_judged_says_of_how_many(tmp_path: Path, serve: Callable[[Reply], Server]) -> None:
     """At every evaluation alike: what could not be read at the first one is known at the second, and still counts for nothing."""
     server = serve(lambda body: completion(judging(body["messages"][1]["content"], None)))  # type: ignore[arg-type]
