@@ -224,6 +224,29 @@ def _score(name: str, problems: Sequence[_Tries]) -> Interval:
     return ratio_interval([sum(found) for found in values], [len(found) for found in values])
 
 
+def pool(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Evaluations made alike in runs of several seeds as one row, `runs` of them: a problem's samples are those of all runs.
+
+    So intervals go over problems and keep the draws of all seeds together. UserError where the problems or the settings differ.
+    """
+
+    def way(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        ids = sorted(str(problem["id"]) for problem in row["problems"])
+        return ids, row.get("tries", 1), row.get("temperature"), row.get("changed")
+
+    first, *others = rows
+    if any(way(row) != way(first) for row in others):
+        raise UserError(f"evaluation {first.get('label')!r}: the runs' rows differ in problems or settings, expected equal ones to pool")
+    problems = []
+    for problem in first["problems"]:
+        same = [next(p for p in row["problems"] if p["id"] == problem["id"]) for row in rows]
+        pooled = {key: [x for p in same for x in p[key]] for key, value in problem.items() if isinstance(value, list)}
+        names = dict.fromkeys(name for p in same for name in p.get("scores", {}))
+        scores = {name: [x for p in same for x in p.get("scores", {}).get(name, [None] * len(p["first"]))] for name in names}
+        problems.append({"id": problem["id"], **pooled} | ({"scores": scores} if scores else {}))
+    return {**first, "samples": sum(row.get("samples", 1) for row in rows), "runs": len(rows), "problems": problems}
+
+
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Difference | None]:
     """Two rows of evals.jsonl, paired over the problems they share: first, second, fixed over the problems that failed in both, and every
     share among their scores (f1, em, ...; see COUNTS for those that are none) over the problems that have it in both.

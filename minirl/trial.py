@@ -16,16 +16,18 @@ from minirl import models, recipe
 from minirl.chat import Chat
 from minirl.errors import UserError
 from minirl.evaluate import evaluate
+from minirl.files import read_rows
 from minirl.judge import Judge
 from minirl.plain import PlainSampler
 from minirl.policy import Policy
 from minirl.progress import Progress
+from minirl.recipe.stages import SHOWN
 from minirl.reward import RewardModel
 from minirl.rundir import add_later_eval
 from minirl.sampler import LiveSampler, open_sampler
 from minirl.session import eval_settings, texts
 from minirl.speakers import Voices, answer_judge, verdicts_of
-from minirl.statistics import COUNTS, Interval, summarise
+from minirl.statistics import COUNTS, Interval, pool, summarise
 from minirl.tasks import Task, open_task
 
 RECORDED = ("eval.tries", "eval.samples", "eval.temperature", "eval.problems", "eval.vote")
@@ -117,7 +119,43 @@ def compare_methods(
         for base, methods in wanted:
             opened = _open(folder, nodes["search"], shown, base=base)
             found += [_evaluate(opened, nodes[method], changed, method, shown) for method in methods]
-    return found
+    warm_up = [] if task else _warm_up(folder, nodes["search"], found[len(BASELINES)].row)
+    return [*found[: len(wanted[0][1])], *warm_up, *found[len(wanted[0][1]) :]]
+
+
+def _warm_up(folder: Path, node: recipe.Recipe, alike: dict[str, Any]) -> list[Evaluation]:
+    """What the run itself measured after its warm-up, where it did so on the problems of `alike`, an evaluation of search, in its way."""
+    labels = [f"{n}-{stage.method}" for n, stage in enumerate(node.stages) if isinstance(stage, recipe.Train) and stage.method in SHOWN]
+    path = folder / "evals.jsonl"
+    rows = [row for row in (read_rows(path) if path.exists() else []) if row.get("label") in labels[-1:]]
+
+    def way(row: dict[str, Any]) -> tuple[Any, ...]:
+        return *(row[name] for name in eval_settings(node.eval)), [problem["id"] for problem in row["problems"]]
+
+    own = _recipe(folder, (), None).eval.method in (None, "search") and alike["changed"] == ["eval.method=search"]
+    if not own or not rows or way(rows[-1]) != way(alike):
+        return []
+    row = rows[-1] | {"label": "warm-up", "changed": alike["changed"]}
+    return [Evaluation(summarise(row) | {"method": "search"}, [], row)]
+
+
+def compare_runs(
+    folders: Sequence[Path], overrides: Sequence[str] = (), *, task: Path | None = None, progress: Progress | None = None
+) -> list[Evaluation]:
+    """`compare_methods` over runs of one recipe with several seeds, each line pooled over them (see `statistics.pool`)."""
+    nodes = [_recipe(folder, (), None) for folder in folders]
+    bare = [node.model_copy(update={"seed": 0, "model": node.model.model_copy(update={"adapter": None})}) for node in nodes]
+    if any(node != bare[0] for node in bare) or len({node.seed for node in nodes}) < len(nodes):
+        seeds = ", ".join(str(node.seed) for node in nodes)
+        raise UserError(
+            f"--table: got {len(folders)} runs with the seeds {seeds}, expected runs of one recipe that differ in the seed alone"
+        )
+    tables = [compare_methods(folder, overrides, task=task, progress=progress) for folder in folders]
+    if len(tables) == 1:
+        return tables[0]
+    by_line = [{(e.summary["label"], e.summary["method"]): e for e in found} for found in tables]
+    pooled = [(e[0], pool([one.row for one in e])) for key in by_line[0] if len(e := [t[key] for t in by_line if key in t]) == len(tables)]
+    return [Evaluation(summarise(row) | {"method": first.summary["method"]}, first.episodes, row) for first, row in pooled]
 
 
 def _recipe(folder: Path, overrides: Sequence[str], method: str | None) -> recipe.Recipe:
@@ -179,7 +217,7 @@ def _evaluate(
 
 
 def table(found: Sequence[Evaluation]) -> str:
-    """ReSearch's table as text, a line an evaluation: percent with 95 % intervals, and searches an episode. `judged` is a share of the
+    """ReSearch's table as text, a line an evaluation: percent and searches an episode, with 95 % intervals. `judged` is a share of the
     answers that have a verdict: their number stands beside it, and where methods differ in it their shares do not compare.
 
     Above it what all of them share: how many problems, and what differs from the run's own recipe (see `evaluate_run`).
@@ -192,7 +230,8 @@ def table(found: Sequence[Evaluation]) -> str:
         lines.append([str(said["label"]), str(said["method"]), *(_cell(name, said) for name in names)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([", ".join([f"{found[0].summary['problems']} held-out problems", *shared]), *shown])
+    runs = [f"{found[0].row['runs']} runs"] if "runs" in found[0].row else []
+    return "\n".join([", ".join([f"{found[0].summary['problems']} held-out problems", *runs, *shared]), *shown])
 
 
 def _cell(name: str, said: dict[str, Any]) -> str:
@@ -200,6 +239,6 @@ def _cell(name: str, said: dict[str, Any]) -> str:
     if found is None:
         return "-"
     if name in COUNTS:
-        return f"{found.value:.2f}"
+        return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
     share = f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
     return share if name != "judged" else f"{share} of {said['counted'][name]}"

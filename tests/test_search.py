@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from minirl.sampler import LiveSampler
 from minirl.statistics import summarise
 from minirl.tasks import Task
 from minirl.tasks.qa import Plan, SearchTask, Step
-from minirl.trial import compare_methods, table
+from minirl.trial import compare_methods, compare_runs, table
 from minirl.verify.qa import RESEARCH, SEARCH_R1, Tags, normalise, read, verify
 
 CHAT = Chat(byte_tokenizer())
@@ -461,12 +463,27 @@ def test_a_whole_run_and_its_table(cli: Callable[..., Any], tmp_path: Path) -> N
     assert lines[0].split() == ["model", "method", "em", "f1", "recall", "searches"]
     assert lines[2].split()[:3] == ["base", "naive_rag", "0.0"]
     assert len(read_rows(tmp_path / "run" / LATER)) == 6
+    assert re.fullmatch(r"adapter +search .* \d\.\d\d \[-?\d\.\d\d, \d\.\d\d\]", lines[-1]), "searches have an interval too"
+    # Two seeds of it, without overrides: what the run measured after its warm-up stands in the table.
+    shutil.copytree(tmp_path / "run", tmp_path / "two")
+    (tmp_path / "two" / "recipe.yaml").write_text((tmp_path / "run" / "recipe.yaml").read_text().replace("seed: 0", "seed: 1"))
+    found = compare_runs([tmp_path / "run", tmp_path / "two"], progress=Progress(quiet=True))
+    title, _, *lines = table(found).splitlines()
+    assert title == "2 held-out problems, 2 runs"
+    assert [line.split()[:2] for line in lines][4:] == [["base", "search"], ["warm-up", "search"], ["adapter", "search"]]
+    own = next(row for row in read_rows(tmp_path / "run" / "evals.jsonl") if row["label"] == "0-demonstrate")
+    assert found[5].row["problems"][0]["tokens"] == own["problems"][0]["tokens"] * 2
+    assert {len(problem["first"]) for e in found for problem in e.row["problems"]} == {2}
+    with pytest.raises(UserError, match="got 2 runs with the seeds 0, 0, expected runs of one recipe that differ in the seed alone"):
+        compare_runs([tmp_path / "run"] * 2)
+    outcome = cli("eval", tmp_path / "run", tmp_path / "two")
+    assert (outcome.code, "got 2 run folders, expected one" in outcome.err) == (2, True)
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(whole | {"eval": {"problems": 1}}))
     outcome = cli("eval", tmp_path / "run", "--table", "--task", tmp_path / "other.yaml", "--set", "sampling.attempt_tokens=9")
     assert outcome.code == 0, outcome.err
     assert "hotpotqa: 8 paragraphs to search; gold paragraphs among them: 100.0%" in outcome.out
     assert "\n1 held-out problems, sampling.attempt_tokens=9, recipe=other\nmodel " in outcome.out
-    later = read_rows(tmp_path / "run" / LATER)[6:]
+    later = read_rows(tmp_path / "run" / LATER)
     assert [row["changed"] for row in later[-2:]] == [["sampling.attempt_tokens=9", "recipe=other", "eval.method=search"]] * 2
 
 
