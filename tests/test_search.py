@@ -75,33 +75,34 @@ def said(*replies: str) -> Callable[[str, Ask], str]:
     return lambda text, ask: replies[text.rpartition("assistant\n")[2].count("</result>")]
 
 
-def played(*replies: str, task: SearchTask | None = None, sampler: type[Scripted] = Scripted, **sampling: Any) -> Episode:
-    talk = Talk(PROBLEM, CHAT, Sampling(**({"attempt_tokens": 1000} | sampling)), temperature=1.0, seed="0")
-    (episode,) = play([search(talk, task or task_of())], sampler(CHAT, said(*replies)))
+def played(
+    *replies: str, task: SearchTask | None = None, sampler: type[Scripted] = Scripted, chat: Chat = CHAT, **sampling: Any
+) -> Episode:
+    talk = Talk(PROBLEM, chat, Sampling(**({"attempt_tokens": 1000} | sampling)), temperature=1.0, seed="0")
+    (episode,) = play([search(talk, task or task_of())], sampler(chat, said(*replies)))
     assert len(episode.tokens) == len(episode.mask) == len(episode.logprobs)
     for turn in episode.turns:
         assert turn.trained == turn.sampled == (turn.kind == "attempt"), "all that was sampled is trained, and nothing else"
     return episode
 
 
-def masked(episode: Episode) -> str:
+def masked(episode: Episode, chat: Chat = CHAT) -> str:
     """What stands after the prompt, read off the mask alone: trained tokens between ⟦ and ⟧."""
     text, start, inside = "", len(episode.turns[0].tokens), False
     assert not any(episode.mask[:start])
     for token, trained in zip(episode.tokens[start:], episode.mask[start:], strict=True):
         text += "⟦" if trained and not inside else "⟧" if inside and not trained else ""
-        text += CHAT.text([token], special=True)
+        text += chat.text([token], special=True)
         inside = trained
     return text + "⟧" * inside
 
 
 class Straddling(Scripted):
-    """Its tokens hold two characters: the one that ends a stop string holds what comes after it too."""
+    """Ends, like a real sampler, with the token that completes a stop string, whatever else that token holds."""
 
     def complete(self, ask: Ask) -> Completion:
-        whole = self.script(self.chat.text(ask.tokens, special=True), ask)
-        ends = [whole.index(stop) + len(stop) for stop in ask.stop if stop in whole]
-        tokens = self.chat.inside(whole[: min(ends) + 1])
+        said = self.chat.inside(self.script(self.chat.text(ask.tokens, special=True), ask))
+        (tokens, *_) = (said[:n] for n in range(len(said) + 1) if any(stop in self.chat.text(said[:n]) for stop in ask.stop))
         return Completion(tokens, (-1.0,) * len(tokens), self.chat.text(tokens), "stop")
 
 
@@ -156,9 +157,17 @@ def test_snapshot_truncated_in_a_result() -> None:
 
 
 def test_snapshot_a_stop_string_that_straddles_tokens() -> None:
-    episode = played(f"{FIRST}!?", f"{LAST}\n\n", sampler=Straddling)
-    assert masked(episode) == f"⟦{FIRST}!⟧{FILM}⟦{LAST}\n⟧", "the ids stay as they were sampled"
-    assert (episode.reward, episode.finish) == (1.0, "stop")
+    """`></` is one token: it ends the search and begins the next tag, and so does the one that ends the answer."""
+    chat = Chat(byte_tokenizer(merges=(("<", "/"), (">", "</"))))
+    (merged,) = chat.inside("></")
+    first, last = "<think> Who? <search> director </search></think>", "</think> <answer>\\boxed{Putney}</answer></s>"
+    library = Library()
+    episode = played(first, last, task=task_of(library), sampler=Straddling, chat=chat)
+    called, answered = "<think> Who? <search> director </search></", "</think> <answer>\\boxed{Putney}</answer></"
+    assert masked(episode, chat) == f"⟦{called}⟧{FILM}⟦{answered}⟧", "the ids stay as they were sampled"
+    assert [turn.tokens[-1] for turn in episode.turns if turn.trained] == [merged, merged]
+    assert len(episode.turns[1].tokens) == len(called) - 3, "the two other characters of that token, and the one of `</` before it"
+    assert (episode.reward, episode.finish, library.calls) == (1.0, "stop", [(["director"], 5)])
 
 
 def test_a_search_that_is_cut_or_talked_past_is_none() -> None:
