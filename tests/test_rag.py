@@ -149,10 +149,10 @@ def test_ircot_does_not_search_inside_an_answer() -> None:
     assert [ask.stop == ("</answer>",) for ask in sampler.asks] == [False, False, True]
     assert CHAT.text([t for turn in episode.turns[1:] for t in turn.tokens]) == whole
     assert (episode.parts["first_error"], episode.parts["searches"]) == ("wrong", 2)
-    room = len(whole) - 20
-    episode, sampler, _ = played(ircot, script, attempt_tokens=room)
-    assert sum(len(turn.tokens) for turn in episode.turns if turn.kind == "attempt") <= room
-    assert (episode.parts["first_error"], episode.finish) == ("answer", "length")
+    for room in (len(whole) - 20, 20, 19):  # too little for the whole answer; cut at the full stop inside it, and before
+        episode, sampler, queries = played(ircot, script, attempt_tokens=room)
+        assert sum(len(turn.tokens) for turn in episode.turns if turn.kind == "attempt") == room
+        assert (episode.parts["first_error"], episode.finish, len(queries)) == ("answer", "stop" if room == 20 else "length", 2)
 
 
 def test_ircot_shows_a_passage_once_at_its_longest() -> None:
@@ -164,11 +164,11 @@ def test_ircot_shows_a_passage_once_at_its_longest() -> None:
             return [[FILM, long] if query == QUESTION else [long] for query in queries]
 
     task = SearchTask("films", (), (PROBLEM,), scored, stop=("</answer>",), retriever=Two(), k=5)
-    sampler = Scripted(CHAT, lambda text, ask: PUTNEY if "So." in text.rpartition("assistant\n")[2] else "So. And")
+    sampler = Scripted(CHAT, lambda text, ask: PUTNEY[18:] if "So." in text.rpartition("assistant\n")[2] else "So. And")
     talk = Talk(PROBLEM, CHAT, Sampling(attempt_tokens=300, result_tokens=60), temperature=0.0, seed="0")
     play([ircot(talk, task)], sampler)
     film = f"{FILM.title}\n{FILM.text}\n\n"
-    shown = [f"{film}Carol Reed\nBorn in Putne", f"{film}{long.title}\n{long.text}"]
+    shown = [f"{film}Carol Reed\nBorn in Putn", f"{film}{long.title}\n{long.text}"]
     assert [user(ask).partition("\n\nQuestion")[0] for ask in sampler.asks] == shown
 
 

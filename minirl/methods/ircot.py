@@ -35,9 +35,9 @@ def ircot(talk: Talk, task: Task, *, rounds: int = ROUNDS) -> Play:
             return end(talk, task, thought + (yield from answer(talk, task)), list(kept.values()), searches=searches)
         # A sentence has ended where the next one begins: its first word is what stops the model, and is left out.
         text = yield from talk.ask("attempt", max_tokens=talk.sampling.attempt_tokens, stop=(*SENTENCE_ENDS, *task.stop))
-        room = talk.sampling.attempt_tokens - len(talk.turns[-1].tokens)
-        if f"<{qa.tags.answer}>" in text and not answered(text, task) and room > 0:  # a full stop inside the answer ends no sentence
-            text += yield from talk.ask("attempt", max_tokens=room, stop=task.stop)
+        if f"<{qa.tags.answer}>" in text and not answered(text, task):  # a full stop inside the answer ends no sentence
+            room = talk.sampling.attempt_tokens - len(talk.turns[-1].tokens)
+            text += (yield from talk.ask("attempt", max_tokens=room, stop=task.stop)) if room > 0 else ""
             return end(talk, task, thought + text, list(kept.values()), searches=searches)
         sentence = _SENTENCE.match(text)
         if answered(text, task) or sentence is None:
