@@ -261,7 +261,7 @@ def test_runs_of_several_seeds_are_pooled_by_problem() -> None:
     assert found["scores"]["f1"] == ratio_interval([1.0, 1.0, 0.5, 0.5], [2, 2, 2, 1])
     assert found["scores"]["searches"] == mean_interval([1.0, 1.0, 0.5, 1.0])
     assert found["counted"]["f1"] == 7
-    alike = [run(1.0, 0.5, 0.0, 0.5)] * 2
+    alike = [run(1.0, 0.0, 0.0, 1.0)] * 2
     for name, interval in summarise(alike[0])["scores"].items():
         assert summarise(pool(alike))["scores"][name] == pytest.approx(interval)
     for other in (run(1.0), run(*[0.0] * 4) | {"temperature": 1.0}, run(*[0.0] * 4) | {"changed": ["a=1"]}):
