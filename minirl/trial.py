@@ -218,7 +218,7 @@ def _evaluate(
 
 def table(found: Sequence[Evaluation]) -> str:
     """ReSearch's table as text, a line an evaluation: percent and searches an episode, with 95 % intervals. `judged` is a share of the
-    answers that have a verdict: their number stands beside it, and where methods differ in it their shares do not compare.
+    answers that have a verdict: how many of all these are stands beside it, and where methods differ in it their shares do not compare.
 
     Above it what all of them share: how many problems, and what differs from the run's own recipe (see `evaluate_run`).
     """
@@ -241,4 +241,4 @@ def _cell(name: str, said: dict[str, Any]) -> str:
     if name in COUNTS:
         return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
     share = f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
-    return share if name != "judged" else f"{share} of {said['counted'][name]}"
+    return share if name != "judged" else f"{share} ({said['counted'][name]} of {said['problems'] * said['samples']})"

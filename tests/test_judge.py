@@ -163,7 +163,7 @@ def test_judged_says_of_how_many(tmp_path: Path, serve: Callable[[Reply], Server
     for found, lines in (first, second):
         assert any("1 of 4 answers have no verdict (0 unanswered, 1 unreadable)" in line for line in lines)
         assert (found.summary["scores"]["judged"].value, found.summary["counted"]["judged"]) == (pytest.approx(2 / 3), 3)
-        assert re.search(r" 66\.7 \[[^]]*\] of 3 ", trial.table([found]))
+        assert re.search(r" 66\.7 \[[^]]*\] \(3 of 4\) ", trial.table([found]))
     assert len(server.bodies) == 4
 
 

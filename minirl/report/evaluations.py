@@ -129,7 +129,8 @@ def _scores(said: Sequence[dict[str, Any]]) -> str:
 def _score(name: str, said: Mapping[str, Any]) -> str:
     found: Interval | None = said["scores"].get(name)
     if found is None or name not in COUNTS:
-        return _share(found) + (f" <small>of {said['counted'][name]} judged</small>" if name == "judged" and found is not None else "")
+        judged = f" <small>{said['counted'].get(name, 0)} of {said['problems'] * said['samples']} judged</small>"
+        return _share(found) + (judged if name == "judged" and found is not None else "")
     return f"{found.value:.4g} <small>{found.low:.4g} to {found.high:.4g}</small>"
 
 
