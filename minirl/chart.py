@@ -21,7 +21,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("metrics", "Solved in training", (("first", "first try"), ("second", "second try"))),
     ("metrics", "EM and F1 in training", (("em", "exact match"), ("f1", "F1"), ("format", "good form"))),
     ("metrics", "Searches an episode", (("searches", "searches"),)),
-    ("metrics", "Gold paragraphs found", (("recall", "share"),)),
+    ("metrics", "Gold paragraphs shown", (("recall", "share"),)),
     ("metrics", "Response with results", (("response", "tokens"),)),
     ("metrics", "Right letters below another value", (("lucky", "share"),)),
     ("metrics", "KL to the reference", (("kl", "KL"),)),

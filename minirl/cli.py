@@ -68,7 +68,7 @@ def run(
 
 @app.command("eval")
 def eval_(
-    folder: FolderArgument,
+    folders: Annotated[list[Path], typer.Argument(help="A run folder, e.g. runs/r3_countdown; with --table also several")],
     set_: SetOption = None,
     base: Annotated[bool, typer.Option("--base", help="Evaluate the model without the run's adapter")] = False,
     method: Annotated[str | None, typer.Option("--method", help="no_rag, naive_rag, iter_retgen, ircot, search, stepwise")] = None,
@@ -86,10 +86,15 @@ def eval_(
     with _one_line():
         from minirl import trial
 
+        folder = folders[0]
+        if len(folders) > 1 and not table:
+            raise UserError(f"eval: got {len(folders)} run folders, expected one; --table pools runs that differ in their seed")
         if table:
             if samples or vote or rerank:
                 raise UserError("--table: got it with --samples, --vote or --rerank, expected it alone: it compares single tries")
-            typer.echo(trial.table(trial.compare_methods(folder, set_ or ())))
+            if base or method:
+                raise UserError("--table: got it with --base or --method, expected neither: it compares all methods, base and adapter")
+            typer.echo(trial.table(trial.compare_runs(folders, set_ or (), task=task)))
             return
         found = trial.evaluate_run(folder, set_ or (), base=base, method=method, samples=samples, vote=vote, rerank=rerank, task=task)
         summary = found.summary

@@ -128,27 +128,22 @@ class Asker:
 
 
 class Judge:
-    """Judges answers. Verdicts are remembered: equal cases are asked once."""
+    """Judges answers. Verdicts are remembered: equal cases are asked once.
+
+    unreadable and unanswered: how many cases of the last call have no verdict, whether they were asked about then or before.
+    """
 
     def __init__(self, chat: Chat, sampler: Sampler, *, max_tokens: int, known: Verdicts | None = None, name: str = "") -> None:
         self.asker = Asker(chat, sampler, max_tokens=max_tokens, known=known, name=name)
-
-    @property
-    def asked(self) -> int:
-        """How many verdicts were asked for."""
-        return self.asker.asked
-
-    @property
-    def unreadable(self) -> int:
-        """Verdicts that could not be read, or never came."""
-        return self.asker.unreadable + self.asker.unanswered
+        self.unreadable = self.unanswered = 0
 
     def __call__(self, cases: Sequence[Case]) -> list[bool | None]:
-        """Whether each answer is right; None where the judge's reply cannot be read."""
-        texts = [prompt(case) for case in cases if case.answer is not None]
-        found = iter(self.asker(SYSTEM, texts, parse))
-        scores = [None if case.answer is None else next(found).score for case in cases]
-        return [False if c.answer is None else None if score is None else score > 0 for c, score in zip(cases, scores, strict=True)]
+        """Whether each answer is right; None where the judge's reply cannot be read, or never came."""
+        opinions = self.asker(SYSTEM, [prompt(case) for case in cases if case.answer is not None], parse)
+        self.unreadable, self.unanswered = (sum(o.came == came for o in opinions) for came in ("unreadable", "unanswered"))
+        found = iter(opinions)
+        scores = [0.0 if case.answer is None else next(found).score for case in cases]
+        return [None if score is None else score > 0 for score in scores]
 
 
 class StepJudge:

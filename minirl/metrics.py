@@ -12,9 +12,10 @@ from minirl.episode import Episode, Part
 
 SCORES: tuple[str, ...] = ("em", "f1", "format", "recall", "searches", "response", "judged", "lucky")
 SCORES += ("steps", "calls", "errors", "malformed", "answered")
-"""What an episode of question answering is counted by: exact match, F1, good form, the share of gold paragraphs found, searches, tokens of
-the whole answer with the results, and a judge's verdict. Of multiple choice: whether a right letter stands below another value. One of
-method stepwise: actions, the tool's replies, its errors, actions that could not be read, and whether an answer was given."""
+"""What an episode of question answering is counted by: exact match, F1, good form, the share of gold paragraphs whose title a search has
+shown (what `result_tokens` cut away is not), searches, tokens of the whole answer with the results, and a judge's verdict. Of multiple
+choice: whether a right letter stands below another value. One of method stepwise: actions, the tool's replies, its errors, actions that
+could not be read, and whether an answer was given."""
 
 
 class Facts(NamedTuple):

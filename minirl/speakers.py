@@ -98,7 +98,7 @@ class Voices:
                 self._local[key] = self._load(*key)
             return self._local[key]
         scorer = Scorer(self._policy, pad=_pad(self._chat), inside=lambda: bare(self._policy))
-        return Voice("base", self._chat, BaseSampler(self._policy, sampler), scorer)
+        return Voice(f"base {models.fingerprint(self._policy.model)[:8]}", self._chat, BaseSampler(self._policy, sampler), scorer)
 
     def _load(self, name: str, quantize: str) -> Voice:
         node = recipe.Model.model_validate({"name": name, "quantize": quantize, "lora": {"rank": 1}})

@@ -200,12 +200,13 @@ def summarise(row: Mapping[str, Any]) -> dict[str, Any]:
     first: passed at once. second: passed within two tries. fixed: share of the failed first tries that the retry mends; second and
     fixed are None for a single try, fixed also where nothing failed. pass_at_k: {k: Interval} over first tries, k = 1 .. samples.
     first_errors, second_errors: {kind: count}, commonest first. scores: {name: Interval} of the metrics.SCORES that the row has, over the
-    problems that have them. UserError for a row that is none.
+    problems that have them; counted: {name: how many of the problems x samples have it}. UserError for a row that is none.
     """
     problems = list(_tries(row).values())
     samples = min(t.samples for t in problems)
     two = row.get("tries", 1) == 2
     failed = [t for t in problems if t.first < t.samples]
+    names = dict.fromkeys(name for t in problems for name in t.scores)
     by_k = {k: [pass_at_k(t.samples, t.first, k) for t in problems] for k in range(1, samples + 1)}
     return {
         **{key: row.get(key) for key in ("label", "stage", "step", "tries", "temperature")},
@@ -218,7 +219,8 @@ def summarise(row: Mapping[str, Any]) -> dict[str, Any]:
         "pass_at_k": {k: cluster_interval(values, samples // k) for k, values in by_k.items()},
         "first_errors": dict(Counter(e for t in problems for e in t.first_errors).most_common()),
         "second_errors": dict(Counter(e for t in problems for e in t.second_errors).most_common()),
-        "scores": {name: _score(name, problems) for name in dict.fromkeys(name for t in problems for name in t.scores)},
+        "scores": {name: _score(name, problems) for name in names},
+        "counted": {name: sum(len(t.scores.get(name, ())) for t in problems) for name in names},
     }
 
 
@@ -227,6 +229,29 @@ def _score(name: str, problems: Sequence[_Tries]) -> Interval:
     if name in COUNTS:
         return mean_interval([sum(found) / len(found) for found in values])
     return ratio_interval([sum(found) for found in values], [len(found) for found in values])
+
+
+def pool(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Evaluations made alike in runs of several seeds as one row, `runs` of them: a problem's samples are those of all runs.
+
+    So intervals go over problems and keep the draws of all seeds together. UserError where the problems or the settings differ.
+    """
+
+    def way(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        ids = sorted(str(problem["id"]) for problem in row["problems"])
+        return ids, row.get("tries", 1), row.get("temperature"), row.get("changed")
+
+    first, *others = rows
+    if any(way(row) != way(first) for row in others):
+        raise UserError(f"evaluation {first.get('label')!r}: the runs' rows differ in problems or settings, expected equal ones to pool")
+    problems = []
+    for problem in first["problems"]:
+        same = [next(p for p in row["problems"] if p["id"] == problem["id"]) for row in rows]
+        pooled = {key: [x for p in same for x in p[key]] for key, value in problem.items() if isinstance(value, list)}
+        names = dict.fromkeys(name for p in same for name in p.get("scores", {}))
+        scores = {name: [x for p in same for x in p.get("scores", {}).get(name, [None] * len(p["first"]))] for name in names}
+        problems.append({"id": problem["id"], **pooled} | ({"scores": scores} if scores else {}))
+    return {**first, "samples": sum(row.get("samples", 1) for row in rows), "runs": len(rows), "problems": problems}
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Difference | None]:

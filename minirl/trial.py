@@ -6,6 +6,7 @@ Invariant: the run itself is left as it is; what is found is kept beside its own
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,26 +16,31 @@ from minirl import models, recipe
 from minirl.chat import Chat
 from minirl.errors import UserError
 from minirl.evaluate import evaluate
+from minirl.files import read_rows
 from minirl.judge import Judge
 from minirl.plain import PlainSampler
 from minirl.policy import Policy
 from minirl.progress import Progress
+from minirl.recipe.stages import SHOWN
 from minirl.reward import RewardModel
 from minirl.rundir import add_later_eval
 from minirl.sampler import LiveSampler, open_sampler
 from minirl.session import eval_settings, texts
 from minirl.speakers import Voices, answer_judge, verdicts_of
-from minirl.statistics import COUNTS, Interval, summarise
+from minirl.statistics import COUNTS, Interval, pool, summarise
 from minirl.tasks import Task, open_task
 
+RECORDED = ("eval.tries", "eval.samples", "eval.temperature", "eval.problems", "eval.vote")
+"""What a row says in places of its own; any other override tells how an evaluation was made."""
 BASELINES = ("no_rag", "naive_rag", "iter_retgen", "ircot")
 
 
 class Evaluation(NamedTuple):
-    """What `statistics.summarise` says, and the first episode of each problem as a row of episodes.jsonl, texts included."""
+    """What `statistics.summarise` says, the first episode of each problem as a row of episodes.jsonl, texts included, and what was kept."""
 
     summary: dict[str, Any]
     episodes: list[dict[str, Any]]
+    row: dict[str, Any]
 
 
 class Opened(NamedTuple):
@@ -105,19 +111,59 @@ def _reward_model(folder: Path, node: recipe.Recipe) -> RewardModel:
     return RewardModel.open(folder / "reward_model", theirs)
 
 
-def compare_methods(folder: Path, overrides: Sequence[str] = (), *, progress: Progress | None = None) -> list[Evaluation]:
+def compare_methods(
+    folder: Path, overrides: Sequence[str] = (), *, task: Path | None = None, progress: Progress | None = None
+) -> list[Evaluation]:
     """ReSearch's table for a run's data set (arXiv 2503.19470, table 1): the baselines and search with the base model, then search with
-    the adapter, where the run has made one. Each result is kept beside the run.
+    the adapter, where the run has made one. Each result is kept beside the run. task: another recipe, as for `evaluate_run`.
     """
+    changed = [*overrides, *([] if task is None else [f"recipe={task.stem}"])]
     adapter = (folder / "adapter").is_dir()
     wanted = [(True, (*BASELINES, "search")), *([(False, ("search",))] if adapter else [])]
-    nodes = {method: _recipe(folder, overrides, method) for method in (*BASELINES, "search")}
+    read = partial(_recipe, folder) if task is None else partial(_transferred, folder, task)
+    nodes = {method: read(overrides, method) for method in (*BASELINES, "search")}
     with progress or Progress() as shown:
         found = []
         for base, methods in wanted:
             opened = _open(folder, nodes["search"], shown, base=base)
-            found += [_evaluate(opened, nodes[method], overrides, method, shown) for method in methods]
-    return found
+            found += [_evaluate(opened, nodes[method], changed, method, shown) for method in methods]
+    warm_up = [] if task else _warm_up(folder, nodes["search"], found[len(BASELINES)].row)
+    return [*found[: len(wanted[0][1])], *warm_up, *found[len(wanted[0][1]) :]]
+
+
+def _warm_up(folder: Path, node: recipe.Recipe, alike: dict[str, Any]) -> list[Evaluation]:
+    """What the run itself measured after its warm-up, where it did so on the problems of `alike`, an evaluation of search, in its way."""
+    labels = [f"{n}-{stage.method}" for n, stage in enumerate(node.stages) if isinstance(stage, recipe.Train) and stage.method in SHOWN]
+    path = folder / "evals.jsonl"
+    rows = [row for row in (read_rows(path) if path.exists() else []) if row.get("label") in labels[-1:]]
+
+    def way(row: dict[str, Any]) -> tuple[Any, ...]:
+        return *(row[name] for name in eval_settings(node.eval)), [problem["id"] for problem in row["problems"]]
+
+    own = _recipe(folder, (), None).eval.method in (None, "search") and alike["changed"] == ["eval.method=search"]
+    if not own or not rows or way(rows[-1]) != way(alike):
+        return []
+    row = rows[-1] | {"label": "warm-up", "changed": alike["changed"]}
+    return [Evaluation(summarise(row) | {"method": "search"}, [], row)]
+
+
+def compare_runs(
+    folders: Sequence[Path], overrides: Sequence[str] = (), *, task: Path | None = None, progress: Progress | None = None
+) -> list[Evaluation]:
+    """`compare_methods` over runs of one recipe with several seeds, each line pooled over them (see `statistics.pool`)."""
+    nodes = [_recipe(folder, (), None) for folder in folders]
+    bare = [node.model_copy(update={"seed": 0, "model": node.model.model_copy(update={"adapter": None})}) for node in nodes]
+    if any(node != bare[0] for node in bare) or len({node.seed for node in nodes}) < len(nodes):
+        seeds = ", ".join(str(node.seed) for node in nodes)
+        raise UserError(
+            f"--table: got {len(folders)} runs with the seeds {seeds}, expected runs of one recipe that differ in the seed alone"
+        )
+    tables = [compare_methods(folder, overrides, task=task, progress=progress) for folder in folders]
+    if len(tables) == 1:
+        return tables[0]
+    by_line = [{(e.summary["label"], e.summary["method"]): e for e in found} for found in tables]
+    pooled = [(e[0], pool([one.row for one in e])) for key in by_line[0] if len(e := [t[key] for t in by_line if key in t]) == len(tables)]
+    return [Evaluation(summarise(row) | {"method": first.summary["method"]}, first.episodes, row) for first, row in pooled]
 
 
 def _recipe(folder: Path, overrides: Sequence[str], method: str | None) -> recipe.Recipe:
@@ -140,7 +186,8 @@ def _open(folder: Path, node: recipe.Recipe, shown: Progress, *, base: bool) -> 
     loaded = models.load_model(node.model, node.seed)
     chat = Chat(loaded.tokenizer, eos=models.eos(loaded.model), plain=node.model.template == "plain")
     policy, task = Policy(loaded.model, loaded.device, loaded.dtype), open_task(node.task, node.seed)
-    shown.say(models.describe(loaded))
+    for line in (models.describe(loaded), *task.notes):
+        shown.say(line)
     sampling = node.sampling
     sampler = open_sampler(policy, chat, rows=sampling.rows, cache_tokens=sampling.cache_tokens, cuda_graphs=sampling.cuda_graphs)
     opened = Opened(folder, "base" if base else "adapter", chat, task, policy, sampler, None)
@@ -152,7 +199,7 @@ def _judge(opened: Opened, node: recipe.Recipe) -> Judge | None:
     if judge is None:
         return None
     voices = Voices(opened.policy, opened.chat, rows=sampling.rows, cache_tokens=sampling.cache_tokens)
-    return answer_judge(judge, voices.open(judge, opened.sampler, patient=False), verdicts_of(opened.folder))
+    return answer_judge(judge, voices.open(judge, opened.sampler, patient=True), verdicts_of(opened.folder))
 
 
 def _evaluate(
@@ -163,31 +210,43 @@ def _evaluate(
     opened.sampler.reset()
     problems = task.held_out[: node.eval.problems]
     rows, episodes = evaluate(problems, task, chat, opened.sampler, node.sampling, node.eval, node.seed, opened.judge, opened.rank)
-    if opened.judge is not None and opened.judge.unreadable:
-        shown.say(f"judge: {opened.judge.unreadable} of {opened.judge.asked} verdicts so far could not be read; they count for nothing")
+    if (judge := opened.judge) is not None and judge.unreadable + judge.unanswered:
+        of = f"{judge.unreadable + judge.unanswered} of {len(problems) * node.eval.samples} answers have no verdict"
+        shown.say(f"WARNING: judge: {of} ({judge.unanswered} unanswered, {judge.unreadable} unreadable); `judged` is over the others")
     row = {"label": label, "stage": len(node.stages), "step": 0} | eval_settings(node.eval)
-    changed = [text for text in overrides if not text.startswith("eval.")] + ([f"eval.method={method}"] if method else [])
-    row |= {"changed": [*changed, *more], "problems": rows}
+    changed = [text for text in overrides if text.partition("=")[0] not in RECORDED]
+    changed += [f"eval.method={method}"] if method else []
+    row |= {"changed": list(dict.fromkeys([*changed, *more])), "problems": rows}
     summary = summarise(row)
     shown.evaluation(f"{label}, {method}" if method else label, summary)
     add_later_eval(opened.folder, row)
     kept = [{"label": label, **e.to_json(), "texts": texts(chat, e)} for e in episodes]
-    return Evaluation(summary | {"method": method}, kept)
+    return Evaluation(summary | {"method": method}, kept, row)
 
 
 def table(found: Sequence[Evaluation]) -> str:
-    """ReSearch's table as text, a line an evaluation: percent with 95 % intervals, and searches an episode."""
+    """ReSearch's table as text, a line an evaluation: percent and searches an episode, with 95 % intervals. `judged` is a share of the
+    answers that have a verdict: how many of all these are stands beside it, and where methods differ in it their shares do not compare.
+
+    Above it what all of them share: how many problems, and what differs from the run's own recipe (see `evaluate_run`).
+    """
+    shared = [text for text in found[0].row["changed"] if all(text in e.row["changed"] for e in found)]
     names = [name for name in ("em", "f1", "judged", "recall", "searches") if any(name in e.summary["scores"] for e in found)]
     lines = [["model", "method", *names]]
     for evaluation in found:
         said = evaluation.summary
-        cells = [(name, said["scores"].get(name)) for name in names]
-        lines.append([str(said["label"]), str(said["method"]), *("-" if i is None else _cell(name, i) for name, i in cells)])
+        lines.append([str(said["label"]), str(said["method"]), *(_cell(name, said) for name in names)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    runs = [f"{found[0].row['runs']} runs"] if "runs" in found[0].row else []
+    return "\n".join([", ".join([f"{found[0].summary['problems']} held-out problems", *runs, *shared]), *shown])
 
 
-def _cell(name: str, found: Interval) -> str:
+def _cell(name: str, said: dict[str, Any]) -> str:
+    found: Interval | None = said["scores"].get(name)
+    if found is None:
+        return "-"
     if name in COUNTS:
-        return f"{found.value:.2f}"
-    return f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+        return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    share = f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    return share if name != "judged" else f"{share} ({said['counted'][name]} of {said['problems'] * said['samples']})"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,19 @@ from scripted import Scripted
 from servers import Reply, Server, completion, node
 from tiny import byte_tokenizer, save_tiny
 
-from minirl import models, recipe
+from minirl import models, recipe, trial
 from minirl.chat import Chat
-from minirl.endpoint import EndpointSampler, Messages
+from minirl.endpoint import GIVE_UP, EndpointSampler, Messages
 from minirl.episode import Ask, Completion, Problem
 from minirl.errors import UserError
 from minirl.evaluate import evaluate
+from minirl.files import read_rows
 from minirl.judge import Case, Judge, parse, prompt
 from minirl.plain import PlainSampler
 from minirl.policy import Policy
-from minirl.speakers import BaseSampler, bare
+from minirl.progress import Progress
+from minirl.rundir import LATER
+from minirl.speakers import BaseSampler, Voices, bare
 from minirl.tasks.qa import SearchTask
 from minirl.verify.qa import verify
 
@@ -71,8 +75,10 @@ def test_equal_cases_are_asked_once_and_the_unreadable_are_counted() -> None:
     judge = Judge(CHAT, sampler, max_tokens=100)
     paris, none = ROME._replace(answer="Paris"), ROME._replace(answer=None)
     assert judge([LONDON, ROME, LONDON, paris, none]) == [True, False, True, None, False]
-    assert judge([ROME, paris]) == [False, None]
-    assert (len(sampler.asks), judge.asked, judge.unreadable) == (3, 3, 1)
+    assert judge([ROME, LONDON]) == [False, True]
+    assert judge.unreadable == 0
+    assert judge([ROME, paris, paris]) == [False, None, None]
+    assert (len(sampler.asks), judge.unreadable, judge.unanswered) == (3, 2, 0), "counted whether it was asked about now or before"
     assert {(ask.temperature, ask.max_tokens) for ask in sampler.asks} == {(0.0, 100)}
 
 
@@ -88,12 +94,89 @@ def test_evaluations_are_judged() -> None:
 
     def script(text: str, ask: Ask) -> str:
         place = "Rome" if "Where is a" in text else "London town"
-        return f"<think></think><answer>\\boxed{{{place}}}</answer>"
+        return f"<think></think><answer>{place}</answer>"  # in no box: bad form, but an answer
 
     judge = Judge(CHAT, Scripted(CHAT, judging), max_tokens=100)
     rows, _ = evaluate(problems, task, CHAT, Scripted(CHAT, script), recipe.Sampling(), recipe.Eval(), 0, judge)
     assert [row["scores"]["judged"] for row in rows] == [[0.0], [1.0]]
     assert [row["first"] for row in rows] == [[0], [0]]
+
+
+class Resettable(Scripted):
+    """With what a trial wants of the policy's sampler."""
+
+    def reset(self) -> None:
+        pass
+
+
+class Heard(Progress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def tried(folder: Path, answers: Sequence[str], *overrides: str, url: str = "http://127.0.0.1:9/x") -> tuple[trial.Evaluation, list[str]]:
+    """An evaluation by `minirl eval` of one problem for each answer that is given, with a judge behind `url`; and what it said."""
+    problems = [Problem(f"q/{n}", f"Question {n:03}?", {"golds": ["London"], "titles": []}) for n in range(len(answers))]
+    task = SearchTask("q", (), problems, lambda p, text: verify(p.answer["golds"], text), stop=("</answer>",), retriever=NoRetriever())
+    whole = {"model": {"name": "m"}, "task": {"name": "hotpotqa"}, "stages": [{"kind": "train", "method": "search", "steps": 1}]}
+    judge = {"kind": "endpoint", "url": url, "model": "m", "retries": 0, "concurrency": 1}
+    config = recipe.parse(whole | {"eval": {"judge": judge, "problems": len(answers)}}, "r.yaml")
+
+    def script(text: str, ask: Ask) -> str:
+        return f"<think></think><answer>\\boxed{{{answers[int(text.partition('Question ')[2][:3])]}}}</answer>"
+
+    opened = trial.Opened(folder, "base", CHAT, task, None, Resettable(CHAT, script), None)  # type: ignore[arg-type]
+    heard = Heard()
+    found = trial._evaluate(opened._replace(judge=trial._judge(opened, config)), config, overrides, None, heard)
+    return found, heard.lines
+
+
+def test_a_judge_that_is_down_costs_no_evaluation(tmp_path: Path) -> None:
+    """The episodes were played: their EM and F1 stand, and what was not judged is counted."""
+    found, lines = tried(tmp_path, ["London", *["Rome"] * 9])
+    assert found.summary["scores"]["em"].value == 0.1
+    assert "judged" not in found.summary["scores"]
+    (said,) = [line for line in lines if "judge" in line]
+    assert "10 of 10 answers have no verdict (10 unanswered, 0 unreadable)" in said
+    assert [row["id"] for row in read_rows(tmp_path / LATER)[0]["problems"]] == [f"q/{n}" for n in range(10)]
+
+
+def test_evaluations_made_in_different_ways_are_kept_apart(tmp_path: Path) -> None:
+    """What a row does not say elsewhere stands in `changed`."""
+    ways = [["eval.problems=1"], ["eval.judge.max_tokens=9"], ["eval.method=naive_rag", "eval.samples=1"], ["seed=2"], []]
+    for overrides in ways:
+        tried(tmp_path, ["London"], *overrides)
+    kept = [["eval.judge.max_tokens=9"], ["eval.method=naive_rag"], ["seed=2"], []]
+    assert [row["changed"] for row in read_rows(tmp_path / LATER)] == kept, "the first and the last were made alike"
+
+
+def test_judged_says_of_how_many(tmp_path: Path, serve: Callable[[Reply], Server]) -> None:
+    """At every evaluation alike: what could not be read at the first one is known at the second, and still counts for nothing."""
+    server = serve(lambda body: completion(judging(body["messages"][1]["content"], None)))  # type: ignore[arg-type]
+    first, second = (tried(tmp_path, ["London", "Rome", "Paris", "London"], url=server.url) for _ in range(2))
+    for found, lines in (first, second):
+        assert any("1 of 4 answers have no verdict (0 unanswered, 1 unreadable)" in line for line in lines)
+        assert (found.summary["scores"]["judged"].value, found.summary["counted"]["judged"]) == (pytest.approx(2 / 3), 3)
+        assert re.search(r" 66\.7 \[[^]]*\] \(3 of 4\) ", trial.table([found]))
+    assert len(server.bodies) == 4
+
+
+def test_a_judge_is_given_another_chance_at_each_evaluation(serve: Callable[[Reply], Server]) -> None:
+    up = False
+    server = serve(lambda body: completion(RIGHT) if up else (401, b""))
+    judge = Judge(Messages(), EndpointSampler(node(server.url, concurrency=1), patient=True), max_tokens=9)
+    cases = [LONDON._replace(question=str(n)) for n in range(20)]
+    assert judge(cases) == [None] * 20
+    assert (judge.unreadable, judge.unanswered, len(server.bodies)) == (0, 20, GIVE_UP)
+    up = True
+    assert judge(cases) == [True] * 20
+    assert judge.unanswered == 0
 
 
 class NoRetriever:
@@ -183,6 +266,8 @@ def test_the_base_judges_without_the_adapter(tmp_path: Path) -> None:
     assert trained != fresh
     assert answered(BaseSampler(policy, sampler)) == fresh
     assert answered(sampler) == trained, "the adapter is back"
+    name = Voices(policy, chat, rows=4).open(recipe.Judge(kind="base"), sampler, patient=True).name
+    assert name == f"base {models.fingerprint(policy.model)[:8]}", "a verdict of other weights is another's"
     with pytest.raises(ZeroDivisionError), bare(policy):
         raise ZeroDivisionError
     assert answered(sampler) == trained

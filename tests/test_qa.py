@@ -277,7 +277,11 @@ def test_a_text_in_bad_form_still_tells_its_answer() -> None:
     parts = verify(["Paris"], A).parts
     assert (parts["em"], parts["f1"], parts["error_kind"]) == (1.0, 1.0, "think")
     assert verify(["Paris"], f"{A}<answer>\\boxed{{Paris, France}}</answer>").parts["f1"] == pytest.approx(2 / 3)
-    assert verify(["Paris"], f"{T}<answer>Paris</answer>").parts["em"] == 0.0
+    for stated in ("Paris", " the Paris.\n", "\\boxed Paris", "\\boxed{Paris"):
+        verdict = verify(["Paris", "boxed Paris", "boxedParis"], f"{T}<answer>{stated}</answer>")
+        assert (verdict.score, verdict.parts["em"], verdict.parts["error_kind"]) == (0.0, 1.0, "boxed"), "stated, but in no box"
+    assert read(f"{T}<answer> </answer>") == ("boxed", None, 0)
+    assert read(f"{T}<answer>Rome, \\boxed{{Paris}}</answer>").answer == "Paris", "the box goes before the words around it"
     assert verify(["Paris"], f"{T}<result>made up{A}").parts["em"] == 1.0
     assert verify(["Paris"], f"{T}{S} <result>cut {A}").parts["em"] == 0.0
     assert verify(["Paris"], f"{T}\\boxed{{Paris}}</answer>").parts["em"] == 0.0

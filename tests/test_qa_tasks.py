@@ -122,6 +122,39 @@ def test_the_same_question_in_other_clothes_is_the_same(tmp_path: Path) -> None:
     )
 
 
+def test_the_note_tells_of_the_corpus_that_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data's own paragraphs only where they are searched; what takes their place is opened and measured at start."""
+    monkeypatch.setenv("MINIRL_CACHE", str(tmp_path / "cache"))
+    facts = {"context": PAIRS, "supporting_facts": [["T1", 0], ["T2", 0]]}
+    path = write(tmp_path / "rows.jsonl", [row(f"Who is {n}?") | facts for n in range(3)])
+    corpus = write(tmp_path / "corpus.jsonl", [{"title": "t2", "text": "Three."}, {"title": "T3", "text": "Four."}])
+
+    def note(**retriever: Any) -> str:
+        (said,) = opened("hotpotqa", path, held_out=1, retriever=retriever).notes
+        return said
+
+    assert note(kind="bm25") == "hotpotqa: 2 paragraphs to search; gold paragraphs among them: 100.0%"
+    assert not (tmp_path / "cache").exists(), "nothing is indexed before the first search"
+    assert note(kind="bm25", sources=[corpus]) == "hotpotqa: 2 paragraphs to search; gold paragraphs among them: 50.0%"
+    assert note(kind="bm25", sources=[corpus, "context"]) == "hotpotqa: 4 paragraphs to search; gold paragraphs among them: 100.0%"
+    said = note(kind="remote", url="http://127.0.0.1:9/search")
+    assert said == "hotpotqa: searches are answered by http://127.0.0.1:9/search; gold paragraphs there: unknown (a server)"
+    with pytest.raises(UserError, match="no_such"):
+        note(kind="bm25", sources=[str(tmp_path / "no_such.jsonl")])
+
+
+def test_questions_with_one_id_are_told_apart(tmp_path: Path) -> None:
+    """Evaluations are kept and compared by the problems' ids."""
+    path = write(tmp_path / "rows.jsonl", [row(f"Who is {n}?") | {"_id": "seven" if n % 2 else str(n)} for n in range(6)])
+    task = opened("hotpotqa", path, held_out=4)
+    ids = [problem.id for problem in (*task.train, *task.held_out)]
+    assert len(set(ids)) == 6
+    assert {i for i in ids if "seven" not in i} == {"hotpotqa/0", "hotpotqa/2", "hotpotqa/4"}
+    assert all(problem.id.startswith("hotpotqa/seven-") for problem in (*task.train, *task.held_out) if problem.prompt[7] in "135")
+    again = opened("hotpotqa", path, held_out=4)
+    assert (again.train, again.held_out) == (task.train, task.held_out)
+
+
 @needs_data
 def test_pooled_paragraphs_are_the_published_corpora() -> None:
     task = hotpot()
@@ -159,7 +192,7 @@ def test_coverage_of_a_corpus() -> None:
     task = opened("2wikimultihopqa", file("2wikimultihopqa", "dev_101.json"), train=0, held_out=101)
     titles = [passage["title"] for passage in json.loads(Path(file("2wikimultihopqa", "corpus.json")).read_text(encoding="utf-8"))]
     assert coverage(task.held_out, titles) == 1.0
-    assert coverage_note(task.held_out, titles) == "6119 paragraphs to search; gold paragraphs among them: 100.0%"
+    assert coverage_note(task.held_out, titles, len(titles)) == "6119 paragraphs to search; gold paragraphs among them: 100.0%"
     wanted = sorted({title for problem in task.held_out for title in problem.answer["titles"]})
     assert coverage(task.held_out, []) == 0.0
     assert 0.0 < coverage(task.held_out, wanted[::2]) < 1.0  # type: ignore[operator]
@@ -169,9 +202,9 @@ def test_coverage_of_a_corpus() -> None:
 def test_coverage_by_hand() -> None:
     problems = [Problem(str(n), "?", {"titles": titles}) for n, titles in enumerate([["A", "B"], ["B  &amp; c"], [], ["D", "A"]])]
     assert coverage(problems, ["a", "B & C", "x"]) == 3 / 5
-    assert coverage_note(problems, ["a", "b & c"]) == "2 paragraphs to search; gold paragraphs among them: 60.0%"
+    assert coverage_note(problems, ["a", "b & c"], 2) == "2 paragraphs to search; gold paragraphs among them: 60.0%"
     assert coverage(problems[2:3], ["A"]) is None
-    assert coverage_note(problems[2:3], ["A"]) == "1 paragraphs to search; gold paragraphs among them: unknown"
+    assert coverage_note(problems[2:3], ["A"], 1) == "1 paragraphs to search; gold paragraphs among them: unknown"
 
 
 @needs_data

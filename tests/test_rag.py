@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,15 +19,15 @@ from minirl.methods.ircot import ircot
 from minirl.methods.iter_retgen import iter_retgen
 from minirl.methods.naive_rag import naive_rag
 from minirl.methods.no_rag import no_rag
-from minirl.methods.rag import within
-from minirl.methods.search import search
+from minirl.methods.rag import form, within
+from minirl.methods.search import instructions, search
 from minirl.methods.single import single
 from minirl.recipe import Sampling
 from minirl.retrieve import Passage
 from minirl.rollout import Talk, play
 from minirl.tasks import Task
 from minirl.tasks.qa import SearchTask
-from minirl.verify.qa import verify
+from minirl.verify.qa import RESEARCH, SEARCH_R1, Tags, verify
 
 CHAT = Chat(byte_tokenizer())
 QUESTION = "Where was the director born?"
@@ -46,14 +47,16 @@ class Library:
         return [([FILM] if QUESTION in query else []) + ([REED] if "Carol Reed" in query else []) for query in queries]
 
 
-def scored(problem: Problem, text: str) -> Verdict:
-    return verify(problem.answer["golds"], text)
+def scored(problem: Problem, text: str, tags: Tags = RESEARCH) -> Verdict:
+    return verify(problem.answer["golds"], text, tags=tags)
 
 
-def played(method: Method, script: Callable[[str, Ask], str], **sampling: Any) -> tuple[Episode, Scripted, list[str]]:
+def played(
+    method: Method, script: Callable[[str, Ask], str], *, tags: Tags = RESEARCH, **sampling: Any
+) -> tuple[Episode, Scripted, list[str]]:
     """One episode, its sampler, and the queries."""
     library = Library()
-    task = SearchTask("films", (), (PROBLEM,), scored, stop=("</answer>",), retriever=library, k=5)
+    task = SearchTask("films", (), (PROBLEM,), partial(scored, tags=tags), stop=("</answer>",), tags=tags, retriever=library, k=5)
     sampler = Scripted(CHAT, script)
     talk = Talk(PROBLEM, CHAT, Sampling(**({"attempt_tokens": 300} | sampling)), temperature=0.0, seed="0")
     (episode,) = play([method(talk, task)], sampler)
@@ -74,6 +77,18 @@ def test_no_rag() -> None:
         1.0,
         {"em": 1.0, "f1": 1.0, "searches": 0, "response": len(PUTNEY), "recall": None, "first": True, "first_error": None},
     )
+
+
+@pytest.mark.parametrize("tags", [RESEARCH, SEARCH_R1])
+def test_the_answer_counts_with_its_box_and_without(tags: Tags) -> None:
+    """The prompt says which form is wanted; the score goes by the answer."""
+    for said, em in (("Putney", 1.0), (" Rome ", 0.0), ("", 0.0)):
+        episode, sampler, _ = played(no_rag, lambda text, ask, said=said: f"It was there. <answer>{said}</answer>", tags=tags)  # type: ignore[misc]
+        assert (episode.reward, episode.parts["em"], episode.parts["f1"], episode.parts["first"]) == (em, em, em, bool(em)), said
+    prompt = CHAT.text(sampler.asks[0].tokens)
+    assert ("inside \\boxed{}" in prompt) == tags.boxed
+    assert form(tags) in instructions(tags), "asked for in the words of method search"
+    assert form(tags) in prompt
 
 
 def test_naive_rag() -> None:
@@ -121,6 +136,42 @@ def test_ircot_ends_with_an_answer() -> None:
     assert (len(queries), len(sampler.asks), episode.parts["em"], episode.parts["searches"]) == (1, 1, 1.0, 1)
 
 
+def test_ircot_does_not_search_inside_an_answer() -> None:
+    whole = "It was there. <answer>\\boxed{St. Louis, Mo. or so}</answer>"
+
+    def script(text: str, ask: Ask) -> str:
+        said = text.rpartition("assistant\n")[2]
+        assert whole.startswith(said), "it goes on from its own words"
+        return whole[len(said) :]
+
+    episode, sampler, queries = played(ircot, script)
+    assert queries == [QUESTION, "It was there."]
+    assert [ask.stop == ("</answer>",) for ask in sampler.asks] == [False, False, True]
+    assert CHAT.text([t for turn in episode.turns[1:] for t in turn.tokens]) == whole
+    assert (episode.parts["first_error"], episode.parts["searches"]) == ("wrong", 2)
+    for room in (len(whole) - 20, 20, 19):  # too little for the whole answer; cut at the full stop inside it, and before
+        episode, sampler, queries = played(ircot, script, attempt_tokens=room)
+        assert sum(len(turn.tokens) for turn in episode.turns if turn.kind == "attempt") == room
+        assert (episode.parts["first_error"], episode.finish, len(queries)) == ("answer", "stop" if room == 20 else "length", 2)
+
+
+def test_ircot_shows_a_passage_once_at_its_longest() -> None:
+    """What the budget cut in one round may be whole in another; without an id, too."""
+    long = Passage("Carol Reed", "Born in Putney, a good way up the river.")
+
+    class Two:
+        def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+            return [[FILM, long] if query == QUESTION else [long] for query in queries]
+
+    task = SearchTask("films", (), (PROBLEM,), scored, stop=("</answer>",), retriever=Two(), k=5)
+    sampler = Scripted(CHAT, lambda text, ask: PUTNEY[18:] if "So." in text.rpartition("assistant\n")[2] else "So. And")
+    talk = Talk(PROBLEM, CHAT, Sampling(attempt_tokens=300, result_tokens=60), temperature=0.0, seed="0")
+    play([ircot(talk, task)], sampler)
+    film = f"{FILM.title}\n{FILM.text}\n\n"
+    shown = [f"{film}Carol Reed\nBorn in Putn", f"{film}{long.title}\n{long.text}"]
+    assert [user(ask).partition("\n\nQuestion")[0] for ask in sampler.asks] == shown
+
+
 def test_ircot_has_a_limit() -> None:
     episode, sampler, queries = played(ircot, lambda text, ask: " And Carol Reed. And" if ask.stop != ("</answer>",) else PUTNEY)
     assert queries == [QUESTION, *["And Carol Reed."] * 4]
@@ -138,6 +189,9 @@ def test_ircot_ends_where_the_model_has_nothing_to_say() -> None:
 def test_passages_have_a_budget(method: Method) -> None:
     _, sampler, _ = played(method, lambda text, ask: PUTNEY, result_tokens=20)
     assert user(sampler.asks[0]) == f"The Third Man\nDirect\n\nQuestion: {QUESTION}"
+    episode, sampler, _ = played(method, lambda text, ask: PUTNEY, result_tokens=13)
+    assert "The Third Man" not in user(sampler.asks[0])
+    assert episode.parts["recall"] == 0.0, "found, but never shown"
 
 
 def test_within() -> None:

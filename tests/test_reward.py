@@ -232,6 +232,8 @@ def test_a_run_with_a_reward_model(cli: Cli, whole: tuple[Path, Path], tmp_path:
         (["--samples", "2", "--vote"], "eval.vote: got true for task 'countdown', expected gsm8k, svamp or mathqa"),
         (["--samples", "0"], "eval.samples: Input should be greater than 0"),
         (["--vote", "--table"], "--table: got it with --samples, --vote or --rerank, expected it alone"),
+        (["--base", "--table"], "--table: got it with --base or --method, expected neither: it compares all methods"),
+        (["--table", "--method", "naive_rag"], "--table: got it with --base or --method, expected neither"),
     ],
 )
 def test_options_that_cannot_be(cli: Cli, whole: tuple[Path, Path], options: list[str], said: str) -> None:

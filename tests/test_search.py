@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,8 @@ from minirl.sampler import LiveSampler
 from minirl.statistics import summarise
 from minirl.tasks import Task
 from minirl.tasks.qa import Plan, SearchTask, Step
-from minirl.trial import compare_methods, table
-from minirl.verify.qa import RESEARCH, SEARCH_R1, Tags, read, verify
+from minirl.trial import compare_methods, compare_runs, table
+from minirl.verify.qa import RESEARCH, SEARCH_R1, Tags, normalise, read, verify
 
 CHAT = Chat(byte_tokenizer())
 ANSWER = {"golds": ["Putney"], "titles": ["The Third Man", "Carol Reed"], "paragraphs": [], "steps": []}
@@ -73,33 +75,34 @@ def said(*replies: str) -> Callable[[str, Ask], str]:
     return lambda text, ask: replies[text.rpartition("assistant\n")[2].count("</result>")]
 
 
-def played(*replies: str, task: SearchTask | None = None, sampler: type[Scripted] = Scripted, **sampling: Any) -> Episode:
-    talk = Talk(PROBLEM, CHAT, Sampling(**({"attempt_tokens": 1000} | sampling)), temperature=1.0, seed="0")
-    (episode,) = play([search(talk, task or task_of())], sampler(CHAT, said(*replies)))
+def played(
+    *replies: str, task: SearchTask | None = None, sampler: type[Scripted] = Scripted, chat: Chat = CHAT, **sampling: Any
+) -> Episode:
+    talk = Talk(PROBLEM, chat, Sampling(**({"attempt_tokens": 1000} | sampling)), temperature=1.0, seed="0")
+    (episode,) = play([search(talk, task or task_of())], sampler(chat, said(*replies)))
     assert len(episode.tokens) == len(episode.mask) == len(episode.logprobs)
     for turn in episode.turns:
         assert turn.trained == turn.sampled == (turn.kind == "attempt"), "all that was sampled is trained, and nothing else"
     return episode
 
 
-def masked(episode: Episode) -> str:
+def masked(episode: Episode, chat: Chat = CHAT) -> str:
     """What stands after the prompt, read off the mask alone: trained tokens between ⟦ and ⟧."""
     text, start, inside = "", len(episode.turns[0].tokens), False
     assert not any(episode.mask[:start])
     for token, trained in zip(episode.tokens[start:], episode.mask[start:], strict=True):
         text += "⟦" if trained and not inside else "⟧" if inside and not trained else ""
-        text += CHAT.text([token], special=True)
+        text += chat.text([token], special=True)
         inside = trained
     return text + "⟧" * inside
 
 
 class Straddling(Scripted):
-    """Its tokens hold two characters: the one that ends a stop string holds what comes after it too."""
+    """Ends, like a real sampler, with the token that completes a stop string, whatever else that token holds."""
 
     def complete(self, ask: Ask) -> Completion:
-        whole = self.script(self.chat.text(ask.tokens, special=True), ask)
-        ends = [whole.index(stop) + len(stop) for stop in ask.stop if stop in whole]
-        tokens = self.chat.inside(whole[: min(ends) + 1])
+        said = self.chat.inside(self.script(self.chat.text(ask.tokens, special=True), ask))
+        (tokens, *_) = (said[:n] for n in range(len(said) + 1) if any(stop in self.chat.text(said[:n]) for stop in ask.stop))
         return Completion(tokens, (-1.0,) * len(tokens), self.chat.text(tokens), "stop")
 
 
@@ -154,9 +157,17 @@ def test_snapshot_truncated_in_a_result() -> None:
 
 
 def test_snapshot_a_stop_string_that_straddles_tokens() -> None:
-    episode = played(f"{FIRST}!?", f"{LAST}\n\n", sampler=Straddling)
-    assert masked(episode) == f"⟦{FIRST}!⟧{FILM}⟦{LAST}\n⟧", "the ids stay as they were sampled"
-    assert (episode.reward, episode.finish) == (1.0, "stop")
+    """`></` is one token: it ends the search and begins the next tag, and so does the one that ends the answer."""
+    chat = Chat(byte_tokenizer(merges=(("<", "/"), (">", "</"))))
+    (merged,) = chat.inside("></")
+    first, last = "<think> Who? <search> director </search></think>", "</think> <answer>\\boxed{Putney}</answer></s>"
+    library = Library()
+    episode = played(first, last, task=task_of(library), sampler=Straddling, chat=chat)
+    called, answered = "<think> Who? <search> director </search></", "</think> <answer>\\boxed{Putney}</answer></"
+    assert masked(episode, chat) == f"⟦{called}⟧{FILM}⟦{answered}⟧", "the ids stay as they were sampled"
+    assert [turn.tokens[-1] for turn in episode.turns if turn.trained] == [merged, merged]
+    assert len(episode.turns[1].tokens) == len(called) - 3, "the two other characters of that token, and the one of `</` before it"
+    assert (episode.reward, episode.finish, library.calls) == (1.0, "stop", [(["director"], 5)])
 
 
 def test_a_search_that_is_cut_or_talked_past_is_none() -> None:
@@ -173,6 +184,18 @@ def test_results_have_a_budget_and_are_closed() -> None:
     episode = played(FIRST, LAST, result_tokens=9)
     assert masked(episode) == f"⟦{FIRST}⟧ <result>\nThe Third\n</result>⟦{LAST}⟧"
     assert episode.reward == 1.0
+
+
+@pytest.mark.parametrize(("tokens", "recall"), [(12, 0.0), (13, 0.5), (26, 0.5), (49, 0.5), (50, 1.0), (1000, 1.0)])
+def test_recall_counts_what_was_shown(tokens: int, recall: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A paragraph whose title the budget cut away was found, but nobody has read it."""
+    monkeypatch.setitem(CORPUS, "director", [Passage("The Third Man", "By <think>éCarol Reed."), Passage("Carol Reed", "Born.")])
+    episode = played(FIRST, LAST, result_tokens=tokens)
+    whole = b"The Third Man\nBy < think>\xc3\xa9Carol Reed.\n\nCarol Reed\nBorn."
+    assert bytes(episode.turns[2].tokens) == b" <result>\n" + whole[:tokens] + b"\n</result>"
+    assert episode.parts["recall"] == recall
+    # Nor has anybody read a result that ends the episode.
+    assert played(FIRST, attempt_tokens=len(FIRST) + 40).parts["recall"] == 0.0
 
 
 def test_nothing_found_and_no_searches_left() -> None:
@@ -281,6 +304,26 @@ def test_demonstrated_searches() -> None:
     text = CHAT.text(episode.tokens[len(episode.turns[0].tokens) :])
     assert verify(ANSWER["golds"], text).score == 1.0, "what is shown is what is rewarded"
     assert (episode.reward, episode.sampled_tokens, episode.turns[0]) == (None, 0, played(LAST).turns[0])
+
+
+def test_an_answer_out_of_nowhere_is_not_trained() -> None:
+    """The searches before it are; an answer is where it stands in a result, whole and however it is written, and where it is yes or no."""
+    director, reed = Step("director of it", "The Third Man"), Step("Carol Reed born", "Carol Reed")
+    for steps, answer, trained in [
+        ((director, reed), "Putney", True),
+        ((director, reed), "a film by  the carol reed", True),
+        ((director,), "Putney", False),
+        ((director, reed), "Put", False),
+        ((director,), "Yes", True),
+        ((director,), "no", True),
+    ]:
+        talk = Talk(PROBLEM, CHAT, Sampling(attempt_tokens=2000), temperature=1.0, seed="0")
+        task = task_of(plan=lambda problem, steps=steps, answer=answer: Plan(steps, answer))  # type: ignore[misc]
+        (episode,) = play([demonstrate(talk, task, share=0.0)], Scripted(CHAT, said()))
+        assert [turn.trained for turn in episode.turns] == [False, *[True, False] * len(steps), trained], answer
+    talk = Talk(PROBLEM, CHAT, Sampling(attempt_tokens=2000, result_tokens=20), temperature=1.0, seed="0")
+    (episode,) = play([demonstrate(talk, task_of(plan=plan), share=0.0)], Scripted(CHAT, said()))
+    assert not episode.turns[-1].trained, "the result was cut before it"
 
 
 def test_demonstrations_fit_the_limit() -> None:
@@ -424,13 +467,41 @@ def test_a_whole_run_and_its_table(cli: Callable[..., Any], tmp_path: Path) -> N
         ("adapter", "search"),
     ]
     assert [e.summary["scores"]["searches"].value for e in found][:3] == [0.0, 1.0, 3.0]
-    lines = table(found).splitlines()
+    title, *lines = table(found).splitlines()
+    assert title == "2 held-out problems, sampling.attempt_tokens=20"
     assert lines[0].split() == ["model", "method", "em", "f1", "recall", "searches"]
     assert lines[2].split()[:3] == ["base", "naive_rag", "0.0"]
     assert len(read_rows(tmp_path / "run" / LATER)) == 6
+    assert re.fullmatch(r"adapter +search .* \d\.\d\d \[-?\d\.\d\d, \d\.\d\d\]", lines[-1]), "searches have an interval too"
+    # Two seeds of it, without overrides: what the run measured after its warm-up stands in the table.
+    shutil.copytree(tmp_path / "run", tmp_path / "two")
+    (tmp_path / "two" / "recipe.yaml").write_text((tmp_path / "run" / "recipe.yaml").read_text().replace("seed: 0", "seed: 1"))
+    found = compare_runs([tmp_path / "run", tmp_path / "two"], progress=Progress(quiet=True))
+    title, _, *lines = table(found).splitlines()
+    assert title == "2 held-out problems, 2 runs"
+    assert [line.split()[:2] for line in lines][4:] == [["base", "search"], ["warm-up", "search"], ["adapter", "search"]]
+    own = next(row for row in read_rows(tmp_path / "run" / "evals.jsonl") if row["label"] == "0-demonstrate")
+    assert found[5].row["problems"][0]["tokens"] == own["problems"][0]["tokens"] * 2
+    assert {len(problem["first"]) for e in found for problem in e.row["problems"]} == {2}
+    with pytest.raises(UserError, match="got 2 runs with the seeds 0, 0, expected runs of one recipe that differ in the seed alone"):
+        compare_runs([tmp_path / "run"] * 2)
+    outcome = cli("eval", tmp_path / "run", tmp_path / "two")
+    assert (outcome.code, "got 2 run folders, expected one" in outcome.err) == (2, True)
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(whole | {"eval": {"problems": 1}}))
+    outcome = cli("eval", tmp_path / "run", "--table", "--task", tmp_path / "other.yaml", "--set", "sampling.attempt_tokens=9")
+    assert outcome.code == 0, outcome.err
+    assert "hotpotqa: 8 paragraphs to search; gold paragraphs among them: 100.0%" in outcome.out
+    assert "\n1 held-out problems, sampling.attempt_tokens=9, recipe=other\nmodel " in outcome.out
+    later = read_rows(tmp_path / "run" / LATER)
+    assert [row["changed"] for row in later[-2:]] == [["sampling.attempt_tokens=9", "recipe=other", "eval.method=search"]] * 2
 
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def results(episode: Episode) -> str:
+    """The text of all that was found."""
+    return "\n".join(CHAT.text(turn.tokens) for turn in episode.turns if turn.kind == "result")
 
 
 @pytest.mark.skipif(not (DATA / "hotpotqa").is_dir(), reason="no question-answering rows in ../shared/data")
@@ -450,5 +521,7 @@ def test_demonstrations_on_real_questions(name: str, most: float, tmp_path: Path
         verdict = task.verify(episode.problem, text)
         assert (verdict.passed, verdict.parts["searches"]) == (True, episode.parts["searches"])
         assert len(episode.tokens) - len(episode.turns[0].tokens) <= 4000
+        answer, shown = (" ".join(normalise(t).split()) for t in (episode.problem.answer["golds"][0], results(episode)))
+        assert episode.turns[-1].trained == (answer in ("yes", "no") or f" {answer} " in f" {shown} ")
     failed = [CHAT.text(e.tokens).count("That did not help.") / int(e.parts["searches"] or 1) for e in episodes]
     assert sum(failed) / len(failed) < 1 - most

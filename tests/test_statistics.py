@@ -20,6 +20,7 @@ from minirl.statistics import (
     mean_interval,
     paired,
     pass_at_k,
+    pool,
     ratio_interval,
     summarise,
     wilson,
@@ -240,6 +241,37 @@ def test_scores_are_summarised_over_the_problems_that_have_them() -> None:
     assert found["searches"] == pytest.approx((3.0, 3.0 - Z, 3.0 + Z))
     assert mean_interval([7.0]) == (7.0, 7.0, 7.0)
     assert summarise({"label": "start", "problems": [{"id": "p", "first": [1]}]})["scores"] == {}
+
+
+def test_runs_of_several_seeds_are_pooled_by_problem() -> None:
+    """More seeds are more draws of the same problems: equal ones leave the interval as wide as it was."""
+
+    def run(*f1: float | None) -> dict[str, Any]:
+        scores = [{} if value is None else {"scores": {"f1": [value], "searches": [2 * value]}} for value in f1]
+        problems = [{"id": str(n), "first": [int(n == 0)], "first_error": [None], **found} for n, found in enumerate(scores)]
+        return {"label": "adapter", "tries": 1, "samples": 1, "temperature": 0.0, "changed": [], "problems": problems}
+
+    first, second = run(1.0, 0.5, 0.0, None), run(0.0, 0.5, 0.5, 0.5)
+    second["problems"].reverse()
+    both = pool([first, second])
+    assert (both["samples"], both["runs"], both["label"]) == (2, 2, "adapter")
+    assert both["problems"][3] == {
+        "id": "3",
+        "first": [0, 0],
+        "first_error": [None] * 2,
+        "scores": {"f1": [None, 0.5], "searches": [None, 1.0]},
+    }
+    found = summarise(both)
+    assert found["first"].value == 0.25
+    assert found["scores"]["f1"] == ratio_interval([1.0, 1.0, 0.5, 0.5], [2, 2, 2, 1])
+    assert found["scores"]["searches"] == mean_interval([1.0, 1.0, 0.5, 1.0])
+    assert found["counted"]["f1"] == 7
+    alike = [run(1.0, 0.0, 0.0, 1.0)] * 2
+    for name, interval in summarise(alike[0])["scores"].items():
+        assert summarise(pool(alike))["scores"][name] == pytest.approx(interval)
+    for other in (run(1.0), run(*[0.0] * 4) | {"temperature": 1.0}, run(*[0.0] * 4) | {"changed": ["a=1"]}):
+        with pytest.raises(UserError, match="evaluation 'adapter': the runs' rows differ in problems or settings"):
+            pool([first, other])
 
 
 def test_compare_pairs_the_scores_that_are_shares() -> None:

@@ -6,6 +6,7 @@ generator where it was. Token ids 0 to 255 are the bytes themselves; 256 is <|im
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, three special tokens, ChatML template; encodes and decodes any text without loss, adds nothing to it."""
-    backend = Tokenizer(tokenizer_models.BPE(vocab={char: byte for byte, char in enumerate(_byte_alphabet())}, merges=[]))
+def byte_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
+    """One token a byte, three special tokens, ChatML template; encodes and decodes any text without loss, adds nothing to it.
+
+    merges: pairs of ASCII tokens that are one, in the order in which they are put together; they take the ids from 256 on.
+    """
+    alphabet = [*_byte_alphabet(), *(left + right for left, right in merges)]
+    backend = Tokenizer(tokenizer_models.BPE(vocab={char: number for number, char in enumerate(alphabet)}, merges=list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     # Listed in the order of their ids: they are appended to the 256 bytes one after the other.

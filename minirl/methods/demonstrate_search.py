@@ -1,7 +1,8 @@
 """demonstrate_search: the plan of a question as an episode of method search that nobody sampled, for SFT (loss nll).
 
-The searches are real. Their results are not trained, all else is, and a thought tells no more than the results above it say: a model that
-is shown answers out of nowhere learns to make them up. Small models need this warm-up, for they do not begin to search by themselves.
+The searches are real. A thought tells no more than the results above it say, and the answer is trained only where one of them holds it, or
+where it is yes or no: a model that is shown answers out of nowhere learns to make them up. All else is trained, but no result ever is.
+Small models need this warm-up, for they do not begin to search by themselves.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ def demonstrate_search(talk: Talk, task: Task) -> Play:
     written = [call(step, said, tags) for step, said in zip(plan.steps, known[:-1], strict=True)] + [last(plan.answer, known[-1], tags)]
     fixed = sum(len(inside(text)) for text in written) + len(plan.steps) * len(shown(talk, "", tags)) + 1  # the end marker
     room = max(0, talk.sampling.attempt_tokens - fixed) // max(1, len(plan.steps))
-    learned = ""
+    learned, read = "", list[str]()
     for step in plan.steps:
         talk.insert("demonstration", inside(call(step, learned, tags)), trained=True)
         found = yield Lookup(retriever, step.query, qa.k)
         result = shown(talk, found, tags, min(room, talk.sampling.result_tokens))
         talk.insert("result", result)
-        learned = learnt(step, talk.chat.text(result))
-    talk.reply("demonstration", last(plan.answer, learned, tags), trained=True)
+        read.append(talk.chat.text(result))
+        learned = learnt(step, read[-1])
+    answerable = normalise(plan.answer) in ("yes", "no") or any(holds(result, plan.answer) for result in read)
+    talk.reply("demonstration", last(plan.answer, learned, tags), trained=answerable)
     return talk.end(None, searches=len(plan.steps))
 
 
@@ -55,11 +58,12 @@ def last(answer: str, known: str, tags: Tags) -> str:
 
 def learnt(step: Step, result: str) -> str:
     """What a result says about its step: the answer where the data has one and the result holds it, else the title, else that it failed."""
-    words = f" {normalise(result)} "
-    for name in (step.found, step.title):
-        if name and f" {normalise(name)} " in words:
-            return tells(name)
-    return FAILED
+    return next((tells(name) for name in (step.found, step.title) if name and holds(result, name)), FAILED)
+
+
+def holds(result: str, name: str) -> bool:
+    """Whether a result says these words, one after another, however they are written."""
+    return f" {normalise(name)} " in f" {normalise(result)} "
 
 
 def tells(name: str) -> str:

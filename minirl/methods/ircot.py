@@ -22,21 +22,25 @@ def ircot(talk: Talk, task: Task, *, rounds: int = ROUNDS) -> Play:
     """At most `rounds` searches: with the question, then with the last sentence; in the last round the model writes to its end."""
     qa, retriever = corpus_of(task)
     query, thought = talk.problem.prompt, ""
-    kept, seen, searches = dict[Passage, None](), list[Passage](), 0
+    kept, searches = dict[Passage, Passage](), 0  # each passage as it was found, and the most that was shown of it
     while True:
         found = yield Lookup(retriever, query, qa.k)
         searches += 1
-        seen += found
-        kept |= dict.fromkeys(within(talk, found))
-        put(talk, qa.tags, list(kept))
+        for passage, part in zip(found, within(talk, found), strict=False):
+            kept[passage] = max(kept.get(passage, part), part, key=lambda shown: len(shown.text))
+        put(talk, qa.tags, list(kept.values()))
         if thought:
             talk.insert("thought", talk.chat.inside(thought))
         if searches >= rounds:
-            return end(talk, task, thought + (yield from answer(talk, task)), seen, searches=searches)
+            return end(talk, task, thought + (yield from answer(talk, task)), list(kept.values()), searches=searches)
         # A sentence has ended where the next one begins: its first word is what stops the model, and is left out.
         text = yield from talk.ask("attempt", max_tokens=talk.sampling.attempt_tokens, stop=(*SENTENCE_ENDS, *task.stop))
+        if f"<{qa.tags.answer}>" in text and not answered(text, task):  # a full stop inside the answer ends no sentence
+            room = talk.sampling.attempt_tokens - len(talk.turns[-1].tokens)
+            text += (yield from talk.ask("attempt", max_tokens=room, stop=task.stop)) if room > 0 else ""
+            return end(talk, task, thought + text, list(kept.values()), searches=searches)
         sentence = _SENTENCE.match(text)
         if answered(text, task) or sentence is None:
-            return end(talk, task, thought + text, seen, searches=searches)
+            return end(talk, task, thought + text, list(kept.values()), searches=searches)
         thought += sentence[0]
         query = sentence[0].strip()

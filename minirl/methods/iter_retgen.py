@@ -19,7 +19,8 @@ def iter_retgen(talk: Talk, task: Task, *, rounds: int = ROUNDS) -> Play:
     text, seen = "", list[Passage]()
     for _ in range(rounds):
         found = yield Lookup(retriever, f"{talk.problem.prompt} {text}".strip(), qa.k)
-        seen += found
-        put(talk, qa.tags, within(talk, found))
+        shown = within(talk, found)
+        seen += shown
+        put(talk, qa.tags, shown)
         text = yield from answer(talk, task)
     return end(talk, task, text, seen, searches=rounds)

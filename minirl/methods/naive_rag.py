@@ -11,6 +11,7 @@ def naive_rag(talk: Talk, task: Task) -> Play:
     """Passages and question, answer."""
     qa, retriever = corpus_of(task)
     found = yield Lookup(retriever, talk.problem.prompt, qa.k)
-    put(talk, qa.tags, within(talk, found))
+    shown = within(talk, found)
+    put(talk, qa.tags, shown)
     text = yield from answer(talk, task)
-    return end(talk, task, text, found, searches=1)
+    return end(talk, task, text, shown, searches=1)

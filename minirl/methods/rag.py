@@ -1,7 +1,7 @@
 """What the methods that retrieve have in common: the task's retriever, passages as text, and how a plain answer is asked for and scored.
 
-Invariant: every baseline is asked for its answer in the same words and scored on that answer alone, so that between two of them only the
-retrieval differs. Nothing here is trained.
+Invariant: every baseline is asked for its answer in the same words and scored on that answer alone, in its box or without, so that between
+two of them only the retrieval differs. Nothing here is trained.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from minirl.tasks.qa import SearchTask, coverage
 from minirl.verify.qa import Tags, answer_text, defuse
 
 ANSWER = """\
-Answer the user's question. First think it through in a few sentences. Then write the answer between <{answer}> and </{answer}>, as short \
-as it can be, and stop. For example:
+Answer the user's question. First think it through in a few sentences. Then write the answer, as short as it can be, between <{answer}> \
+and </{answer}>{form}, and stop. For example:
 Carol Reed directed The Third Man, and he was born in Putney. {shown}"""
+IN_A_BOX = ", with nothing but the answer itself inside \\boxed{}"
+ALONE = ", with nothing else between them"
 NOTHING = "Nothing was found."
 WITH_PASSAGES = "What a search has found may help; not all of it is to the point."
 
@@ -37,13 +39,21 @@ def listed(passages: Sequence[Passage]) -> str:
 
 
 def recall(talk: Talk, seen: Sequence[Passage]) -> float | None:
-    """The share of the question's gold paragraphs that were found; None where none is known."""
+    """The share of the question's gold paragraphs among those that were shown, by title; None where none is known.
+
+    seen: passages whose whole title the model could read. What `result_tokens` cut away before it was found, but never shown.
+    """
     return coverage([talk.problem], [passage.title for passage in seen])
+
+
+def form(tags: Tags) -> str:
+    """How the answer is to stand between its tags, as a prompt says it."""
+    return IN_A_BOX if tags.boxed else ALONE
 
 
 def put(talk: Talk, tags: Tags, passages: Sequence[Passage] | None = None) -> None:
     """Begin the conversation: the question, below the passages where there are any. Each search's are at most `result_tokens` long."""
-    system = ANSWER.format(answer=tags.answer, shown=answer_text("Putney", tags))
+    system = ANSWER.format(answer=tags.answer, form=form(tags), shown=answer_text("Putney", tags))
     if passages is None:
         talk.begin(talk.problem.prompt, system=system)
         return
@@ -52,7 +62,7 @@ def put(talk: Talk, tags: Tags, passages: Sequence[Passage] | None = None) -> No
 
 
 def within(talk: Talk, passages: Sequence[Passage]) -> list[Passage]:
-    """The first of the passages, as far as `result_tokens` go; the last of them cut between two tokens."""
+    """The first of the passages, as far as `result_tokens` go; the last of them cut between two tokens, after its title."""
     kept, room = list[Passage](), talk.sampling.result_tokens
     for passage in passages:
         tokens = talk.chat.inside(listed([passage]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from minirl.episode import Part
-from minirl.methods.rag import NOTHING, corpus_of, listed, recall
+from minirl.methods.rag import NOTHING, corpus_of, form, listed, recall
 from minirl.retrieve import Passage
 from minirl.rollout import Lookup, Play, Talk
 from minirl.tasks import Task
@@ -37,14 +37,12 @@ For example:
 </{result}>
 <{think}> Carol Reed was born in Putney. </{think}>
 {shown}"""
-IN_A_BOX = ", with nothing but the answer itself inside \\boxed{}"
-ALONE = ", with nothing else between them"
 
 
 def instructions(tags: Tags) -> str:
     """The system message: what the tags are for, and one example."""
     names = {"think": tags.think, "search": tags.search, "result": tags.result, "answer": tags.answer}
-    return PROMPT.format(**names, form=IN_A_BOX if tags.boxed else ALONE, shown=answer_text("Putney", tags))
+    return PROMPT.format(**names, form=form(tags), shown=answer_text("Putney", tags))
 
 
 def search(talk: Talk, task: Task) -> Play:
@@ -55,7 +53,7 @@ def search(talk: Talk, task: Task) -> Play:
     seen, searches = list[Passage](), 0
     while True:
         text = yield from talk.ask("attempt", max_tokens=limit - len(talk.replied), trained=True, stop=(f"</{tags.search}>", *task.stop))
-        query = called(text, tags, task.stop)
+        query, fresh = called(text, tags, task.stop), list[Passage]()
         if query is None or talk.turns[-1].tokens[-1] in talk.chat.eos:
             break
         if not query:
@@ -65,13 +63,13 @@ def search(talk: Talk, task: Task) -> Play:
         else:
             found = yield Lookup(retriever, query, qa.k)
             searches += 1
-            seen += found
-            result = shown(talk, found, tags)
+            result, fresh = shown(talk, found, tags), visible(talk, found, tags)
         room = limit - len(talk.replied)
         talk.insert("result", result[:room])
         if len(result) >= room:
             talk.cut()
             break
+        seen += fresh
     verdict = task.verify(talk.problem, talk.chat.text(talk.replied))
     parts: dict[str, Part] = {name: verdict.parts[name] for name in ("format", "em", "f1")}
     parts |= {"searches": searches, "recall": recall(talk, seen), "response": len(talk.replied)}
@@ -87,6 +85,14 @@ def called(text: str, tags: Tags, stop: Sequence[str] = ()) -> str | None:
     if not found or any(end in before for end in stop):
         return None
     return before.rpartition(f"<{tags.search}>")[2].strip() if f"<{tags.search}>" in before else ""
+
+
+def visible(talk: Talk, found: Sequence[Passage], tags: Tags) -> list[Passage]:
+    """Those of a result's passages whose whole title is shown; see `shown`."""
+    tokens = talk.chat.inside(defuse(listed(found), tags))[: talk.sampling.result_tokens]
+    chars = len(talk.chat.text(tokens, special=True).rstrip("\ufffd"))  # a cut may go through a character
+    ends = (len(defuse(listed([*found[:at], Passage(p.title, "")]), tags)) - 1 for at, p in enumerate(found))
+    return [passage for passage, end in zip(found, ends, strict=True) if end <= chars]
 
 
 def shown(talk: Talk, said: str | Sequence[Passage], tags: Tags, most_tokens: int | None = None) -> tuple[int, ...]:

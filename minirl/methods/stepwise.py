@@ -161,7 +161,7 @@ def _call(talk: Talk, task: Task, content: str, seen: list[Passage]) -> Generato
         return said.startswith("error")
     qa, retriever = corpus_of(task)
     passages: list[Passage] = yield Lookup(retriever, content, qa.k)
-    seen += passages
+    seen += within(talk, passages)  # as `found` shows them
     talk.tell(RESULT, result(content, found(talk, passages)))
     return False
 

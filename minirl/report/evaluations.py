@@ -17,7 +17,7 @@ SCORES = {
     "f1": "F1",
     "judged": "Judged right",
     "format": "Good form",
-    "recall": "Gold paragraphs found",
+    "recall": "Gold paragraphs shown",
     "searches": "Searches",
     "response": "Tokens, results included",
     "majority": "Majority of the samples",
@@ -122,13 +122,15 @@ def _cards(evals: Rows, said: Sequence[dict[str, Any]], start: int, last: int) -
 def _scores(said: Sequence[dict[str, Any]]) -> str:
     """What the answers of each evaluation are counted by beside right and wrong: searches, votes, lucky letters; nothing where none is."""
     names = [name for name in SCORES if any(name in s["scores"] for s in said)]
-    lines = [[text(s["label"]), str(s["step"]), *(_score(name, s["scores"].get(name)) for name in names)] for s in said]
+    lines = [[text(s["label"]), str(s["step"]), *(_score(name, s) for name in names)] for s in said]
     return f"<h3>Answers</h3>{table(['Evaluation', 'Step', *map(SCORES.__getitem__, names)], lines)}" if names else ""
 
 
-def _score(name: str, found: Interval | None) -> str:
+def _score(name: str, said: Mapping[str, Any]) -> str:
+    found: Interval | None = said["scores"].get(name)
     if found is None or name not in COUNTS:
-        return _share(found)
+        judged = f" <small>{said['counted'].get(name, 0)} of {said['problems'] * said['samples']} judged</small>"
+        return _share(found) + (judged if name == "judged" and found is not None else "")
     return f"{found.value:.4g} <small>{found.low:.4g} to {found.high:.4g}</small>"
 
 

@@ -14,7 +14,7 @@ import html
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +56,7 @@ class SearchTask(Task):
 
     passages: the data set's own paragraphs (title, text), pooled over the problems and each once; empty where it has none.
     plan: problem -> Plan, for demonstrations. tags: what `verify` reads, and so what a method has to write.
-    retriever: what searches are answered from, opened at the first of them; k: passages a search.
+    retriever: what searches are answered from; k: passages a search.
     """
 
     passages: Sequence[tuple[str, str]] = ()
@@ -69,7 +69,8 @@ class SearchTask(Task):
 def open_task(node: QA, seed: int) -> SearchTask:
     """The task; its problems are a function of `node` alone, so that runs with different seeds share their held-out set.
 
-    Questions are taken in the order of their digests. Raises UserError for data that cannot be had or read, or for too few rows.
+    Questions are taken in the order of their digests. Raises UserError for data, or passages to search in place of the data's own, that
+    cannot be had or read, or for too few rows.
     """
     left_out: Counter[str] = Counter()
     test_source, one_file = node.test_source or node.source, Path(node.source).suffix.lower() in SUFFIXES
@@ -85,10 +86,11 @@ def open_task(node: QA, seed: int) -> SearchTask:
             f"{test_source}: got {len(held_out)} held-out and {len(train)} training questions ({left_out.total()} rows left out), "
             f"expected {node.held_out} and {'some' if node.train else 'none'}; pass more data, or a smaller `--set task.held_out=N`"
         )
-    problems = [row.problem(node.name) for row in (*train, *held_out)]
+    problems = _told_apart([row.problem(node.name) for row in (*train, *held_out)])
     passages = tuple(dict.fromkeys(passage for row in (*train, *held_out) for passage in row.passages))
     notes = [f"rows left out because they {reason}: {count}" for reason, count in sorted(left_out.items())]
-    notes.append(coverage_note(problems, [title for title, _ in passages]))
+    corpus = Corpus(node.retriever, passages)
+    notes.append(corpus.note(partial(coverage_note, problems)))
     return SearchTask(
         name=node.name,
         train=tuple(problems[: len(train)]),
@@ -100,24 +102,24 @@ def open_task(node: QA, seed: int) -> SearchTask:
         passages=passages,
         plan=plan,
         tags=STYLES[node.tags],
-        retriever=Corpus(node.retriever, passages, lambda titles: coverage_note(problems, titles)),
+        retriever=corpus,
         k=node.retriever.k,
     )
 
 
 def coverage(problems: Iterable[Problem], titles: Iterable[str]) -> float | None:
     """The share of the problems' gold paragraphs whose title is among `titles`, a corpus'; None where no gold title is known."""
-    there = {_title(title) for title in titles}
-    found = [_title(title) in there for problem in problems for title in problem.answer["titles"]]
-    return sum(found) / len(found) if found else None
+    gold = [_title(title) for problem in problems for title in problem.answer["titles"]]
+    there = set(gold).intersection(map(_title, titles))  # of a large corpus no more is kept
+    return sum(title in there for title in gold) / len(gold) if gold else None
 
 
-def coverage_note(problems: Sequence[Problem], titles: Sequence[str]) -> str:
-    """`coverage` in words, for the notes of a task or of a corpus that takes the place of the pooled one."""
-    if not titles:
+def coverage_note(problems: Sequence[Problem], titles: Iterable[str], count: int) -> str:
+    """`coverage` in words, for the notes of a task. titles: of the `count` passages that are searched."""
+    if not count:
         return "the data has no paragraphs of its own; give the retriever a corpus"
     share = coverage(problems, titles)
-    return f"{len(titles)} paragraphs to search; gold paragraphs among them: {'unknown' if share is None else f'{share:.1%}'}"
+    return f"{count} paragraphs to search; gold paragraphs among them: {'unknown' if share is None else f'{share:.1%}'}"
 
 
 def plan(problem: Problem) -> Plan:
@@ -210,6 +212,12 @@ def _usable(node: QA, source: str, split: str, held_out: set[bytes], left_out: C
         else:
             seen.add(key)
             yield row
+
+
+def _told_apart(problems: Sequence[Problem]) -> list[Problem]:
+    """Problems with ids of their own: those whose id another question has too get their question's digest behind it."""
+    often = Counter(problem.id for problem in problems)
+    return [replace(p, id=f"{p.id}-{digest(p.prompt).hex()}") if often[p.id] > 1 else p for p in problems]
 
 
 def _title(title: str) -> str:

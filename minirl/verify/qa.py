@@ -71,7 +71,10 @@ def boxed(text: str) -> str | None:
 
 
 class Reading(NamedTuple):
-    """What an episode's text says: what is wrong with its form, the answer (of a text in bad form too), completed searches."""
+    """What an episode's text says: what is wrong with its form, the answer, completed searches.
+
+    answer: of a text in bad form too; what the answer pair states, where it has no box that can be read.
+    """
 
     error: ErrorKind | None
     answer: str | None
@@ -85,11 +88,12 @@ def read(text: str, tags: Tags = RESEARCH) -> Reading:
     outside of it; then one answer pair, the last of all, with a \\boxed{} in it that can be read. Words between the tags are free.
     Of several errors the first of search, think, answer, boxed is named.
     """
-    marks, answer = _scan(text, tags)
-    error = _error(marks)
-    if answer is not None:
-        answer = boxed(answer) if tags.boxed else answer.strip()
-    return Reading(error or ("boxed" if answer is None else None), answer, marks.count("sSrR"))
+    marks, stated = _scan(text, tags)
+    answer = boxed(stated) if tags.boxed and stated is not None else stated
+    error = _error(marks) or ("boxed" if answer is None else None)
+    if answer is None and stated is not None:
+        answer = stated.strip() or None
+    return Reading(error, None if answer is None else answer.strip(), marks.count("sSrR"))
 
 
 def verify(
@@ -102,7 +106,7 @@ def verify(
 ) -> Verdict:
     """ReSearch's reward of a whole episode's text: 0 for bad form, else F1 (or exact match) where it is not 0, else `floor`.
 
-    passed: good form and an exact match. parts: `format` (bool), `em` and `f1` (of any answer that can be read, whatever the form),
+    passed: good form and an exact match. parts: `format` (bool), `em` and `f1` (of any stated answer, in good form or bad, boxed or not),
     `searches`, and `error_kind`: "think", "search", "answer", "boxed" for what is wrong with the form, "partial" (F1 above 0) or "wrong"
     for the answer, None where nothing is.
     """
