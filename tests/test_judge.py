@@ -169,8 +169,8 @@ def test_judged_says_of_how_many(tmp_path: Path, serve: Callable[[Reply], Server
 
 def test_a_judge_is_given_another_chance_at_each_evaluation(serve: Callable[[Reply], Server]) -> None:
     up = False
-    server = serve(lambda body: completion(RIGHT) if up else (401, b""))
-    judge = Judge(Messages(), EndpointSampler(node(server.url, concurrency=1), patient=True), max_tokens=9)
+    server = serve(lambda body: completion(RIGHT) if up else (503, b""))
+    judge = Judge(Messages(), EndpointSampler(node(server.url, concurrency=1, retries=0), patient=True), max_tokens=9)
     cases = [LONDON._replace(question=str(n)) for n in range(20)]
     assert judge(cases) == [None] * 20
     assert (judge.unreadable, judge.unanswered, len(server.bodies)) == (0, 20, GIVE_UP)

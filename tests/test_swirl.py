@@ -15,15 +15,16 @@ import yaml
 from conftest import Cli, Start, minirl, recipe, teach
 from servers import Reply, Server, completion
 from stepping import SOLUTION
+from tiny import save_tiny
 
 from minirl.episode import Episode
 from minirl.errors import UserError
 from minirl.files import read_rows
 from minirl.recipe import load, parse
 
-SAMPLING = {"attempt_tokens": 20, "stepwise": {"expression": "do", "answer": "end", "steps": 3}}
+SAMPLING = {"temperature": 0.5, "attempt_tokens": 24, "stepwise": {"expression": "do", "answer": "end", "steps": 3}}
 COLLECT = {"kind": "collect", "method": "stepwise", "problems": 4, "samples": 3, "keep": "all", "keep_each": 3, "batch": 2}
-BASE = {"kind": "base", "verdict": "probability", "approve_at": 0.41}
+BASE = {"kind": "model", "model": "UNTAUGHT", "verdict": "probability", "approve_at": 0.51}  # the taught model finds nothing good
 FILTER = {"kind": "filter", "keep": "process", "judge": BASE, "parts": 3}
 STEP = {"kind": "train", "method": "step", "steps": 3, "group": 4, "batch": 2, "judge": BASE, "learner": {"lr": 5e-3, "beta": 0.01}}
 SHOWN = {"kind": "train", "method": "demonstrate_stepwise", "steps": 2, "group": 1, "batch": 2, "learner": {"loss": "nll", "lr": 1e-4}}
@@ -42,9 +43,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny model whose turns are mostly actions, calls and answers, and none of them right by intent."""
+    """The folder of a tiny model whose turns are mostly calls of the calculator, and none of them right by intent."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    outcome = start(teach, folder, 60, ("<do>{a} {sign} {b}</do>", "<do>{a}+{b}</do>", "<end>{b}</end>")).wait()
+    outcome = start(teach, folder, 300, ("<do>{a}+{b}</do>", "<do>{b}*{a}</do>")).wait()
     assert outcome.code == 0, outcome.err
     return folder
 
@@ -52,11 +53,12 @@ def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def write(tiny: Path, data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """write(stages, part=...) -> a recipe's file."""
+    untaught = save_tiny(tmp_path_factory.mktemp("judge"))
 
     def write(stages: list[dict[str, Any]], **parts: Any) -> Path:
         path = recipe(tmp_path_factory.mktemp("recipe") / "recipe.yaml", tiny, stages, **parts)
         body = yaml.safe_load(path.read_text()) | {"task": data, "sampling": SAMPLING | {"rows": 64} | parts.get("sampling", {})}
-        path.write_text(yaml.safe_dump(body))
+        path.write_text(yaml.safe_dump(body).replace("UNTAUGHT", str(untaught)))
         return path
 
     return write
