@@ -22,9 +22,18 @@ from minirl.errors import UserError
 from minirl.files import read_rows
 from minirl.recipe import load, parse
 
-SAMPLING = {"temperature": 0.5, "attempt_tokens": 24, "stepwise": {"expression": "do", "answer": "end", "steps": 3}}
-COLLECT = {"kind": "collect", "method": "stepwise", "problems": 4, "samples": 3, "keep": "all", "keep_each": 3, "batch": 2}
-BASE = {"kind": "model", "model": "UNTAUGHT", "verdict": "probability", "approve_at": 0.51}  # the taught model finds nothing good
+SAMPLING = {"temperature": 0.7, "attempt_tokens": 24, "stepwise": {"expression": "do", "answer": "end", "steps": 2}}
+COLLECT = {
+    "kind": "collect",
+    "temperature": 0.5,
+    "method": "stepwise",
+    "problems": 4,
+    "samples": 3,
+    "keep": "all",
+    "keep_each": 3,
+    "batch": 2,
+}
+BASE = {"kind": "model", "model": "UNTAUGHT", "verdict": "probability", "approve_at": 0.53}  # the taught model finds nothing good
 FILTER = {"kind": "filter", "keep": "process", "judge": BASE, "parts": 3}
 STEP = {"kind": "train", "method": "step", "steps": 3, "group": 4, "batch": 2, "judge": BASE, "learner": {"lr": 5e-3, "beta": 0.01}}
 SHOWN = {"kind": "train", "method": "demonstrate_stepwise", "steps": 2, "group": 1, "batch": 2, "learner": {"loss": "nll", "lr": 1e-4}}
@@ -45,7 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny model whose turns are mostly calls of the calculator, and none of them right by intent."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    outcome = start(teach, folder, 300, ("<do>{a}+{b}</do>", "<do>{b}*{a}</do>")).wait()
+    outcome = start(teach, folder, 150, ("<do>{a}+{b}</do>", "<do>{b}*{a}</do>")).wait()
     assert outcome.code == 0, outcome.err
     return folder
 
@@ -270,7 +279,7 @@ def test_a_reply_that_is_cut_is_no_call(cli: Cli, write: Write, serve: Callable[
     outcome = cli("run", write([*stages, STEP | {"judge": {"kind": "verifier"}, "steps": 1}]), "--out", tmp_path / "far")
     assert outcome.code == 0, outcome.err
     (episode,) = episodes(tmp_path / "far/kept/0.jsonl")
-    assert [episode.parts[name] for name in ("steps", "calls", "malformed")] == [3, 0, 3]
+    assert [episode.parts[name] for name in ("steps", "calls", "malformed")] == [2, 0, 2]
     assert episode.finish == "length"
 
 
@@ -323,7 +332,7 @@ def test_wrong_sources_are_told_in_one_line(cli: Cli, write: Write, whole: Any, 
     source = {"kind": "filter", "keep": "none", "source": str(whole[1])}
     more = {"stepwise": {"expression": "do", "answer": "end", "steps": 4}}
     for path, said in [
-        (write([source, STEP], sampling=more), "sampling.stepwise.steps 3, expected 4; take another run, or set sampling.stepwise.steps"),
+        (write([source, STEP], sampling=more), "sampling.stepwise.steps 2, expected 4; take another run, or set sampling.stepwise.steps"),
         (write([source, STEP], model={"template": "plain"}), "model.template 'chat', expected 'plain'"),
         (write([source, STEP], model={"dtype": "bf16"}), "has trajectories of other base weights"),
     ]:
