@@ -35,7 +35,7 @@ def script(ask: Ask) -> list[float]:
 
     said = bytes(token for token in ask.tokens if token < 256).rpartition(b"assistant\n")[2]
     found = said.count(b"</result>") + said.count(b"</information>")
-    answer = "<answer>Ada</answer>" if ask.seed % 2 else "<think> She. </think> <answer>\\boxed{Ada}</answer>"
+    answer = "<answer> Ada" if ask.seed % 2 else "<think> She. </think> <answer>\\boxed{Ada}</answer>"
     tokens = [*(answer if found else SEARCH).encode(), *[IM_END] * ask.max_tokens]
     return [token / GRID for token in tokens[: ask.max_tokens]]
 
