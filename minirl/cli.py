@@ -127,7 +127,7 @@ def bench(
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16 or fp32")] = "auto",
     checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, slower updates, on all sides")] = False,
     cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Replay decode steps from captured graphs")] = False,
-    sections: Annotated[str, typer.Option("--sections", help="Some of rollout,update,step,ceilings")] = "rollout,update,step,ceilings",
+    sections: Annotated[str, typer.Option("--sections", help="Some of these")] = "rollout,update,step,ceilings,retrieval",
     repeats: Annotated[int, typer.Option("--repeats", help="Counted rounds, after one to warm up")] = 3,
     step_tokens: Annotated[str | None, typer.Option("--step-tokens", help="Of whole steps, e.g. 512/512", metavar="PROMPT/NEW")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: whether it works, not how fast it is")] = False,

@@ -349,7 +349,7 @@ def test_a_tokenizer_beside_the_configuration_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (["--sections", "rollout,steps"], "--sections: got 'steps', expected one of rollout, update, step, ceilings"),
+        (["--sections", "rollout,steps"], "--sections: got 'steps', expected one of rollout, update, step, ceilings, retrieval"),
         (["--sections", ""], "--sections: got ''"),
         (["--quantize", "int4"], "--quantize: got 'int4', expected one of none, nf4, int8"),
         (["--dtype", "half"], "--dtype: got 'half'"),
@@ -388,6 +388,7 @@ def test_the_command_writes_every_number(folder: Path, tmp_path: Path, monkeypat
         "update",
         "step",
         "ceilings",
+        "retrieval",
     ]
     assert {"processor", "threads", "versions", "dtype"} <= set(found["machine"])
     assert found["machine"]["dtype"] == "float32"
@@ -395,7 +396,8 @@ def test_the_command_writes_every_number(folder: Path, tmp_path: Path, monkeypat
     for row in lines:
         values = row["ours"]["values"]
         assert row["ours"]["min"] <= row["ours"]["median"] <= row["ours"]["max"]
-        assert min(values) > 0 or row["what"].startswith("decode")  # a difference of two short times may come out anywhere
+        # A difference of two short times may come out anywhere, and a small index fits into what a process has left over.
+        assert min(values) > 0 or row["what"].startswith("decode") or "memory" in row["what"]
         assert (row["ratio"] is None) == (row["theirs"] is None)
         if row["theirs"]:
             assert row["ratio"] == pytest.approx(row["ours"]["median"] / row["theirs"]["median"])

@@ -24,7 +24,7 @@ from minirl.plain import PlainSampler
 from minirl.policy import Policy
 from minirl.sampler import LiveSampler, open_sampler
 
-SECTIONS = ("rollout", "update", "step", "ceilings")
+SECTIONS = ("rollout", "update", "step", "ceilings", "retrieval")
 WORDS = "river stone cloud paper green house light table water apple night cover seven music plant train story field"
 
 
