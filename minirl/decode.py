@@ -16,6 +16,7 @@ from minirl.attention import Cached
 from minirl.policy import Policy
 from minirl.slots import Slots
 
+KEYS = 16  # passes read multiples of this many keys, into which capacities divide: a CPU's library builds kernels for every new number
 WIDTH = 256  # captured steps read multiples of this many keys: every size is a graph, and a graph costs about a second
 WARM_UPS = 2  # eager steps before a capture, in which libraries allocate what they need
 
@@ -33,7 +34,7 @@ class Decoder:
         """Logits of the next token, (B, V) float32, after `tokens` (B) at `positions` (B)."""
         device = self.policy.device
         fed, at = (torch.tensor(values, device=device)[:, None] for values in (tokens, positions))
-        return self.step(fed, at, max(positions) + 1)
+        return self.step(fed, at, -(-(max(positions) + 1) // KEYS) * KEYS)
 
     def step(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
         """The same from (B, 1) tensors, reading the first `width` keys."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minirl.attention import Cached
 from minirl.chat import Chat
-from minirl.decode import Decoder, GraphDecoder
+from minirl.decode import KEYS, Decoder, GraphDecoder
 from minirl.episode import Ask, Completion, Finish
 from minirl.lora import FixedLora
 from minirl.plain import PlainSampler
@@ -167,7 +167,7 @@ class LiveSampler:
         positions = torch.tensor(held, device=device)[:, None] + torch.arange(width, device=device)
         # Padded tokens are written too, all behind what the slots hold and will hold: at most one place behind the longest.
         positions.clamp_(max=max(len(leaders[i][0]) for i in chunk))
-        reach = int(positions.max()) + 1
+        reach = -(-(int(positions.max()) + 1) // KEYS) * KEYS
         self._slots.aim(torch.tensor(rows, device=device), positions, reach)
         hidden = self.policy.hidden(tokens, positions, Cached(positions, reach), cache=self._slots)
         last = hidden[torch.arange(len(chunk)), torch.tensor([missing[i] - 1 for i in chunk])]

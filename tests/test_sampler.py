@@ -108,6 +108,25 @@ def test_every_token_is_computed_once(tmp_path: Path) -> None:
     assert sampler.prefilled == 100 + 8 * 4
 
 
+def test_few_numbers_of_keys_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number of keys costs a CPU new kernels. Catches: one of its own for every step, keys behind the slots' end, a key too few."""
+    policy, chat = opened(tmp_path)
+    sampler = LiveSampler(policy, chat, rows=4)
+    read: list[tuple[int, int]] = []
+
+    def aim(rows: slice | torch.Tensor, positions: torch.Tensor, width: int) -> None:
+        read.append((int(positions.max()) + 1, width))
+        assert width <= sampler._slots.capacity
+        plain(rows, positions, width)
+
+    plain = sampler._slots.aim
+    monkeypatch.setattr(sampler._slots, "aim", aim)
+    run(sampler, asks_of(Random(1)))
+    assert all(needed <= width < needed + 16 for needed, width in read)
+    assert {width % 16 for _, width in read} == {0}
+    assert len({width for _, width in read}) < len({needed for needed, _ in read}) / 4
+
+
 @pytest.mark.parametrize("budget", [1, 64, 192, 500])
 def test_a_token_budget_bounds_the_slots_and_changes_nothing(budget: int, tmp_path: Path) -> None:
     """Catches: a live row forgotten when slots grow, the budget passed by, a wait for room that never comes, slots mixed up by eviction."""
