@@ -33,9 +33,9 @@ COLLECT = {
     "keep_each": 3,
     "batch": 2,
 }
-BASE = {"kind": "model", "model": "UNTAUGHT", "verdict": "probability", "approve_at": 0.53}  # the taught model finds nothing good
-FILTER = {"kind": "filter", "keep": "process", "judge": BASE, "parts": 3}
-STEP = {"kind": "train", "method": "step", "steps": 3, "group": 4, "batch": 2, "judge": BASE, "learner": {"lr": 5e-3, "beta": 0.01}}
+JUDGE = {"kind": "model", "model": "UNTAUGHT", "verdict": "probability", "approve_at": 0.53}  # the taught model finds nothing good
+FILTER = {"kind": "filter", "keep": "process", "judge": JUDGE, "parts": 3}
+STEP = {"kind": "train", "method": "step", "steps": 3, "group": 4, "batch": 2, "judge": JUDGE, "learner": {"lr": 5e-3, "beta": 0.01}}
 SHOWN = {"kind": "train", "method": "demonstrate_stepwise", "steps": 2, "group": 1, "batch": 2, "learner": {"loss": "nll", "lr": 1e-4}}
 Write = Callable[..., Path]
 ROWS = ("metrics.jsonl", "evals.jsonl", "episodes.jsonl", "kept/1.jsonl", "kept/2.jsonl", "adapter/adapter_model.safetensors")
@@ -176,13 +176,28 @@ def test_another_run_is_the_source_and_states_are_equal(keep: str, cli: Cli, wri
 
 
 def test_credit_by_step_on_line(cli: Cli, write: Write, tmp_path: Path) -> None:
-    online = {"kind": "train", "method": "stepwise", "credit": "step", "steps": 2, "group": 3, "batch": 2, "judge": BASE}
+    online = {"kind": "train", "method": "stepwise", "credit": "step", "steps": 2, "group": 3, "batch": 2, "judge": JUDGE}
     outcome = cli("run", write([online | {"learner": {"lr": 5e-3}}]), "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     rows = read_rows(tmp_path / "run/metrics.jsonl")
     assert all(row["dead"] == 0 and row["trained_tokens"] > 0 and 0 <= row["approved"] <= 1 for row in rows)
     shown = [Episode.from_json(row) for row in read_rows(tmp_path / "run/episodes.jsonl") if row["label"] == "train"]
     assert all(e.step_rewards is not None and len(e.step_rewards) == e.parts["steps"] for e in shown)
+
+
+def test_the_base_judge_is_the_model_without_its_adapter(cli: Cli, write: Write, whole: Any, tmp_path: Path) -> None:
+    """Under a trained adapter it says of every step what it says under a fresh one, which changes nothing."""
+    _, reference, _ = whole
+    judge = {"kind": "base", "verdict": "probability", "approve_at": 0.0}
+    stages = [{"kind": "filter", "keep": "none", "source": str(reference), "judge": judge}]
+    said: list[dict[str, float]] = []
+    for name, model in (("trained", {"adapter": str(reference / "adapter")}), ("fresh", {})):
+        outcome = cli("run", write(stages, model=model), "--out", tmp_path / name)
+        assert outcome.code == 0, outcome.err
+        said.append({row["key"]: row["verdict"] for row in read_rows(tmp_path / name / "verdicts.jsonl")})
+    assert len(said[0]) > 10
+    assert max(said[0].values()) > 0
+    assert said[0] == pytest.approx(said[1], rel=1e-5)
 
 
 def test_a_judge_that_never_answers_stops_nothing(cli: Cli, write: Write, tmp_path: Path) -> None:
@@ -308,8 +323,8 @@ def test_wrong_recipes_are_told_in_one_line(write: Write, tiny: Path, data: dict
         ({"stages": [COLLECT, FILTER | {"outcome": "judge"}]}, r"stages\[1\]\.outcome: got 'judge' for task 'gsm8k'"),
         ({"stages": [COLLECT, FILTER, {k: v for k, v in STEP.items() if k != "judge"}]}, "judge: got none with method 'step'"),
         ({"stages": [COLLECT, STEP | {"method": "imitate"}]}, "imitate"),
-        ({"stages": [train | {"method": "stepwise", "judge": BASE}]}, "judge: got one with method 'stepwise'"),
-        ({"stages": [train | {"method": "stepwise", "credit": "step", "judge": BASE, "learner": {"loss": "ppo"}}]}, "credit: got 'step'"),
+        ({"stages": [train | {"method": "stepwise", "judge": JUDGE}]}, "judge: got one with method 'stepwise'"),
+        ({"stages": [train | {"method": "stepwise", "credit": "step", "judge": JUDGE, "learner": {"loss": "ppo"}}]}, "credit: got 'step'"),
         ({"stages": [train | {"method": "stepwise", "states": 3}]}, "states: got 3"),
         ({"stages": [train | {"method": "single"}]}, r"stages\[0\]\.method: got 'single' for task 'gsm8k' with chain 'calls'"),
         ({"task": data | {"chain": "prose"}}, r"stages\[0\]\.method: got 'stepwise' for task 'gsm8k' with chain 'prose'"),
