@@ -103,7 +103,7 @@ def eval_(
                 typer.echo(f"{name}@{summary['samples']} {share.value:.1%} [{share.low:.1%}, {share.high:.1%}]")
         for k, share in summary["pass_at_k"].items():
             typer.echo(f"pass@{k} {share.value:.1%} [{share.low:.1%}, {share.high:.1%}]")
-        for name in ("first_errors", "second_errors"):
+        for name in ("first_errors", *(("second_errors",) if summary["second"] is not None else ())):
             typer.echo(f"{name.replace('_', ' ')}: " + (", ".join(f"{kind} {n}" for kind, n in summary[name].items()) or "none"))
 
 

@@ -102,6 +102,8 @@ def votes(start: Start, folder: Path) -> None:
     share = sum(problem["scores"]["majority"][0] for problem in row["problems"]) / 3
     assert f"majority@4 {share:.1%} [" in outcome.out
     assert "pass@4 " in outcome.out
+    assert "first errors: " in outcome.out
+    assert "second" not in outcome.out, "there is no second try"
     assert all(len(problem["answer"]) == 4 for problem in row["problems"])
     assert start(minirl, "report", str(folder)).wait().code == 0
     assert "Majority of the samples" in (folder / "report.html").read_text()

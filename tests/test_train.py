@@ -175,6 +175,7 @@ def test_evaluating_afterwards_finds_the_same(cli: Cli, whole: Path, tmp_path: P
         assert outcome.code == 0, outcome.err
         assert f"evaluation {label} on 4 problems: 1st try" in outcome.out
         assert "pass@1 " in outcome.out
+        assert "second errors: " in outcome.out
     adapter, base, greedy = rows(folder, "later_evals")
     assert adapter["problems"] == rows(whole, "evals")[-1]["problems"]
     assert base["problems"] == rows(whole, "evals")[0]["problems"]
