@@ -86,22 +86,22 @@ class Voices:
         self._chat = chat
         self._rows = rows
         self._cache_tokens = cache_tokens
-        self._local: dict[tuple[str, str], Voice] = {}
+        self._local: dict[tuple[str, str, str], Voice] = {}
 
     def open(self, node: recipe.Other, sampler: LiveSampler | PlainSampler, *, patient: bool) -> Voice:
         """The model that a recipe names. sampler: the policy's. patient: a server that fails leaves asks unanswered and raises nothing."""
         if node.kind == "endpoint":
             return Voice(f"{node.url} {node.model}", Messages(), EndpointSampler(node, patient=patient), None)
         if node.kind == "model":
-            key = str(node.model), node.quantize
+            key = str(node.model), node.quantize, node.dtype
             if key not in self._local:
                 self._local[key] = self._load(*key)
             return self._local[key]
         scorer = Scorer(self._policy, pad=_pad(self._chat), inside=lambda: bare(self._policy))
         return Voice(f"base {models.fingerprint(self._policy.model)[:8]}", self._chat, BaseSampler(self._policy, sampler), scorer)
 
-    def _load(self, name: str, quantize: str) -> Voice:
-        node = recipe.Model.model_validate({"name": name, "quantize": quantize, "lora": {"rank": 1}})
+    def _load(self, name: str, quantize: str, dtype: str) -> Voice:
+        node = recipe.Model.model_validate({"name": name, "quantize": quantize, "dtype": dtype, "lora": {"rank": 1}})
         loaded = models.load_model(node, 0, self._policy.device)
         chat = Chat(loaded.tokenizer, eos=models.eos(loaded.model))
         policy = Policy(loaded.model, loaded.device, loaded.dtype)

@@ -405,6 +405,7 @@ def test_judges_of_a_recipe() -> None:
         ({"kind": "endpoint", "url": "http://a/b", "model": "m", "verdict": "probability"}, "expected a judge whose logits are here"),
         ({"kind": "model"}, "kind model needs it"),
         ({"kind": "base", "quantize": "nf4"}, "quantize: got 'nf4' for kind 'base'"),
+        ({"kind": "base", "dtype": "fp32"}, "dtype: got 'fp32' for kind 'base'"),
     ]:
         with pytest.raises(ValueError, match=said):
             recipe.Judge.model_validate(wrong)

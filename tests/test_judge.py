@@ -273,6 +273,28 @@ def test_the_base_judges_without_the_adapter(tmp_path: Path) -> None:
     assert answered(sampler) == trained
 
 
+def test_another_model_judges_in_the_dtype_that_its_node_names(tmp_path: Path) -> None:
+    """Its verdicts are found again under that dtype alone. Catches: a judge loaded in the machine's own, whatever the recipe says."""
+    save_tiny(tmp_path)
+    loaded = models.load_model(recipe.Model(name=str(tmp_path), dtype="fp32"), 0, torch.device("cpu"))
+    policy, chat = Policy(loaded.model, loaded.device, loaded.dtype), Chat(loaded.tokenizer)
+    sampler, voices = PlainSampler(policy, chat, rows=4), Voices(policy, chat, rows=4)
+    prompts = [chat.prompt(Problem("p", "Why?", None))]
+    options = chat.inside("yes"), chat.inside("no")
+    chances, names = [], []
+    for dtype in ("fp32", "bf16", "fp32"):
+        judge = voices.open(recipe.Judge.model_validate({"kind": "model", "model": str(tmp_path), "dtype": dtype}), sampler, patient=True)
+        assert judge.scorer is not None
+        chances += judge.scorer(prompts, options, [0])
+        names.append(judge.name)
+    own = voices.open(recipe.Judge(kind="base"), sampler, patient=True).scorer
+    assert own is not None
+    assert chances[0] == chances[2] == own(prompts, options, [0])[0], "the same weights in the same dtype"
+    assert chances[1] != chances[0]
+    assert chances[1] == pytest.approx(chances[0], abs=0.05)
+    assert names[0] == names[2] != names[1]
+
+
 def test_only_question_answering_has_a_judge() -> None:
     whole = {"model": {"name": "m"}, "task": {"name": "countdown"}, "stages": [{"kind": "train", "method": "single", "steps": 1}]}
     with pytest.raises(UserError, match=r"eval\.judge: got a judge for task 'countdown'"):

@@ -6,11 +6,11 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from minirl.recipe.base import Frozen, Probability
+from minirl.recipe.base import Dtype, Frozen, Probability
 
 # Which kinds have a key; those of the first line cannot do without it.
 _NEEDED = {"url": ("endpoint",), "model": ("endpoint", "model")}
-_ALLOWED = {"key_env": ("endpoint",), "quantize": ("model",), "gold": ("verifier",)}
+_ALLOWED = {"key_env": ("endpoint",), "quantize": ("model",), "dtype": ("model",), "gold": ("verifier",)}
 
 
 class Other(Frozen):
@@ -26,6 +26,8 @@ class Other(Frozen):
     """endpoint: the environment variable that holds the key, where the server wants one."""
     quantize: Literal["none", "nf4", "int8"] = "none"
     """model: bitsandbytes quantisation of its weights."""
+    dtype: Dtype = "auto"
+    """model: what it computes in; auto takes the fastest that the device does well."""
     timeout_s: PositiveFloat = 60.0
     """endpoint: longest wait for a whole answer."""
     retries: NonNegativeInt = 3

@@ -7,7 +7,7 @@ from typing import Literal, Self
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from minirl.recipe.base import Frozen, NonNegative
+from minirl.recipe.base import Dtype, Frozen, NonNegative
 from minirl.recipe.judge import Judge
 from minirl.recipe.maths import Maths
 from minirl.recipe.qa import QA
@@ -39,7 +39,7 @@ class Model(Frozen):
     """bitsandbytes quantisation of the frozen base weights."""
     template: Literal["chat", "plain"] = "chat"
     """chat: the model's own chat template. plain: a transcript of user and assistant, for base models."""
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    dtype: Dtype = "auto"
     """What the model computes in; auto takes the fastest that the device does well."""
     lora: Lora = Lora()
     """The adapter that is trained."""
