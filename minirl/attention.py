@@ -61,42 +61,44 @@ class Cached:
 
     positions: Tensor
     width: int
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
     biases: dict[int | None, Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> Tensor:
-        """Which cached keys each new token sees, (B, 1, T, width) bool: those up to its own position."""
-        if window not in self.masks:
-            behind = self.positions[:, None, :, None] - torch.arange(self.width, device=self.positions.device)
-            self.masks[window] = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
-        return self.masks[window]
-
     def bias(self, window: int | None, heads: int, shared: int, dtype: torch.dtype) -> Tensor:
-        """What the mask adds to the scores of `heads` key heads with `shared` query heads each, (B * heads, shared * T, width)."""
+        """What hides all cached keys behind each new token, added to the scores of its query heads, (B, heads, shared * T, width).
+
+        heads: key heads, or 1 to have it broadcast over them; shared: query heads of each, which stand as one longer query.
+        """
         if window not in self.biases:
-            mask = self.mask(window)
-            rows, _, length, width = mask.shape
-            mask = mask.unsqueeze(2).expand(rows, heads, shared, length, width).reshape(rows * heads, shared * length, width)
+            behind = self.positions[:, None, None, :, None] - torch.arange(self.width, device=self.positions.device)
+            mask = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+            rows, _, _, length, width = mask.shape
+            mask = mask.expand(rows, heads, shared, length, width).reshape(rows, heads, shared * length, width)
             self.biases[window] = cpu_attention.bias(mask, dtype)
         return self.biases[window]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The bundles of one packed row, in order; masks are made once for all layers of a kind."""
+    """The bundles of one packed row, in order; what their masks add to scores is made once for all layers of a kind, and kept for the
+    backward pass once."""
 
     bundles: tuple[Bundle, ...]
-    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    biases: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
-    def mask(self, prefix: int, width: int, window: int | None, device: torch.device) -> Tensor:
-        """Which of prefix + width keys each of `width` queries after the prefix sees, (width, prefix + width) bool."""
+    def bias(self, prefix: int, width: int, window: int | None, shared: int, like: Tensor) -> Tensor:
+        """What hides from each of `width` queries after the prefix all keys behind it, (shared * width, prefix + width) of `like`'s kind.
+
+        shared: query heads of a key head, which stand as one longer query.
+        """
         key = (prefix, width, window)
-        if key not in self.masks:
-            query = torch.arange(prefix, prefix + width, device=device)[:, None]
-            seen = torch.arange(prefix + width, device=device)[None, :]
-            mask = seen <= query
-            self.masks[key] = mask if window is None else mask & (query - seen < window)
-        return self.masks[key]
+        if key not in self.biases:
+            query = torch.arange(prefix, prefix + width, device=like.device)[:, None]
+            seen = torch.arange(prefix + width, device=like.device)[None, :]
+            mask = seen <= query if window is None else (seen <= query) & (query - seen < window)
+            room = -(prefix + width) % row_multiple(like.device)
+            padded = F.pad(cpu_attention.bias(mask, like.dtype), (0, room)).repeat(shared, 1)
+            self.biases[key] = padded[:, : prefix + width]
+        return self.biases[key]
 
 
 def supports(config: Any) -> bool:
@@ -138,13 +140,15 @@ def attend(
     elif layout is not None:
         out = _shared(query, key, value, layout, scaling, sliding_window, softcap)
     elif attention_mask is None and softcap is None:
-        causal = query.shape[2] > 1
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
+        out = _unmasked(query, key, value, scaling, causal=query.shape[2] > 1)
     else:
         if attention_mask is None:
             size = (query.shape[2], key.shape[2])
             attention_mask = torch.ones(size, dtype=torch.bool, device=query.device).tril(size[1] - size[0])
-        out = _masked(query, key, value, attention_mask, scaling, softcap)
+        shared = query.shape[1] // key.shape[1]
+        # The rows of heads that share a key head stand one after the other; a single row is broadcast.
+        mask = attention_mask.repeat(*(1,) * (attention_mask.dim() - 2), shared, 1) if query.shape[2] > 1 else attention_mask
+        out = _masked(query, key, value, mask, scaling, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -164,43 +168,63 @@ def _shared(
             k = torch.cat([prefix_k.expand(count, -1, -1, -1), k], dim=2)
             v = torch.cat([prefix_v.expand(count, -1, -1, -1), v], dim=2)
         # A padded place stands after every real one of its row, so causality alone hides it.
-        mask = layout.mask(bundle.prefix, width, window, q.device)
-        out.append(_from_grid(_masked(q, k, v, mask, scaling, softcap), bundle))
+        bias = layout.bias(bundle.prefix, width, window, q.shape[1] // k.shape[1], q)
+        out.append(_from_grid(_masked(q, k, v, bias, scaling, softcap), bundle))
     return torch.cat(out, dim=2)
 
 
 def _cached(
     query: Tensor, key: Tensor, value: Tensor, layout: Cached, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
-    if softcap is not None or key.stride(-1) == 1:
-        return _masked(query, key, value, layout.mask(window), scaling, softcap)
     batch, heads, length, size = query.shape
     shared = heads // key.shape[1]
-    bias = layout.bias(window, key.shape[1], shared, query.dtype)
+    if softcap is not None or key.stride(-1) == 1:
+        return _masked(query, key, value, layout.bias(window, 1, shared, query.dtype), scaling, softcap)
+    bias = layout.bias(window, key.shape[1], shared, query.dtype).flatten(0, 1)
     query = query.reshape(batch, key.shape[1], shared * length, size)
-    return cpu_attention.biased(query, key, value, bias, size**-0.5 if scaling is None else scaling).reshape(batch, heads, length, size)
+    return cpu_attention.attention(query, key, value, bias, size**-0.5 if scaling is None else scaling).reshape(batch, heads, length, size)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
     if softcap is None and (window is None or window >= q.shape[2]) and not cpu_attention.serves(q):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-    return _masked(q, k, v, layout.mask(0, q.shape[2], window, q.device), scaling, softcap)
+        return _unmasked(q, k, v, scaling, causal=True)
+    return _masked(q, k, v, layout.bias(0, q.shape[2], window, q.shape[1] // k.shape[1], q), scaling, softcap)
+
+
+def _unmasked(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, causal: bool) -> Tensor:
+    if not shares_heads(query.device, query.dtype):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
+
+
+def shares_heads(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the library's fast kernels let query heads share a key head. Of CUDA's only flash attention does, from Ampere on and in half
+    precision; without it the library falls back to a kernel that holds all scores in float32."""
+    return device.type != "cuda" or (dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(device)[0] >= 8)
+
+
+def row_multiple(device: torch.device) -> int:
+    """Of how many numbers the rows of a bias are multiples. CUDA's kernels want 16 bytes, and would copy a whole bias in every layer."""
+    return 8 if device.type == "cuda" else 1
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
-    """Softmax attention under a bool mask, (T, T') or (B, 1, T, T'); the heads of a key head stand one after the other as one query."""
+    """Softmax attention; the query heads of a key head stand one after the other as one query of shared * T.
+
+    mask: which keys are seen (bool), or what is added to the scores; (shared * T, T') or (B, 1, shared * T, T').
+    """
     batch, heads, length, size = query.shape
     shared = heads // key.shape[1]
     query = query.reshape(batch, key.shape[1], shared * length, size)
-    mask = mask.repeat(*(1,) * (mask.dim() - 2), shared, 1) if shared > 1 and length > 1 else mask  # a single row is broadcast
-    if softcap is None and mask.dim() == 2 and cpu_attention.serves(query):
+    if softcap is None and mask.dim() == 2 and mask.dtype == query.dtype and cpu_attention.serves(query):
         out = cpu_attention.attention(query, key, value, mask, size**-0.5 if scaling is None else scaling)
     elif softcap is None:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     else:
         scores = (query @ key.transpose(-1, -2)).float() * (size**-0.5 if scaling is None else scaling)
         # A padded row sees nothing: the least number, not minus infinity, keeps it from becoming NaN.
-        scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
         out = torch.softmax(scores, dim=-1).to(query.dtype) @ value
     return out.reshape(batch, heads, length, size)
 

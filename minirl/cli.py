@@ -20,8 +20,17 @@ from minirl.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
+DRIVER = Path("/proc/driver/nvidia/version")
+OUT_OF_MEMORY = (
+    "the GPU is out of memory: another program may hold some of it; else lower sampling.rows, sampling.cache_tokens or "
+    "learner.micro_tokens, or set model.quantize=nf4 and model.gradient_checkpointing=true, in a run folder of its own (--out)"
+)
+
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/r3_countdown.yaml")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a number: --set model.lora.rank=32", metavar="A.B=VALUE")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a value: --set model.lora.rank=32", metavar="A.B=VALUE"),
+]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/<recipe's name>")]
 FolderArgument = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/r3_countdown")]
 
@@ -39,16 +48,21 @@ def run(
     set_: SetOption = None,
     out: OutOption = None,
     dry: Annotated[bool, typer.Option("--dry", help="Only print the resolved recipe and the plan")] = False,
+    cpu: Annotated[bool | None, typer.Option("--cpu/--gpu", help="The recipe's part for a CPU, or for a GPU, whatever is here")] = None,
 ) -> None:
     """Run a recipe, or take up its run folder where it stands."""
     with _one_line():
         from minirl import recipe as recipes
 
-        on_cpu = not _has_accelerator()
-        node = recipes.load(recipe, set_ or (), on_cpu=on_cpu)
         main = os.environ.get("RANK", "0") == "0"  # under `accelerate launch` the others keep quiet
+        found = _has_accelerator()
+        on_cpu = not found if cpu is None else cpu
+        node = recipes.load(recipe, set_ or (), on_cpu=on_cpu)
         if on_cpu and main:
-            typer.echo("# no accelerator found: the recipe's on_cpu part, if it has one, is laid over it")
+            why = "--cpu" if cpu else "no accelerator found"
+            typer.echo(f"# {why}: the recipe's on_cpu part, if it has one, is laid over it")
+        if not found and main and (hidden := _unseen_gpu()):
+            typer.echo(f"# WARNING: {hidden}", err=True)
         if dry:
             typer.echo(node.dump() + "\n" + node.plan())
             return
@@ -168,12 +182,31 @@ def _has_accelerator() -> bool:
     return torch.cuda.is_available()
 
 
+def _unseen_gpu() -> str | None:
+    """Why torch does not see the GPU of a machine that has NVIDIA's driver; None where there is none, or it is hidden on purpose."""
+    import torch
+
+    if not DRIVER.exists() or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return None
+    driver = next((word for word in DRIVER.read_text().split() if word[:1].isdigit() and "." in word), "of unknown version")
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    return (
+        f"an NVIDIA driver ({driver}) is here, but torch {torch.__version__}, {built}, sees no GPU: this would run on the CPU; "
+        "install a torch build that fits the driver (https://pytorch.org/get-started/locally), or a newer driver"
+    )
+
+
 @contextmanager
 def _one_line() -> Iterator[None]:
     try:
         yield
     except UserError as error:
         typer.echo(f"minirl: {' '.join(str(error).split())}", err=True)  # what libraries say may have many lines
+        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for the sake of its name
+            raise
+        typer.echo(f"minirl: {OUT_OF_MEMORY} ({str(error).splitlines()[0]})", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("minirl: stopped at once; the same command goes on from the last save", err=True)

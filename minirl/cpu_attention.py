@@ -21,18 +21,14 @@ def serves(query: Tensor) -> bool:
     return query.device.type == "cpu" and query.dtype == torch.bfloat16
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """query (B, H, T, D), key and value (B, H, T', D), mask (T, T') bool: which keys a query sees, at least one. Returns (B, H, T, D)."""
-    return biased(query, key, value, bias(mask, query.dtype), scale)
-
-
 def bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What a bool mask adds to scores: 0, or minus infinity."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
-def biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """The same with what the mask adds, (T, T') or (B * H, T, T') where the rows' masks differ."""
+def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """query (B, H, T, D), key and value (B, H, T', D); bias: what a mask adds to the scores, (T, T') or (B * H, T, T') where the rows'
+    masks differ. Every query must see a key. Returns (B, H, T, D)."""
     out: Tensor = _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]
     return out
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class GraphDecoder(Decoder):
         self.graphs: dict[tuple[int, int], tuple[Tensor, Tensor, Step]] = {}
         self.works = True
         self._memory: tuple[int, ...] = ()
+        self._pool: Any = None
 
     def __call__(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         if not self.works or not self.slots.memory:  # the first step of all gives the slots their memory
@@ -85,15 +87,19 @@ class GraphDecoder(Decoder):
         return replay()[:count].clone()  # the graph's own output is written over by the next step
 
     def capture(self, step: Step) -> Step:
-        """A callable that runs the kernels of `step` again, on whatever its tensors then hold."""
+        """A callable that runs the kernels of `step` again, on whatever its tensors then hold.
+
+        All graphs share one pool of memory: one runs at a time, and what it gives is copied before the next.
+        """
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             out = step()
 
         def replay() -> Tensor:

@@ -6,6 +6,7 @@ gradient is the same for any micro-batch size and any number of processes.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -205,6 +206,11 @@ class Learner:
                 if self.micro_tokens <= MIN_MICRO_TOKENS:
                     raise
                 self.micro_tokens //= 2
+                logging.getLogger("minirl").warning(
+                    "out of GPU memory: micro-batches of at most %d tokens from here on (learner.micro_tokens was %d)",
+                    self.micro_tokens,
+                    self.node.micro_tokens,
+                )
             torch.cuda.empty_cache()  # here, where the failed forward's tensors are no longer held by the traceback
 
     def _apply(self, live: bool, *, value_only: bool = False) -> float:

@@ -127,10 +127,10 @@ def lean_forward(self: Any, x: Tensor) -> Tensor:
         if name in self.lora_A:
             a, b = _factors(self, name, x.dtype)
             low = linear(x, a)
-            if type(self.base_layer) is nn.Linear:
+            if type(self.base_layer) is nn.Linear or not torch.is_grad_enabled():
                 # Into the base's output, scaled on the way: a second result and a pass over both cost as much as the product.
                 result.flatten(0, -2).addmm_(low.flatten(0, -2), b.t(), alpha=self.scaling[name])
-            else:  # bitsandbytes' outputs must not be written to
+            else:  # autograd refuses to write to bitsandbytes' outputs
                 result = torch.add(result, linear(low, b), alpha=self.scaling[name])
     return result
 
@@ -166,7 +166,8 @@ def _factors(layer: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     held: dict[str, tuple[Tensor, Tensor]] | None = layer.held
     if held is not None and name in held:
         return held[name]
-    factors = layer.lora_A[name].weight.to(dtype), layer.lora_B[name].weight.to(dtype)
-    if held is not None:
-        held[name] = factors
-    return factors
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if held is None:
+        return a.to(dtype), b.to(dtype)
+    held[name] = a.to(dtype, copy=True), b.to(dtype, copy=True)  # of their own in float32 too: a graph remembers where they stand
+    return held[name]

@@ -66,6 +66,11 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16")) else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A recipe's word for it."""
+    return next(name for name, value in DTYPES.items() if value is dtype)
+
+
 def load_tokenizer(path: str, name: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, with a pad token. `name` is what the user called it. UserError without a chat template."""
     quiet()
@@ -88,8 +93,7 @@ def load_model(node: recipe.Model, seed: int = 0, device: torch.device | None = 
     """
     quiet()
     device = device or pick_device()
-    if device.type == "cpu":
-        keep_freed_memory()
+    _settle(device)
     dtype = pick_dtype(node.dtype, device)
     path = resolve(node.name)
     tokenizer = load_tokenizer(path, node.name)
@@ -105,9 +109,7 @@ def load_model(node: recipe.Model, seed: int = 0, device: torch.device | None = 
             module.lora_B.float()
     lean_lora(model)
     lean_norms(model)
-    if node.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        base.enable_input_require_grads()
+    _checkpoint(base, node)
     return LoadedModel(model.eval(), tokenizer, device, dtype, node)
 
 
@@ -118,6 +120,7 @@ def load_classifier(node: recipe.Model, labels: int, seed: int = 0, device: torc
     """
     quiet()
     device = device or pick_device()
+    _settle(device)
     dtype = pick_dtype(node.dtype, device)
     path = resolve(node.name)
     tokenizer = load_tokenizer(path, node.name)
@@ -130,6 +133,7 @@ def load_classifier(node: recipe.Model, labels: int, seed: int = 0, device: torc
     model = fresh_adapter(base, node, seed, task_type="SEQ_CLS", modules_to_save=[HEAD])
     model.peft_config[ADAPTER].base_model_name_or_path = public_name(node.name)
     lean_lora(model)
+    _checkpoint(base, node)
     return LoadedModel(model.eval(), tokenizer, device, dtype, node)
 
 
@@ -154,13 +158,29 @@ def describe(loaded: LoadedModel) -> str:
     """One line: model, parameters, trained parameters, quantisation, compute dtype, device."""
     trained, total = loaded.model.get_nb_trainable_parameters()
     lora, node = loaded.model.peft_config[ADAPTER], loaded.node
-    dtype = next(name for name, value in DTYPES.items() if value is loaded.dtype)
+    dtype = dtype_name(loaded.dtype)
     base = "base not quantised" if node.quantize == "none" else f"base in {node.quantize}"
     device = torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else loaded.device.type
     return (
         f"{public_name(node.name)} · {(total - trained) / 1e6:,.1f} M parameters, {base} · "
         f"LoRA rank {lora.r}, alpha {lora.lora_alpha:g}, {trained / 1e6:,.2f} M trained in fp32 · computes in {dtype} on {device}"
     )
+
+
+def _settle(device: torch.device) -> None:
+    """What the process sets once for all that it will compute on a device."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    elif device.type == "cuda":
+        # cuDNN's attention, the library's first choice on Hopper and Blackwell, plans anew for every shape (others measured 0.4 s), and
+        # here nearly every pass has its own.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _checkpoint(base: PreTrainedModel, node: recipe.Model) -> None:
+    if node.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
 
 
 def _in_float32(module: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -172,6 +172,13 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self.stopped = False
         self._model, self._held_out, self._log, self._stop, self._scale = model, held_out, log, stop, scale
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Drop a gradient that is not finite (float16 overflows): clipped it would be NaN, and after a step the weights for good."""
+        gradients = [p.grad for p in self._model.loaded.model.parameters() if p.grad is not None]
+        if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
+            for gradient in gradients:
+                gradient.zero_()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step < state.max_steps and self._stop():
             self.stopped = control.should_training_stop = True

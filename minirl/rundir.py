@@ -102,17 +102,23 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def check_model(self, fingerprint: str) -> None:
-        """Note which base weights the run began with; UserError where it is taken up with others (the hub's, then a local copy, say)."""
+    def check_model(self, fingerprint: str, dtype: str) -> None:
+        """Note which base weights the run began with, and in which dtype; UserError where it is taken up with others (the hub's, then a
+        local copy; on an A100, then on a T4, which has no bf16)."""
         path = self.folder / "model.json"
-        known = json.loads(path.read_text())["weights"] if path.exists() and self._state != State() else fingerprint
-        if known != fingerprint:
+        known = json.loads(path.read_text()) if path.exists() and self._state != State() else {}
+        if known.get("dtype", dtype) != dtype:
             raise UserError(
-                f"{self.folder}: {self.recipe.model.name} has other weights here (got {fingerprint[:8]}, expected {known[:8]}, those "
-                f"that the run began with); make the same copy of the model available, in the same dtype, or start again with another --out"
+                f"{self.folder}: this machine computes in {dtype}, expected {known['dtype']}, in which the run began; take it up where "
+                "that can be had, or start again with another --out (model.dtype names the type that a recipe wants)"
+            )
+        if known.get("weights", fingerprint) != fingerprint:
+            raise UserError(
+                f"{self.folder}: {self.recipe.model.name} has other weights here (got {fingerprint[:8]}, expected {known['weights'][:8]}, "
+                "those that the run began with); make the same copy of the model available, or start again with another --out"
             )
         if self._lock is not None:
-            write_file(path, json.dumps({"weights": fingerprint}))
+            write_file(path, json.dumps({"weights": fingerprint, "dtype": dtype}))
 
     def log(self, row: Mapping[str, Any]) -> None:
         """A row of metrics.jsonl: numbers that equal runs share bit for bit, so no clocks."""

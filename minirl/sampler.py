@@ -28,7 +28,8 @@ from minirl.slots import Slots
 # Asks that wait for each other while others decode (as many as decode, when few do): a prefill reads all weights, like a decode step.
 ADMIT_TOGETHER = 16
 ROUND = 8  # prefill passes are padded to multiples of this many tokens a row: every new shape costs matrix kernels built anew
-PREFILL_TOKENS = 1024  # most padded tokens of one prefill pass: in larger ones more of them are padding
+# Most padded tokens of one prefill pass. On a CPU the padding of larger ones costs more than it saves; small ones keep a GPU waiting.
+PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 def open_sampler(
@@ -128,7 +129,7 @@ class LiveSampler:
     def _admit(self, asks: Sequence[tuple[int, Ask]]) -> None:
         """Give each ask a row, compute what no slot holds of it, and draw its first token."""
         start = len(self._live)
-        self._slots.reserve(max(len(ask.tokens) + ask.max_tokens for _, ask in asks), live=start)
+        self._slots.reserve(self._capacity(asks), live=start)
         leaders: dict[tuple[int, ...], int] = {}
         # Conversations that go on come first: they sit in slots which the others might be given.
         for key, ask in sorted(asks, key=lambda item: -self._slots.longest_prefix(item[1].tokens)[1]):
@@ -144,7 +145,13 @@ class LiveSampler:
         for row in range(start, len(self._live)):
             tokens = self._live[row].ask.tokens
             self._slots.copy(leaders[tokens], row, len(tokens))
-        self._draw(start, first[[place[live.ask.tokens] for live in self._live[start:]]])
+        fresh = self._live[start:]
+        self._draw(start, first[[place[live.ask.tokens] for live in fresh]], self._uniform(fresh))
+
+    def _capacity(self, asks: Sequence[tuple[int, Ask]]) -> int:
+        """Places that each slot needs for `asks`; for all that wait where the budget has them: every growth copies the cache."""
+        needed, later = (max((len(ask.tokens) + ask.max_tokens for _, ask in some), default=0) for some in (asks, self._queue))
+        return max(needed, later) if self._slots.room(max(needed, later)) >= len(self._live) + len(asks) else needed
 
     def _prefill(self, leaders: Sequence[tuple[tuple[int, ...], int]]) -> Tensor:
         """Compute the tokens that the leaders' slots lack; the logits after each leader's last token, (leaders, V)."""
@@ -152,7 +159,7 @@ class LiveSampler:
         out: dict[int, Tensor] = {}
         chunk: list[int] = []
         for i in sorted(range(len(leaders)), key=lambda i: missing[i]):
-            if chunk and missing[i] * (len(chunk) + 1) > PREFILL_TOKENS:
+            if chunk and missing[i] * (len(chunk) + 1) > PREFILL_TOKENS[self.policy.device.type]:
                 out |= self._prefill_chunk(leaders, chunk, missing)
                 chunk = []
             chunk.append(i)
@@ -166,8 +173,9 @@ class LiveSampler:
         tokens = torch.tensor([[*leaders[i][0][h:], *[0] * (width - missing[i])] for i, h in zip(chunk, held, strict=True)], device=device)
         positions = torch.tensor(held, device=device)[:, None] + torch.arange(width, device=device)
         # Padded tokens are written too, all behind what the slots hold and will hold: at most one place behind the longest.
-        positions.clamp_(max=max(len(leaders[i][0]) for i in chunk))
-        reach = -(-(int(positions.max()) + 1) // KEYS) * KEYS
+        longest = max(len(leaders[i][0]) for i in chunk)
+        positions.clamp_(max=longest)
+        reach = -(-(min(longest, max(held) + width - 1) + 1) // KEYS) * KEYS
         self._slots.aim(torch.tensor(rows, device=device), positions, reach)
         hidden = self.policy.hidden(tokens, positions, Cached(positions, reach), cache=self._slots)
         last = hidden[torch.arange(len(chunk)), torch.tensor([missing[i] - 1 for i in chunk])]
@@ -179,15 +187,19 @@ class LiveSampler:
     def _step(self) -> None:
         """One token for every row."""
         lengths = [len(self._slots.tokens[row]) for row in range(len(self._live))]
+        uniform = self._uniform(self._live)  # before the pass: a copy to a GPU waits for all that was asked of it
         logits = self._decode([live.picked[-1] for live in self._live], lengths)
         for row, live in enumerate(self._live):
             self._slots.tokens[row].append(live.picked[-1])
-        self._draw(0, logits)
+        self._draw(0, logits, uniform)
 
-    def _draw(self, start: int, logits: Tensor) -> None:
+    def _uniform(self, rows: Sequence[Live]) -> Tensor:
+        """The numbers that decide the rows' next tokens, (B,)."""
+        return torch.tensor([live.uniforms[len(live.picked)] for live in rows], device=self.policy.device)
+
+    def _draw(self, start: int, logits: Tensor, uniform: Tensor) -> None:
         """Draw the next token of the rows from `start` on, and let those that have ended go."""
         rows = self._live[start:]
-        uniform = torch.tensor([live.uniforms[len(live.picked)] for live in rows], device=logits.device)
         chosen, logprobs = pick(logits, [live.ask.temperature for live in rows], uniform)
         check_finite(found := logprobs.tolist())
         for live, token, logprob in zip(rows, chosen.tolist(), found, strict=True):

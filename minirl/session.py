@@ -90,7 +90,9 @@ class Session:
             done += 1
             self.progress.sampling(done, len(plays))
 
-        return play(plays, self.sampler, on_done=count)
+        episodes = play(plays, self.sampler, on_done=count)
+        self.sampler.reset()  # on a GPU the cache's memory is the learner's now
+        return episodes
 
     def check(self, groups: Sequence[Group], *, temperature: float) -> bool:
         """Compare sampler and layout with plain rows, and take the plain path where they differ by more than rounding.
@@ -125,6 +127,7 @@ class Session:
         rows, episodes = evaluate_problems(
             self.mine(problems), self.task, self.chat, self.sampler, self.recipe.sampling, node, self.recipe.seed
         )
+        self.sampler.reset()
         rows = self.gather(rows)
         row = {"label": label, "stage": stage, "step": step} | eval_settings(node) | {"problems": rows}
         self.run.log_eval(row)
@@ -159,7 +162,7 @@ def open_session(node: recipe.Recipe, run: Run, accelerator: Accelerator, progre
     task = open_task(node.task, node.seed)
     with accelerator.main_process_first():  # the others find the model in the cache
         loaded = models.load_model(node.model, node.seed, accelerator.device)
-    run.check_model(models.fingerprint(loaded.model))
+    run.check_model(models.fingerprint(loaded.model), models.dtype_name(loaded.dtype))
     chat = Chat(loaded.tokenizer, eos=models.eos(loaded.model), plain=node.model.template == "plain")
     policy = Policy(loaded.model, loaded.device, loaded.dtype)
     if node.model.adapter is not None:

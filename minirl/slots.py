@@ -32,20 +32,21 @@ class Slots(Cache):  # type: ignore[misc]
         self.budget_tokens = budget_tokens
         self.device = device
         self._layers = layers
-        self._spare: tuple[Tensor, ...] = ()  # memory for keys and values that stays from one rollout to the next
+        self._spare: list[Tensor] = []  # memory for keys and for values that stays from one rollout to the next
         self._rows: slice | Tensor = slice(0, 0)
+        self._index = torch.zeros(0, 1, dtype=torch.int64)  # the same rows as numbers, (B, 1)
         self._positions = torch.zeros(0, 0, dtype=torch.int64)
         self._width = 0
-        self._blocks: tuple[Tensor, ...] = ()  # keys and values, each (layers, slots, key heads, capacity, head size)
+        self._blocks: list[Tensor] = []  # keys and values, each (layers, slots, key heads, capacity, head size)
         self.clear()
 
     def clear(self) -> None:
         """Forget every conversation. On a GPU the memory goes too, unless it is to be kept: learning needs it between two rollouts."""
         if not self.keeps_memory or not self._blocks:
             self.count, self.capacity = self.most, 0
-            self._blocks = ()
+            self._blocks = []
             if self.device.type == "cuda":
-                self._spare = ()
+                self._spare = []
         self.tokens: list[list[int]] = [[] for _ in range(self.count)]
         self._used = [0] * self.count  # when each slot was last given away or left, for evicting the oldest
         self._clock = 0
@@ -70,38 +71,49 @@ class Slots(Cache):  # type: ignore[misc]
         self.capacity = -(-length // ROUND) * ROUND
         idle = sorted(range(live, self.count), key=lambda slot: (not self.tokens[slot], -self._used[slot]))
         kept = [*range(live), *sorted(idle[: count - live])]
-        self.count, old, self._blocks = count, self._blocks, ()
+        self.count = count
         self.tokens, self._used = [self.tokens[slot] for slot in kept], [self._used[slot] for slot in kept]
-        if old and any(self.tokens):
-            self._spare = ()  # in use by the old blocks, which are read here
-            self._blocks = self._make(old[0], heads=old[0].shape[2], size=old[0].shape[4])
-            for new, block in zip(self._blocks, old, strict=True):
-                new[..., : block.shape[3], :] = block if len(kept) == block.shape[1] else block[:, kept]
+        if not any(self.tokens):
+            self._blocks = []
+        for which in range(len(self._blocks)):  # one after the other: keys and values, old and new at once are twice the cache
+            self._move(which, kept)
 
-    def _make(self, like: Tensor, *, heads: int, size: int) -> tuple[Tensor, Tensor]:
-        """Empty keys and values. On a CPU a head's keys stand by column: one query meets them in a third of the time."""
+    def _move(self, which: int, kept: Sequence[int]) -> None:
+        """Give the keys (0) or values (1) of the slots `kept` memory of the present capacity."""
+        old = self._blocks[which]
+        self._spare[which] = old.new_zeros(0)  # in use by the old block, which is read here
+        new = self._make(which, old, heads=old.shape[2], size=old.shape[4])
+        for slot, source in enumerate(kept):
+            length = len(self.tokens[slot])
+            new[:, slot, :, :length] = old[:, source, :, :length]
+        self._blocks[which] = new
+
+    def _make(self, which: int, like: Tensor, *, heads: int, size: int) -> Tensor:
+        """Empty keys (0) or values (1). On a CPU a head's keys stand by column: one query meets them in a third of the time."""
         shape = self._layers, self.count, heads
         wanted = self._layers * self.count * heads * self.capacity * size
-        if not self._spare or self._spare[0].numel() < wanted:
-            self._spare = ()  # before the new memory is taken
-            self._spare = like.new_zeros(wanted), like.new_zeros(wanted)
-        keys, values = (memory[:wanted] for memory in self._spare)
-        if self.device.type == "cpu":
-            return keys.view(*shape, size, self.capacity).transpose(-1, -2), values.view(*shape, self.capacity, size)
-        return keys.view(*shape, self.capacity, size), values.view(*shape, self.capacity, size)
+        if self._spare[which].numel() < wanted:
+            self._spare[which] = like.new_zeros(0)  # before the new memory is taken
+            self._spare[which] = like.new_zeros(wanted)
+        memory = self._spare[which][:wanted]
+        if self.device.type == "cpu" and which == 0:
+            return memory.view(*shape, size, self.capacity).transpose(-1, -2)
+        return memory.view(*shape, self.capacity, size)
 
     def aim(self, rows: slice | Tensor, positions: Tensor, width: int) -> None:
         """Where the next forward pass writes, positions (B, T) of slots `rows` (B), and how many keys it reads."""
         self._rows, self._positions, self._width = rows, positions, width
+        index = torch.arange(rows.start, rows.stop, device=self.device) if isinstance(rows, slice) else rows
+        self._index = index[:, None]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """transformers' hook: stores (B, K, T, D) and returns all keys and values of these rows, (B, K, width, D)."""
         if not self._blocks:
-            self._blocks = self._make(key_states, heads=key_states.shape[1], size=key_states.shape[3])
+            self._spare = self._spare or [key_states.new_zeros(0), key_states.new_zeros(0)]
+            self._blocks = [self._make(which, key_states, heads=key_states.shape[1], size=key_states.shape[3]) for which in (0, 1)]
         keys, values = (block[layer_idx] for block in self._blocks)
-        rows = torch.arange(self._rows.start, self._rows.stop, device=self.device) if isinstance(self._rows, slice) else self._rows
-        keys[rows[:, None], :, self._positions] = key_states.transpose(1, 2)
-        values[rows[:, None], :, self._positions] = value_states.transpose(1, 2)
+        keys[self._index, :, self._positions] = key_states.transpose(1, 2)
+        values[self._index, :, self._positions] = value_states.transpose(1, 2)
         return keys[self._rows, :, : self._width], values[self._rows, :, : self._width]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

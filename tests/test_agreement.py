@@ -96,7 +96,7 @@ def test_another_temperature_is_seen(policy: Policy) -> None:
 
 
 def test_a_mask_that_shows_the_future_is_seen(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Layout, "mask", lambda _, prefix, width, *__: torch.ones(width, prefix + width, dtype=torch.bool))
+    monkeypatch.setattr(Layout, "bias", lambda _, prefix, width, window, shared, like: like.new_zeros(shared * width, prefix + width))
     found = agreement.agreement(policy, groups(policy), temperature=0.7, pad=tiny.PAD)
     assert found.layout is not None
     assert found.layout > 0.05
@@ -135,8 +135,8 @@ def test_a_run_goes_on_without_a_sampler_that_is_wrong(
     with monkeypatch.context() as patched:
         patched.setattr("minirl.session.open_sampler", lambda policy, chat, *, rows, **_: PlainSampler(policy, chat, rows=rows))
         expected, _ = run(folder, tmp_path, "plain", capsys)
-    kept_mask = Cached.mask
-    monkeypatch.setattr(Cached, "mask", lambda self, _: kept_mask(self, 3))
+    bias = Cached.bias
+    monkeypatch.setattr(Cached, "bias", lambda self, _, *rest: bias(self, 3, *rest))
     rows, shown = run(folder, tmp_path, "broken", capsys)
     assert shown.count("WARNING: the live sampler does not agree with plain rows") == 1
     assert [row["sampled"] for row in rows] == [row["sampled"] for row in expected]

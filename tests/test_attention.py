@@ -173,6 +173,48 @@ def test_different_problems_share_a_system_prompt() -> None:
     assert [b.prefix for bundles in pack(short, 10**6) for b in bundles] == [0]
 
 
+def test_what_cuda_needs_changes_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of biases filled up, keys repeated for every query head. Catches: places behind the last key that are seen, heads in another
+    order, a slice that is copied whole again."""
+    model = loaded(tmp_path, "qwen2")
+    policy, rows = Policy(model.model, model.device, model.dtype), rows_of(Random(0))
+    expected, gradient = both(policy, policy.batches(rows, 300, pad=258))
+    biases: list[Tensor] = []
+    masked = attention._masked
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *rest: Any) -> Tensor:
+        biases.append(mask)
+        return masked(query, key, value, mask, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "row_multiple", lambda device: 8)
+        patch.setattr(attention, "shares_heads", lambda device, dtype: False)
+        patch.setattr(attention, "_masked", watched)
+        found, other = both(policy, policy.batches(rows, 300, pad=258))
+    assert found.keys() == expected.keys()
+    for episode, values in found.items():
+        assert values == pytest.approx(expected[episode], abs=1e-5)
+    torch.testing.assert_close(other, gradient)
+    assert {bias.stride(0) % 8 for bias in biases} == {0}
+    assert any(bias.shape[1] % 8 for bias in biases)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype", "shares"),
+    [
+        ("cuda:0", (7, 5), torch.float16, False),
+        ("cuda:0", (8, 9), torch.bfloat16, True),
+        ("cuda:0", (9, 0), torch.float32, False),
+        ("cpu", None, torch.float32, True),
+    ],
+)
+def test_where_heads_may_share_keys(
+    device: str, capability: Any, dtype: torch.dtype, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention.shares_heads(torch.device(device), dtype) is shares
+
+
 def test_what_is_supported() -> None:
     from transformers import AutoConfig
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from tiny import byte_tokenizer, save_tiny, tiny_model
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from minirl import attention
-from minirl.bench import Options, against_trl, bench, render
+from minirl.bench import Options, against_trl, bench, random_weights, render
 from minirl.bench.ceilings import kv_bytes, matrices_of, products, weight_bytes
 from minirl.bench.generate import Generate, stock
 from minirl.bench.measure import Measurement, Report, Spread, by_turns, peak_bytes, rates
@@ -283,10 +285,10 @@ def test_without_trl_ours_is_measured_alone(opened: Bench, monkeypatch: pytest.M
     monkeypatch.setattr(against_trl, "version", lambda: None)
     lines = measure_steps(opened)
     assert [line.what for line in lines] == ["GRPO step", "R3 step"]
-    assert {line.against for line in lines} == {"not installed: pip install minirl[trl]"}
+    assert {line.against for line in lines} == {"not installed: pip install 'trl>=1.16,<1.17'"}
     assert all(line.theirs is None and line.ratio is None and len(line.ours.values) == 1 for line in lines)
     monkeypatch.setattr(against_trl, "version", lambda: "0.9.1")
-    assert against_trl.missing() == "TRL 0.9.1 installed, expected 1.16.*: pip install minirl[trl]"
+    assert against_trl.missing() == "TRL 0.9.1 installed, expected 1.16.*: pip install 'trl>=1.16,<1.17'"
 
 
 @HAS_TRL
@@ -343,7 +345,34 @@ def test_a_tokenizer_beside_the_configuration_is_taken(tmp_path: Path) -> None:
         json.loads((made / "tokenizer.json").read_text())["model"]["vocab"]
         == json.loads((source / "tokenizer.json").read_text())["model"]["vocab"]
     )
-    assert (made / "model.safetensors").read_bytes() != (source / "model.safetensors").read_bytes()
+    with safe_open(made / "model-00000.safetensors", "pt") as drawn, safe_open(source / "model.safetensors", "pt") as given:
+        name = "model.layers.0.mlp.up_proj.weight"
+        assert drawn.get_tensor(name).shape == given.get_tensor(name).shape
+        assert not torch.equal(drawn.get_tensor(name), given.get_tensor(name))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_random_weights_are_drawn_in_parts(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: weights left out of the index, norms that are drawn, biases that are not zero, an output head drawn beside the embedding
+    that it is tied to, all of the model in memory at once."""
+    monkeypatch.setattr(random_weights, "PART_BYTES", 40_000)
+    config = tmp_path / "shape.json"
+    tiny_model("qwen2", hidden_size=64, intermediate_size=128, vocab_size=400, tie_word_embeddings=tied).config.to_json_file(config)
+    made = write_random_model(str(config), tmp_path / "made", torch.float32, CPU)
+    index = json.loads((made / "model.safetensors.index.json").read_text())["weight_map"]
+    parts = sorted(made.glob("*.safetensors"))
+    assert len(parts) > 3
+    assert {path.name for path in parts} == set(index.values())
+    assert all(path.stat().st_size < 200_000 for path in parts)
+    assert ("lm_head.weight" in index) is not tied
+    model, report = AutoModelForCausalLM.from_pretrained(made, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    layer, embedding = model.model.layers[0], model.model.embed_tokens.weight
+    assert (model.lm_head.weight is embedding) is tied
+    for weight in (embedding, layer.mlp.up_proj.weight, model.lm_head.weight):
+        assert float(weight.detach().std()) == pytest.approx(model.config.initializer_range, rel=0.05)
+    assert set(layer.input_layernorm.weight.tolist()) == {1.0}
+    assert set(layer.self_attn.q_proj.bias.tolist()) == {0.0}
 
 
 @pytest.mark.parametrize(
@@ -401,7 +430,7 @@ def test_the_command_writes_every_number(folder: Path, tmp_path: Path, monkeypat
         assert (row["ratio"] is None) == (row["theirs"] is None)
         if row["theirs"]:
             assert row["ratio"] == pytest.approx(row["ours"]["median"] / row["theirs"]["median"])
-    assert "not installed: pip install minirl[trl]" in {row["against"] for row in lines}
+    assert "not installed: pip install 'trl>=1.16,<1.17'" in {row["against"] for row in lines}
     assert "single turn, 8 new" in result.stdout
 
 

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import TASK, Cli, Outcome, Start, minirl, recipe
+from typer.testing import CliRunner
 
 from minirl import recipe as recipes
+from minirl.cli import app
 from minirl.rundir import Run
 
 SINGLE = {"kind": "train", "method": "single", "steps": 1, "group": 2, "batch": 2}
@@ -276,3 +279,53 @@ def test_python_dash_m(start: Start, tmp_path: Path) -> None:
     for command in ("run", "eval", "report"):
         assert f" {command} " in outcome.out
     refused(start(as_module, "report", str(tmp_path)).wait(), "no recipe.yaml")
+
+
+def test_either_part_of_a_recipe_can_be_had_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = recipe(tmp_path / "r.yaml", Path("some/model"), [SINGLE], on_cpu={"seed": 3})
+    for has_gpu in (False, True):
+        monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
+        for flags, seed in ((["--cpu"], 3), (["--gpu"], 0), ([], 0 if has_gpu else 3)):
+            found = CliRunner().invoke(app, ["run", str(path), "--dry", *flags])
+            assert found.exit_code == 0
+            assert f"\nplan: some/model on countdown, seed {seed}\n" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("visible", "cuda", "said"),
+    [
+        (None, "13.0", "# WARNING: an NVIDIA driver (550.54.15) is here, but torch 9.9, built for CUDA 13.0, sees no GPU"),
+        ("0", None, "# WARNING: an NVIDIA driver (550.54.15) is here, but torch 9.9, built without CUDA, sees no GPU"),
+        ("", "13.0", ""),
+        ("-1", "13.0", ""),
+    ],
+)
+def test_a_gpu_that_torch_does_not_see(
+    visible: str | None, cuda: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: hours on a CPU beside an idle GPU and nothing said; a warning to somebody who hides the GPU on purpose."""
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version:  12.2.0\n")
+    monkeypatch.setattr("minirl.cli.DRIVER", driver)
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setattr("torch.__version__", "9.9")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = CliRunner().invoke(app, ["run", str(recipe(tmp_path / "r.yaml", Path("some/model"), [SINGLE])), "--dry"])
+    assert found.exit_code == 0
+    assert found.stderr.startswith(said)
+    assert found.stderr.count("\n") == bool(said)
+
+
+def test_out_of_memory_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr("minirl.train.train", fail)
+    path = recipe(tmp_path / "r.yaml", Path("some/model"), [SINGLE])
+    found = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "run")])
+    refused(
+        Outcome(found.exit_code, found.stdout, found.stderr), "lower sampling.rows", "(CUDA out of memory. Tried to allocate 2.00 GiB.)"
+    )

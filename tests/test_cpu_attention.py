@@ -36,7 +36,7 @@ def test_values_and_gradients_are_those_of_softmax_attention(
     inputs, (_, _, queries, keys, _) = tensors(shape), shape
     mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
     doubles = [x.detach().double().requires_grad_() for x in inputs]
-    found, wanted = cpu_attention.attention(*inputs, mask, 0.3), reference(*doubles, mask, 0.3)
+    found, wanted = cpu_attention.attention(*inputs, cpu_attention.bias(mask, torch.bfloat16), 0.3), reference(*doubles, mask, 0.3)
     grad = torch.randn(found.shape).bfloat16()
     found.backward(grad)
     wanted.backward(grad.double())
@@ -56,7 +56,8 @@ def test_it_is_about_as_far_from_float64_as_the_library_s_kernel() -> None:
     for ours in (True, False):
         for x in inputs:
             x.grad = None
-        out = cpu_attention.attention(*inputs, mask, 32**-0.5) if ours else torch.nn.functional.scaled_dot_product_attention(*inputs, mask)
+        bias = cpu_attention.bias(mask, torch.bfloat16)
+        out = cpu_attention.attention(*inputs, bias, 32**-0.5) if ours else torch.nn.functional.scaled_dot_product_attention(*inputs, mask)
         out.sum().backward()
         errors.append([error(x.grad, d.grad) for x, d in zip(inputs, doubles, strict=True) if x.grad is not None and d.grad is not None])
     assert all(mine < 2.5 * theirs for mine, theirs in zip(*errors, strict=True)), errors  # of some 0.2 %: half a bf16 step
@@ -66,7 +67,7 @@ def test_what_is_hidden_gets_no_gradient_at_all() -> None:
     query, key, value = tensors((2, 2, 4, 9, 8))
     mask = torch.ones(4, 9, dtype=torch.bool)
     mask[:, 5:] = False
-    cpu_attention.attention(query, key, value, mask, 0.5).sum().backward()
+    cpu_attention.attention(query, key, value, cpu_attention.bias(mask, torch.bfloat16), 0.5).sum().backward()
     assert key.grad is not None
     assert value.grad is not None
     assert not key.grad[:, :, 5:].any()

@@ -528,7 +528,9 @@ def many() -> list[Group]:
     return [group(10 + i, 1.0, 0.0, 0.5, 0.0, prompt=10) for i in range(8)]  # some 700 tokens before the retries
 
 
-def test_out_of_memory_halves_the_micro_batch_for_good(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_halves_the_micro_batch_for_good(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Catches: no retry, no lasting halving, what was summed before the failure counted twice (gradient or means)."""
     whole = open_learner(policy, micro_tokens=100_000).update(many())
     expected = gradient(policy)
@@ -538,6 +540,7 @@ def test_out_of_memory_halves_the_micro_batch_for_good(policy: Policy, monkeypat
     stats = learner.update(many())
     assert [size > 256 for size in calls[:3]].count(True) >= 1
     assert learner.micro_tokens == 256
+    assert "micro-batches of at most 256 tokens from here on (learner.micro_tokens was 1024)" in caplog.text
     assert distance(gradient(policy), expected) < 1e-6
     assert stats["trained_tokens"] == whole["trained_tokens"]
     assert stats["loss"] == pytest.approx(whole["loss"], rel=1e-5, abs=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def test_unknown_keys_at_every_level(changes: dict[str, Any], path: str, got: st
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": "m"}, "model: Input should be a valid dictionary or instance of Model (got 'm')"),
+        ({"model": "m"}, "model: expected a mapping, e.g. {key: value} (got 'm')"),
         ({"model": {"name": 3}}, "model.name: Input should be a valid string (got '3')"),
         ({"model": {"lora": {"rank": 0}}}, "model.lora.rank: Input should be greater than 0 (got '0')"),
         ({"model": {"lora": {"rank": 1.5}}}, "model.lora.rank: Input should be a valid integer"),
@@ -80,8 +81,8 @@ def test_unknown_keys_at_every_level(changes: dict[str, Any], path: str, got: st
         ({"task": {"numbers": [3, "x"]}}, "task.numbers[1]: Input should be a valid integer"),
         ({"task": {"train": "many"}}, "task.train: Input should be a valid integer"),
         ({"stages": []}, "stages: Tuple should have at least 1 item"),
-        ({"stages": 5}, "stages: Input should be a valid tuple (got '5')"),
-        ({"stages": [5]}, "stages[0]: Input should be a valid dictionary"),
+        ({"stages": 5}, "stages: expected a list, e.g. [value] (got '5')"),
+        ({"stages": [5]}, "stages[0]: expected a mapping, e.g. {key: value}"),
         ({"stages": [{"method": "single", "steps": 1}]}, "stages[0].kind: Field required"),
         ({"stages": [{"kind": "trian"}]}, "stages[0].kind: got 'trian', expected one of 'collect', 'filter', 'train'"),
         ({"stages": [{"kind": "train", "method": "single"}]}, "stages[0].steps: Field required"),
@@ -274,7 +275,7 @@ def test_a_mistake_in_on_cpu_is_found_on_every_machine(tmp_path: Path, on_cpu: b
         ("[" * 1000, "not valid YAML"),
         ("", "got NoneType, expected a mapping with the keys model, task, stages"),
         ("- model", "got list, expected a mapping"),
-        ("model: &m [*m]", "model: Input should be a valid dictionary"),
+        ("model: &m [*m]", "model: expected a mapping"),
     ],
 )
 def test_yaml_that_is_no_recipe(tmp_path: Path, text: str, said: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -351,3 +352,58 @@ def _nodes() -> Iterator[type[recipe.Frozen]]:
 def test_every_number_is_documented_where_it_is_defined(node: type[recipe.Frozen]) -> None:
     assert node.__doc__
     assert [name for name, field in node.model_fields.items() if not (field.description or "").strip()] == []
+
+
+@pytest.mark.parametrize(
+    "overrides", [["task.name=gsm8k"], ["task.name=gsm8k", "task.source=a.json"], ["task.source=b.json", "task.name=gsm8k"]]
+)
+def test_another_task_by_its_name_alone(tmp_path: Path, overrides: list[str]) -> None:
+    path = saved(tmp_path, yaml.safe_dump(data(task={"name": "countdown", "operators": "+-"})))
+    with pytest.raises(
+        UserError, match=r"unknown key 'operators'; .*write --set 'task={name: gsm8k}' to leave out the other keys of task c"
+    ):
+        load(path, overrides)
+    assert load(path, ["task={name: gsm8k}"]).task.name == "gsm8k"
+    assert load(path, ["task.name=countdown"]).task.name == "countdown"
+
+
+def test_another_task_never_reads_the_files_of_the_first(tmp_path: Path) -> None:
+    """Catches: SVAMP's rows trained on under the name of GSM8K, and nothing said."""
+    path = saved(tmp_path, yaml.safe_dump(data(task={"name": "svamp", "source": "svamp.json", "held_out": 7})))
+    with pytest.raises(UserError, match=r"--set task.name=gsm8k: task.source is still 'svamp.json'; write --set 'task={name: gsm8k}'"):
+        load(path, ["task.name=gsm8k"])
+    node = load(path, ["task.name=gsm8k", "task.source=gsm8k.json"]).task
+    assert (node.name, node.source, node.held_out) == ("gsm8k", "gsm8k.json", 7)
+    resolved = saved(
+        tmp_path, load(saved(tmp_path, yaml.safe_dump(data(task={"name": "hotpotqa"}, stages=[TRAIN | {"method": "search"}])))).dump()
+    )
+    assert load(resolved, ["task.name=bamboogle"]).task.name == "bamboogle", "both read the hub, each its own set"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("task=countdown", "task: expected a mapping, e.g. {key: value} (got 'countdown')"),
+        ("model.lora=8", "model.lora: expected a mapping, e.g. {key: value} (got '8')"),
+        ("track=wandb", "track: expected a list, e.g. [value] (got 'wandb')"),
+        ("task.numbers=3", "task.numbers: expected a list, e.g. [value] (got '3')"),
+        ("sampling.top_p=0.9", "sampling: unknown key 'top_p'; expected one of temperature, attempt_tokens"),
+    ],
+)
+def test_types_in_the_words_of_yaml(tmp_path: Path, change: str, said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        load(saved(tmp_path, yaml.safe_dump(data())), [change])
+
+
+@pytest.mark.parametrize("loss", ["dapo", "reinforce", "ppo"])
+def test_another_loss_by_its_name_alone_is_that_loss(loss: str) -> None:
+    """Catches: a number of one loss written out in a recipe, which stays when another is asked for."""
+    path = ROOT / "recipes/grpo_countdown.yaml"
+    for stage, on_cpu in ((0, False), (1, True)):
+        before, after = (load(path, change, on_cpu=on_cpu).stages[stage] for change in ([], [f"stages.{stage}.learner.loss={loss}"]))
+        assert isinstance(before, recipe.Train)
+        assert isinstance(after, recipe.Train)
+        own = recipe.Learner.model_validate({"loss": loss})
+        changed = {name for name in recipe.Learner.model_fields if getattr(before.learner, name) != getattr(after.learner, name)}
+        assert after.learner.beta == own.beta != before.learner.beta
+        assert all(getattr(after.learner, name) == getattr(own, name) for name in changed)

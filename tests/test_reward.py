@@ -99,6 +99,31 @@ def test_it_learns_from_float32_masters_whatever_it_computes_in(
     assert {p.dtype for p in model.loaded.model.parameters() if p.requires_grad} == {torch.float32}
 
 
+def test_a_gradient_that_overflows_is_dropped(node: recipes.Model, adapter: dict[str, torch.Tensor]) -> None:
+    """Catches: infinity clipped to NaN, which is in the weights for good after one step."""
+    model = RewardModel.fresh(node, adapter, 0, CPU)
+    weight, calls = next(p for p in model.loaded.model.parameters() if p.requires_grad), []
+
+    def overflow(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return gradient / 0.0 if len(calls) == 3 else gradient
+
+    weight.register_hook(overflow)
+    facts = model.fit(samples(160, 1), samples(60, 2), NODE, 0, lambda row: None, lambda: False)
+    assert len(calls) > 3
+    assert facts is not None
+    assert facts["auc"] == 1.0
+    assert all(bool(p.isfinite().all()) for p in model.loaded.model.parameters())
+
+
+def test_it_learns_the_same_with_gradient_checkpointing(
+    node: recipes.Model, adapter: dict[str, torch.Tensor], trained: tuple[RewardModel, list[dict[str, float]]]
+) -> None:
+    model, logged = fitted(node.model_copy(update={"gradient_checkpointing": True}), adapter)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.loaded.model.modules())
+    assert [row["loss"] for row in logged] == pytest.approx([row["loss"] for row in trained[1]], rel=1e-4)
+
+
 def test_equal_runs_are_equal_bit_for_bit(
     node: recipes.Model, adapter: dict[str, torch.Tensor], trained: tuple[RewardModel, list[dict[str, float]]]
 ) -> None:

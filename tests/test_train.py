@@ -16,11 +16,14 @@ import yaml
 from conftest import Cli, Job, Start, minirl, recipe
 from safetensors.torch import load_file, save_file
 
+from minirl import recipe as recipes
 from minirl.chart import CURVES
 from minirl.episode import Episode, Problem, Turn
+from minirl.errors import UserError
 from minirl.files import read_rows
 from minirl.metrics import SCORES
 from minirl.recipe import Collect
+from minirl.rundir import Run
 from minirl.statistics import summarise
 from minirl.train import _keep
 
@@ -310,6 +313,21 @@ def test_a_run_is_not_taken_up_with_other_weights(start: Start, cli: Cli, tiny: 
     assert f"{tmp_path / 'run'}: {model} has other weights here (got " in outcome.err
 
 
+def test_a_run_is_not_taken_up_in_another_dtype(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    """What `auto` finds differs from GPU to GPU. Catches: weights that differ by rounding alone told as other weights."""
+    path, folder = recipe(tmp_path / "r.yaml", tiny, [SINGLE | {"steps": 1}]), tmp_path / "run"
+    assert cli("run", path, "--out", folder).code == 0
+    known = json.loads((folder / "model.json").read_text())
+    run = Run.open(folder, recipes.load(path))
+    with run:
+        run.check_model(known["weights"], known["dtype"])
+        with pytest.raises(UserError, match=rf"computes in other, expected {known['dtype']}, in which the run began"):
+            run.check_model("digest of the same weights, rounded otherwise", "other")
+        with pytest.raises(UserError, match="has other weights here"):
+            run.check_model("digest of others", known["dtype"])
+    assert json.loads((folder / "model.json").read_text()) == known
+
+
 def test_every_loss_trains(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     """One run of plain single-attempt stages, one for each preset of the loss."""
     losses = ["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce"]
@@ -396,7 +414,7 @@ def test_missing_tracker_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> Non
 
 def test_tensorboard_gets_the_metrics(start: Start, cli: Cli, tiny: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("tensorboard") is None:
-        pytest.skip("tensorboard is not installed; it comes with the extra minirl[tensorboard]")
+        pytest.skip("tensorboard is not installed; it comes with the extra tensorboard")
     path = recipe(tmp_path / "r.yaml", tiny, [SINGLE, SINGLE | {"learner": {"loss": "rloo"}}], track=["tensorboard"])
     outcome = cli("run", path, "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err

@@ -30,6 +30,7 @@ from minirl.episode import Episode
 from minirl.rollout import Sampler
 
 WANTED = "1.16."
+INSTALL = "pip install 'trl>=1.16,<1.17'"
 Runs = list[tuple[float, float]]
 
 
@@ -45,8 +46,8 @@ def missing() -> str:
     """Why there is no TRL to measure against; empty where there is."""
     found = version()
     if found is None:
-        return "not installed: pip install minirl[trl]"
-    return "" if found.startswith(WANTED) else f"TRL {found} installed, expected {WANTED}*: pip install minirl[trl]"
+        return f"not installed: {INSTALL}"
+    return "" if found.startswith(WANTED) else f"TRL {found} installed, expected {WANTED}*: {INSTALL}"
 
 
 def by_turns_with_trl(

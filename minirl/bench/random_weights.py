@@ -6,18 +6,22 @@ real thing. What it says is noise.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minirl.adapter import LOAD_ERRORS
 from minirl.embedded import quiet
 from minirl.errors import UserError
 from minirl.hub import hub_answers
 
+PART_BYTES = 2 * 10**9  # of weights in one file, and so in the CPU's memory at once
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -37,15 +41,49 @@ def write_random_model(source: str, folder: Path, dtype: torch.dtype, device: to
         raise UserError(f"--random-weights: {source}: no such file or folder, and the hub does not answer; give a local config.json")
     try:
         config = AutoConfig.from_pretrained(str(path) if local else source, trust_remote_code=False)
-        # Drawn on the device: billions of normal numbers take minutes on a CPU.
-        with torch.device(device):
+        with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except LOAD_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"--random-weights: {source}: not the configuration of a causal language model ({reason})") from error
-    model.save_pretrained(folder)
+    _write_weights(model, folder, device)
     _tokenizer(str(path.parent if path.is_file() else path) if local else source).save_pretrained(folder)
     return folder
+
+
+def _write_weights(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
+    """Draw a model without memory layer by layer, and write it in parts: as a whole it may be larger than the GPU, or what the CPU has.
+
+    Drawn on `device`: billions of normal numbers take minutes on a CPU.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    places: dict[str, str] = {}
+    part: dict[str, Tensor] = {}
+    tied: list[Tensor] = []  # what has been written: held, so that no other tensor is taken for it
+
+    def close() -> None:
+        file = f"model-{len(set(places.values())):05}.safetensors"
+        save_file(part, folder / file, metadata={"format": "pt"})
+        places.update(dict.fromkeys(part, file))
+        part.clear()
+
+    for prefix, module in model.named_modules():
+        own = {name: p for name, p in module.named_parameters(recurse=False) if not any(p is other for other in tied)}
+        if own:
+            tied += own.values()
+            module.to_empty(device=device, recurse=False)
+            model._init_weights(module)
+            part |= {f"{prefix}.{name}".lstrip("."): getattr(module, name).detach().cpu() for name in own}
+            module.to_empty(device="meta", recurse=False)
+        if sum(tensor.nbytes for tensor in part.values()) > PART_BYTES:
+            close()
+    if part:
+        close()
+    sizes = {"metadata": {"total_size": sum((folder / file).stat().st_size for file in set(places.values()))}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(sizes, indent=1) + "\n")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
 
 
 def _tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -55,6 +55,7 @@ def our_step(bench: Bench, episodes: Callable[[Bench, Sampler], list[Episode]]) 
     def step() -> float:
         sampler.reset()
         groups = regroup(episodes(bench, sampler), bench.sizes.group)
+        sampler.reset()  # as a session does: on a GPU the cache's memory is the learner's now
         stats = learner.update(groups)
         if stats["dead"] or stats["trained_tokens"] != bench.sizes.rows * bench.sizes.new_tokens:
             raise RuntimeError(f"expected {bench.sizes.rows} completions of {bench.sizes.new_tokens} trained tokens, got {stats}")

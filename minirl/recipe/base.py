@@ -24,6 +24,7 @@ class Frozen(BaseModel):
         if isinstance(data, Mapping):
             for key in data:
                 if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)
-                    raise ValueError(f"unknown key {str(key)!r}; the nearest known key is {near[0]!r}")
+                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                    hint = f"the nearest known key is {near[0]!r}" if near else f"expected one of {', '.join(cls.model_fields)}"
+                    raise ValueError(f"unknown key {str(key)!r}; {hint}")
         return data

@@ -12,6 +12,12 @@ from pydantic import ValidationError
 from minirl.errors import UserError
 from minirl.recipe.tree import Recipe
 
+# pydantic's words for what YAML calls otherwise.
+EXPECTED = {
+    **dict.fromkeys(("model_type", "dict_type", "model_attributes_type"), "expected a mapping, e.g. {key: value}"),
+    **dict.fromkeys(("tuple_type", "list_type"), "expected a list, e.g. [value]"),
+}
+
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, on_cpu: bool = False) -> Recipe:
     """Read a recipe, lay `on_cpu` over it where asked, then the `a.b=value` overrides.
@@ -34,9 +40,15 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, on_cpu: bool = Fals
         # Also where it is not used: a mistake in it would else come out on another machine.
         parse(laid_over, f"{path} with on_cpu")
         data = laid_over if on_cpu else data
+    changed: Mapping[str, Any] = data
     for text in overrides:
-        data = override(data, text)
-    return parse(data, str(path))
+        changed = override(changed, text)
+    named = {text.partition("=")[0].strip() for text in overrides}
+    hint = None if "task" in named else _renamed(data.get("task"), changed.get("task"), named)
+    try:
+        return parse(changed, str(path))
+    except UserError as error:
+        raise UserError(f"{error}; {hint}" if hint else str(error)) from error
 
 
 def parse(data: Mapping[str, Any], where: str) -> Recipe:
@@ -66,6 +78,21 @@ def override(data: Mapping[str, Any], text: str) -> dict[str, Any]:
         return changed
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--set {text}: the value is not valid YAML ({error})") from error
+
+
+def _renamed(before: Any, after: Any, named: set[str]) -> str | None:
+    """What to do about the other keys of a task that got another name; UserError where it would read the old one's files.
+
+    named: the paths that were set.
+    """
+    if not (isinstance(before, Mapping) and isinstance(after, Mapping)) or before.get("name") == after.get("name"):
+        return None
+    hint = f"write --set 'task={{name: {after['name']}}}' to leave out the other keys of task {before.get('name')}, or set them too"
+    for key in ("source", "test_source"):
+        if before.get(key) is not None and f"task.{key}" not in named:
+            # Its rows would be read as the other task's, and be wrong without a word.
+            raise UserError(f"--set task.name={after['name']}: task.{key} is still {before[key]!r}; {hint}")
+    return hint
 
 
 class _Loader(yaml.SafeLoader):
@@ -111,7 +138,7 @@ def _explain(error: ValidationError, data: Any) -> str:
         elif not (isinstance(node, Mapping) and key not in node and key in (node.get("kind"), node.get("name"))):
             path += f".{key}" if path else str(key)
             node = node.get(key) if isinstance(node, Mapping) else None
-    message = first["msg"].removeprefix("Value error, ")
+    message = EXPECTED.get(first["type"], first["msg"].removeprefix("Value error, "))
     got = "" if first["type"] in ("missing", "value_error") else f" (got {str(first['input'])[:80]!r})"
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         context = first["ctx"]

@@ -42,7 +42,7 @@ SLACK_S = 5.0  # what the helper may take beyond that, on a loaded machine
 ENOUGH = 0.8  # the share of its time, in CPU seconds, that a program must have had before a time-out is its own
 PATIENCE = 10  # how many times the wall-clock limit a second run has, in which CPU seconds decide
 START_S = 60.0
-INSTALL = "install it with `pip install 'minirl[programs]'`"
+INSTALL = "install it with `pip install 'pydantic-monty>=1.4,<2'`"
 
 # What Monty runs. The program has a namespace of its own, so it cannot rename what this text uses, and whatever it returns or raises
 # leaves as a short string. An exception that a program cannot catch (time, memory) is not caught here either.

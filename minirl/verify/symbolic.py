@@ -32,7 +32,7 @@ START_S = 60.0  # the first import of sympy on a slow disk
 MEMORY_BYTES = 1 << 30
 MAX_REPLY = 1000  # bytes
 READY = "ready"
-_TODO = "run `pip install 'minirl[maths]'` or set it to false"
+_TODO = "run `pip install 'math-verify>=0.9'` or set it to false"
 # No letters but these commands, so nothing but a number can be meant; no numbers and no powers that take long to write out.
 _COMMANDS = re.compile(r"\\(?:[dt]?frac|sqrt|pi|cdot|times|left|right)(?![a-zA-Z])|\\[,;! ]")
 _ALLOWED = re.compile(r"[0-9+\-*/^().\[\]{} ]*")
