@@ -374,10 +374,11 @@ def test_another_task_never_reads_the_files_of_the_first(tmp_path: Path) -> None
         load(path, ["task.name=gsm8k"])
     node = load(path, ["task.name=gsm8k", "task.source=gsm8k.json"]).task
     assert (node.name, node.source, node.held_out) == ("gsm8k", "gsm8k.json", 7)
-    resolved = saved(
-        tmp_path, load(saved(tmp_path, yaml.safe_dump(data(task={"name": "hotpotqa"}, stages=[TRAIN | {"method": "search"}])))).dump()
-    )
-    assert load(resolved, ["task.name=bamboogle"]).task.name == "bamboogle", "both read the hub, each its own set"
+    qa = data(task={"name": "hotpotqa"}, stages=[TRAIN | {"method": "search"}])
+    assert load(saved(tmp_path, yaml.safe_dump(qa)), ["task.name=bamboogle"]).task.name == "bamboogle", "each reads its own set"
+    resolved = load(saved(tmp_path, yaml.safe_dump(qa))).dump()  # names the set
+    with pytest.raises(UserError, match="task.source is still 'hotpotqa/hotpot_qa"):
+        load(saved(tmp_path, resolved), ["task.name=bamboogle"])
 
 
 @pytest.mark.parametrize(
