@@ -377,7 +377,7 @@ def test_another_task_never_reads_the_files_of_the_first(tmp_path: Path) -> None
     qa = data(task={"name": "hotpotqa"}, stages=[TRAIN | {"method": "search"}])
     assert load(saved(tmp_path, yaml.safe_dump(qa)), ["task.name=bamboogle"]).task.name == "bamboogle", "each reads its own set"
     resolved = load(saved(tmp_path, yaml.safe_dump(qa))).dump()  # names the set
-    with pytest.raises(UserError, match="task.source is still 'hotpotqa/hotpot_qa"):
+    with pytest.raises(UserError, match=r"task.source is still 'hotpotqa/hotpot_qa"):
         load(saved(tmp_path, resolved), ["task.name=bamboogle"])
 
 
