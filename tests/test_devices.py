@@ -1,0 +1,143 @@
+"""What a GPU would refuse or wait for, found without one: the engine on torch's `meta` device.
+
+A tensor of another device raises there as it does on a GPU, and so does reading a value back, which on a GPU waits for all that was asked.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import save_tiny
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minirl import models, recipe
+from minirl.attention import Cached
+from minirl.batch import Row, collate, pack
+from minirl.decode import Decoder
+from minirl.lora import FixedLora
+from minirl.objective import Sums, objective
+from minirl.policy import Policy
+from minirl.sampling import pick
+from minirl.slots import Slots
+
+META = torch.device("meta")
+VIEWS = (
+    "view",
+    "transpose",
+    "unsqueeze",
+    "expand",
+    "slice",
+    "select",
+    "detach",
+    "permute",
+    "::t",
+    "split",
+    "alias",
+    "squeeze",
+    "as_strided",
+)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations inside it that are no mere views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        self.count += not any(name in function.name() for name in VIEWS)
+        return function(*args, **(kwargs or {}))
+
+
+def policy_on_meta(folder: Path, **overrides: Any) -> Policy:
+    save_tiny(folder, "qwen2", **overrides)
+    loaded = models.load_model(recipe.Model(name=str(folder), dtype="fp16"), 0, torch.device("cpu"))
+    return Policy(loaded.model.to(META), META, loaded.dtype)
+
+
+def slots_of(policy: Policy, count: int, budget_tokens: int | None = None) -> Slots:
+    return Slots(policy.model.get_base_model().config.num_hidden_layers, count, META, budget_tokens)
+
+
+def prefill(policy: Policy, slots: Slots, rows: int, length: int) -> Tensor:
+    positions = torch.arange(length, device=META).expand(rows, -1).clone()
+    slots.aim(torch.arange(rows, device=META), positions, length)
+    return policy.hidden(torch.zeros(rows, length, dtype=torch.int64, device=META), positions, Cached(positions, length), cache=slots)
+
+
+def rows_of_a_group() -> list[Row]:
+    shared, mask = tuple(range(20)), (False,) * 20
+    return [Row((*shared, *range(i, 2 * i)), (*mask, *(True,) * i), (0.0,) * (20 + i), 1.0, 0.1, i, 0) for i in (5, 6, 9)]
+
+
+@torch.no_grad()
+def test_sampling_stays_on_its_device(tmp_path: Path) -> None:
+    policy = policy_on_meta(tmp_path)
+    slots = slots_of(policy, 6)
+    slots.reserve(40, 0)
+    with FixedLora(policy.model, 6):
+        assert prefill(policy, slots, 3, 16).shape[:2] == (3, 16)
+        logits = Decoder(policy, slots)([1, 2, 3], [16, 15, 16])
+        chosen, logprobs = pick(logits, [1.0] * 3, torch.rand(3, device=META))
+        slots.tokens[0], slots.tokens[3] = [1] * 16, [1] * 9
+        slots.copy(0, 3, 9)
+        slots.swap(0, 3)
+        slots.reserve(100, 4)
+        assert Decoder(policy, slots)([1] * 4, [90, 91, 92, 93]).shape == logits[:1].expand(4, -1).shape
+    assert {chosen.device, logprobs.device, logits.device, *(block.device for block in slots._blocks)} == {META}
+
+
+@torch.no_grad()
+def test_a_step_of_decoding_is_few_kernels(tmp_path: Path) -> None:
+    """A GPU waits for its host while these are launched, in every layer, for every token. Counted with a CPU's norms and attention spelled
+    out. Catches: masks made again in every layer, factors cast again at every token."""
+    counts = []
+    for layers in (2, 3):
+        policy = policy_on_meta(tmp_path / str(layers), num_hidden_layers=layers)
+        slots = slots_of(policy, 4)
+        slots.reserve(40, 0)
+        with FixedLora(policy.model, 4):
+            prefill(policy, slots, 4, 16)
+            with Kernels() as kernels:
+                Decoder(policy, slots)([1] * 4, [16] * 4)
+        counts.append(kernels.count)
+    assert counts[1] - counts[0] <= 66
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo"])  # what gspo needs (unique) has no shape before it is computed
+def test_learning_stays_on_its_device(loss: str, tmp_path: Path) -> None:
+    policy = policy_on_meta(tmp_path)
+    node = recipe.Learner.model_validate({"loss": loss, "entropy": 0.01})
+    (bundles,) = pack(rows_of_a_group(), 10**6)
+    policy.freeze_reference()
+    policy.model.train()
+    batch = collate(bundles, META)
+    objective(policy, node, batch, Sums.zero(META), temperature=0.9, experience=None, measure_mismatch=True).backward()
+    assert {(p.grad.device, p.grad.dtype) for p in policy.trainable.values() if p.grad is not None} == {(META, torch.float32)}
+
+
+@torch.no_grad()
+def test_a_growing_cache_is_never_there_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old keys are let go before new values are made. Catches: a T4 that runs out of memory when a longer prompt comes."""
+    policy = policy_on_meta(tmp_path)
+    slots = slots_of(policy, 6, budget_tokens=700)
+    slots.reserve(100, 0)
+    prefill(policy, slots, 3, 16)
+    slots.tokens[:2] = [[1] * 16, [1] * 16]
+    keys, make, seen = weakref.ref(slots._blocks[0].untyped_storage()), slots._make, []
+
+    def watched(which: int, like: Tensor, *, heads: int, size: int) -> Tensor:
+        seen.append((which, keys() is None))
+        return make(which, like, heads=heads, size=size)
+
+    monkeypatch.setattr(slots, "_make", watched)
+    slots.reserve(200, 2)
+    assert (slots.count, slots.capacity) == (2, 256)
+    assert seen == [(0, False), (1, True)]
