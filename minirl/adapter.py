@@ -47,12 +47,19 @@ def fresh_adapter(base: PreTrainedModel, node: recipe.Model, seed: int, **more: 
             raise UserError(f"model.lora.targets: got {targets!r}, expected all-linear or some of {', '.join(known)}") from error
 
 
+def check_adapter(node: recipe.Model) -> None:
+    """Raises UserError where the recipe starts from an adapter that is not there."""
+    for file in ("adapter_config.json", "adapter_model.safetensors") if node.adapter is not None else ():
+        if not (folder := Path(str(node.adapter)).expanduser()).joinpath(file).is_file():
+            raise UserError(
+                f"model.adapter: {folder} has no {file}, expected a folder that peft saved; check the path, or run the recipe that makes it"
+            )
+
+
 def start_from(model: PeftModel, node: recipe.Model) -> None:
     """Load the adapter of a folder into the fresh one. Its rank, alpha and targets must be the recipe's: there a run's numbers stand."""
+    check_adapter(node)
     folder, lora = Path(str(node.adapter)).expanduser(), node.lora
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / file).is_file():
-            raise UserError(f"model.adapter: {folder} has no {file}, expected a folder that peft saved; check the path")
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         rank, alpha = config.get("r"), config.get("lora_alpha")

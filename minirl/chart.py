@@ -11,7 +11,8 @@ from itertools import groupby, pairwise
 from math import ceil, floor, isfinite, log10
 from typing import Any
 
-from minirl.statistics import Interval, summarise
+from minirl.evaluations import summarise
+from minirl.statistics import Interval
 
 Rows = Sequence[Mapping[str, Any]]
 Point = tuple[float, float]

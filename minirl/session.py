@@ -25,6 +25,7 @@ from minirl.agreement import agreement
 from minirl.chat import Chat
 from minirl.episode import Episode, Group, Problem
 from minirl.evaluate import evaluate as evaluate_problems
+from minirl.evaluations import summarise
 from minirl.plain import PlainSampler
 from minirl.policy import Policy
 from minirl.progress import Progress
@@ -32,7 +33,6 @@ from minirl.rollout import Play, Talk, play
 from minirl.rundir import Run
 from minirl.sampler import LiveSampler, open_sampler
 from minirl.speakers import Voices
-from minirl.statistics import summarise
 from minirl.tasks import Task, open_task
 
 _NOTHING = object()  # fills a share that is shorter than the others

@@ -16,6 +16,7 @@ from minirl import models, recipe
 from minirl.chat import Chat
 from minirl.errors import UserError
 from minirl.evaluate import evaluate
+from minirl.evaluations import COUNTS, pool, summarise
 from minirl.files import read_rows
 from minirl.judge import Judge
 from minirl.plain import PlainSampler
@@ -27,7 +28,7 @@ from minirl.rundir import add_later_eval
 from minirl.sampler import LiveSampler, open_sampler
 from minirl.session import eval_settings, texts
 from minirl.speakers import Voices, answer_judge, verdicts_of
-from minirl.statistics import COUNTS, Interval, pool, summarise
+from minirl.statistics import Interval
 from minirl.tasks import Task, open_task
 
 RECORDED = ("eval.tries", "eval.samples", "eval.temperature", "eval.problems", "eval.vote")
@@ -83,7 +84,7 @@ def evaluate_run(
             f"--rerank: got {node.eval.samples} samples of {node.eval.tries} tries, expected at least 2 samples of one try; add --samples 8"
         )
     with progress or Progress() as shown:
-        rank = None if rerank is None else _reward_model(rerank, node)
+        rank = None if rerank is None else _open_reward_model(rerank, node)
         opened = _open(folder, node, shown, base=base)._replace(rank=rank)
         return _evaluate(opened, node, changed, method, shown, [*["vote"] * node.eval.vote, *([f"rerank {rerank}"] if rerank else [])])
 
@@ -103,7 +104,7 @@ def _evaluated(folder: Path, task: Path | None, overrides: Sequence[str], method
     return load([*([f"eval.temperature={single.sampling.temperature}"] if single.eval.temperature == 0 else []), *overrides])
 
 
-def _reward_model(folder: Path, node: recipe.Recipe) -> RewardModel:
+def _open_reward_model(folder: Path, node: recipe.Recipe) -> RewardModel:
     """That of another run, if it reads the same tokens."""
     theirs = _recipe(folder, (), None).model
     if (theirs.name, theirs.template) != (node.model.name, node.model.template):

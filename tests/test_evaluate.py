@@ -16,10 +16,11 @@ from tiny import byte_tokenizer
 from minirl.chat import Chat
 from minirl.episode import Ask, Episode, Problem, Verdict
 from minirl.evaluate import evaluate
+from minirl.evaluations import summarise
 from minirl.methods.reflect import REFLECT, RETRY
 from minirl.recipe import Eval, Sampling
 from minirl.rollout import seed_of
-from minirl.statistics import summarise, wilson
+from minirl.statistics import wilson
 from minirl.tasks import Task
 from minirl.trial import _evaluated
 

@@ -23,8 +23,8 @@ from minirl.judge import Asker, Case, Opinion, StepCase, StepJudge, parse_step, 
 from minirl.rules import Rules, reader, search_reader
 from minirl.speakers import Voice, answer_judge, step_judge
 from minirl.split import actions
+from minirl.step_scores import rewarded
 from minirl.tasks import Task
-from minirl.trajectories import rewarded
 from minirl.verdicts import Verdicts, key_of
 
 Q = "Ann has 48 clips and sold half. How many?"

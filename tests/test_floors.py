@@ -19,11 +19,12 @@ FLOORS = {
     name: floor
     for floor, names in {
         0: "__init__ errors episode",
-        1: "metrics recipe verify retrieve rows hub files statistics losses optim packed cpu_attention norm allocator calculator",
+        1: "metrics recipe verify retrieve rows hub files statistics evaluations "
+        "losses optim packed cpu_attention norm allocator calculator",
         2: "tasks chat rundir state chart batch attention credit head value lora adapter verdicts split",
         3: "rollout policy models embedded sampling slots report progress",
         4: "methods evaluate judge reward endpoint relay rules filters sampler plain learner agreement decode ppo objective scorer",
-        5: "speakers session trajectories trial train bench",
+        5: "speakers session trajectories filtering step_scores playing collect trial train bench",
         6: "cli __main__",
     }.items()
     for name in names.split()
@@ -33,7 +34,20 @@ LEARN |= {"agreement", "decode", "objective", "ppo", "value", "reward", "sampler
 LEARN |= {"lora", "scorer", "packed", "cpu_attention", "norm", "allocator", "adapter"}
 PLAY = {"metrics", "methods", "judge", "endpoint", "rollout", "tasks", "verify", "retrieve", "evaluate"}
 PLAY |= {"calculator", "relay", "rules", "filters"}
-BOTH = {"speakers", "session", "trajectories", "trial", "bench", "train", "cli", "__main__"}
+BOTH = {
+    "speakers",
+    "session",
+    "trajectories",
+    "filtering",
+    "step_scores",
+    "playing",
+    "collect",
+    "trial",
+    "bench",
+    "train",
+    "cli",
+    "__main__",
+}
 LIGHT = set(FLOORS) - LEARN - BOTH  # the play and record wings, and what they stand on
 HEAVY = {"torch", "accelerate", "peft", "bitsandbytes", "safetensors"}
 

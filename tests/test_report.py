@@ -16,10 +16,10 @@ from minirl import recipe as recipes
 from minirl.chart import ticks as _ticks
 from minirl.episode import Episode, Problem, Turn
 from minirl.errors import UserError
+from minirl.evaluations import compare, summarise
 from minirl.report import write_report
 from minirl.rundir import Run, add_later_eval
 from minirl.state import Position
-from minirl.statistics import compare, summarise
 
 HOSTILE = "</div><script>alert('x')</script><img src=x onerror=alert(1)> ${title} & \x00\x1b[31m \ud800 \u202e done"
 RECIPE = recipes.parse(

@@ -22,6 +22,7 @@ from minirl.chat import Chat
 from minirl.episode import Ask, Completion, Episode, Problem, Verdict
 from minirl.errors import UserError
 from minirl.evaluate import evaluate
+from minirl.evaluations import summarise
 from minirl.files import read_rows
 from minirl.methods import method_of
 from minirl.methods.demonstrate import demonstrate
@@ -34,7 +35,6 @@ from minirl.retrieve import Passage
 from minirl.rollout import Lookup, Play, Talk, play
 from minirl.rundir import LATER
 from minirl.sampler import LiveSampler
-from minirl.statistics import summarise
 from minirl.tasks import Task
 from minirl.tasks.qa import Plan, SearchTask, Step
 from minirl.trial import compare_methods, compare_runs, table

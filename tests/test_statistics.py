@@ -11,20 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minirl.errors import UserError
-from minirl.statistics import (
-    Z,
-    auc,
-    cluster_interval,
-    compare,
-    majority,
-    mean_interval,
-    paired,
-    pass_at_k,
-    pool,
-    ratio_interval,
-    summarise,
-    wilson,
-)
+from minirl.evaluations import compare, pool, summarise
+from minirl.statistics import Z, auc, cluster_interval, majority, mean_interval, paired, pass_at_k, ratio_interval, wilson
 
 
 def test_wilson_against_textbook_values() -> None:

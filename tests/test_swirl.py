@@ -344,6 +344,9 @@ def test_wrong_sources_are_told_in_one_line(cli: Cli, write: Write, whole: Any, 
     outcome = cli("run", write([filtered, STEP]), "--out", tmp_path / "run")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "is no run folder" in outcome.err
+    before_any_model = write([filtered, STEP], model={"name": "no/such/model", "adapter": str(tmp_path / "none")})
+    for said in ("model.adapter: ", "has no adapter_config.json, expected a folder that peft saved; check the path, or run the recipe"):
+        assert said in cli("run", before_any_model, "--out", tmp_path / "run2").err
     source = {"kind": "filter", "keep": "none", "source": str(whole[1])}
     more = {"stepwise": {"expression": "do", "answer": "end", "steps": 4}}
     for path, said in [

@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 
 from minirl import recipe as recipes
 from minirl.chart import CURVES
+from minirl.collect import keep
 from minirl.episode import Episode, Problem, Turn
 from minirl.errors import UserError
+from minirl.evaluations import summarise
 from minirl.files import read_rows
 from minirl.metrics import SCORES
 from minirl.recipe import Collect
 from minirl.rundir import Run
-from minirl.statistics import summarise
-from minirl.train import _keep
 
 Rows = list[dict[str, Any]]
 SINGLE = {"kind": "train", "method": "single", "steps": 2, "group": 4, "batch": 3, "learner": {"lr": 5e-3}}
@@ -282,8 +282,8 @@ def test_what_was_cut_is_not_kept_as_right() -> None:
         played(5, True, "stop"),
     ]
 
-    def kept(keep: Any, each: int = 9) -> list[int]:
-        return [e.tokens[1] for e in _keep(episodes, Collect(kind="collect", keep=keep, keep_each=each))]
+    def kept(which: Any, each: int = 9) -> list[int]:
+        return [e.tokens[1] for e in keep(episodes, Collect(kind="collect", keep=which, keep_each=each))]
 
     assert kept("passed") == [3, 5]
     assert kept("passed", 1) == [3]

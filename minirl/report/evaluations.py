@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minirl.evaluations import COUNTS, compare, summarise
 from minirl.report.html import Rows, table, text
-from minirl.statistics import COUNTS, Difference, Interval, compare, summarise
+from minirl.statistics import Difference, Interval
 
 SHARES = (("first", "First try"), ("second", "Within two tries"), ("fixed", "Failures fixed by the retry"))
 SCORES = {
