@@ -335,13 +335,17 @@ def test_dump_and_load_round_trip(tmp_path: Path, loss: str) -> None:
 
 def test_plan() -> None:
     collect = {"kind": "collect", "problems": 10, "samples": 4, "keep_each": 2}
-    node = parse(data(stages=[collect, {**TRAIN, "method": "reflect", "steps": 3}], eval={"every": 2, "tries": 2}), "r.yaml")
+    reflect, sampling = {**TRAIN, "method": "reflect", "steps": 3}, {"attempt_tokens": 100, "reflection_tokens": 50}
+    node = parse(data(stages=[collect, reflect], eval={"every": 2, "tries": 2}, sampling=sampling), "r.yaml")
     assert node.plan() == (
         "plan: m on countdown, seed 0\n"
-        "  0  collect  single: 10 problems x 4 attempts, keep failed (at most 2 of each)\n"
-        "  1  train    reflect: 3 steps of 16 groups x 8 episodes, loss grpo, lr 1e-05\n"
+        "  0  collect  single: 10 problems x 4 attempts, keep failed (at most 2 of each), at most 0.004 M sampled tokens\n"
+        "  1  train    reflect: 3 steps of 16 groups x 8 episodes, loss grpo, lr 1e-05, at most 0.0576 M sampled tokens\n"
         "  evaluation before the first stage, after each train stage, every 2 steps: 200 held-out problems x 1, 2 tries, temperature 0"
     )
+    alone = parse(data(stages=[reflect], sampling=sampling), "r.yaml").plan()
+    assert "at most 0.0768 M sampled tokens" in alone, "3 x 16 x 4 first tries of 100 tokens besides"
+    assert "sampled" not in parse(data(stages=[SFT]), "r.yaml").plan()
 
 
 def _nodes() -> Iterator[type[recipe.Frozen]]:

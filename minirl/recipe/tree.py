@@ -214,15 +214,32 @@ class Recipe(Frozen):
                 lines.append(f"  {number}  filter   {stage.keep}: {judge}, outcome by {stage.outcome}")
             elif isinstance(stage, Collect):
                 made = f"{stage.problems} problems x {stage.samples} attempts, keep {stage.keep} (at most {stage.keep_each} of each)"
-                lines.append(f"  {number}  collect  {stage.method}: {made}")
+                lines.append(f"  {number}  collect  {stage.method}: {made}{self._sampled(number)}")
             elif isinstance(stage, RewardModel):
                 lines.append(f"  {number}  reward model: {stage.epochs} epochs over what was kept, lr {stage.lr:g}")
             else:
                 loss = f"loss {stage.learner.loss}, lr {stage.learner.lr:g}"
                 made = f"{stage.steps} steps of {stage.batch} groups x {stage.group} episodes, {loss}"
-                lines.append(f"  {number}  train    {stage.method}: {made}")
+                lines.append(f"  {number}  train    {stage.method}: {made}{self._sampled(number)}")
         node = self.eval
         when = ["before the first stage"] * node.start + ["after each train stage"] + [f"every {node.every} steps"] * bool(node.every)
         tries = f"{node.problems} held-out problems x {node.samples}, {node.tries} tries, temperature {node.temperature:g}"
         tries += f", method {node.method}" if node.method else ""
         return "\n".join([*lines, f"  evaluation {', '.join(when)}: {tries}"])
+
+    def _sampled(self, number: int) -> str:
+        """How much a stage samples, by its limits; nothing for methods that only show."""
+        stage, limits = self.stages[number], self.sampling
+        assert isinstance(stage, Collect | Train)
+        each = {
+            "reflect": limits.reflection_tokens + limits.attempt_tokens,
+            "stepwise": limits.stepwise.steps * limits.attempt_tokens,
+            **dict.fromkeys(("single", "self_train", "search", "step"), limits.attempt_tokens),
+        }.get(stage.method, 0)
+        if isinstance(stage, Collect):
+            most = each * stage.problems * stage.samples
+        else:
+            most = each * stage.steps * stage.batch * stage.group
+            if stage.method == "reflect" and not (number and isinstance(self.stages[number - 1], Collect)):
+                most += limits.attempt_tokens * stage.steps * stage.batch * stage.attempts  # on line: first tries that may fail
+        return f", at most {most / 1e6:.3g} M sampled tokens" if most else ""
