@@ -7,6 +7,7 @@ import os
 import runpy
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from conftest import TASK, Cli, Outcome, Start, minirl, recipe
 from typer.testing import CliRunner
 
 from minirl import recipe as recipes
+from minirl.bench import against_trl
 from minirl.cli import app
 from minirl.rundir import Run
+from minirl.verify import sandbox, symbolic
 
+ROOT = Path(__file__).resolve().parents[1]
 SINGLE = {"kind": "train", "method": "single", "steps": 1, "group": 2, "batch": 2}
 COLLECT = {"kind": "collect", "problems": 4, "batch": 2}
 
@@ -329,3 +333,10 @@ def test_out_of_memory_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.M
     refused(
         Outcome(found.exit_code, found.stdout, found.stderr), "lower sampling.rows", "(CUDA out of memory. Tried to allocate 2.00 GiB.)"
     )
+
+
+def test_what_an_error_says_to_install_is_what_the_project_wants() -> None:
+    """By the dependency's own name: `minirl` on the package index is another project. Catches: a version that was raised in one place."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for text, extra in ((sandbox.INSTALL, "programs"), (symbolic.TODO, "maths"), (against_trl.INSTALL, "trl")):
+        assert f"pip install '{extras[extra][0]}'" in text

@@ -226,9 +226,10 @@ def test_limits_and_credit_are_the_recipe_s(tmp_path: Path) -> None:
 @needs_sandbox
 def test_tolerance_and_limits_reach_the_sandbox(tmp_path: Path) -> None:
     rows = saved(tmp_path, [gsm(f"What is {n}?", "#### 7") for n in range(2)])
-    slow = "def solution():\n    for n in range(1_000_000):\n        pass\n    return 8.5"
+    # Far longer than 0.1 s: CPU time is counted in hundredths of a second.
+    slow = "def solution():\n    for n in range(20_000_000):\n        pass\n    return 8.5"
     kinds = []
-    for limits, tolerance in (({"time_s": 0.01}, 2.0), ({"time_s": 30.0}, 2.0), ({"time_s": 30.0}, 1.0)):
+    for limits, tolerance in (({"time_s": 0.1}, 2.0), ({"time_s": 30.0}, 2.0), ({"time_s": 30.0}, 1.0)):
         task = opened(Gsm8k, rows, chain="program", limits=limits, tolerance=tolerance)
         kinds.append(task.verify(task.train[0], slow).parts["error_kind"])
     assert kinds == ["timeout", None, "wrong_answer"]

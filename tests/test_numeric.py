@@ -429,7 +429,7 @@ def test_an_interrupt_loses_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_math_verify_missing_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minirl.verify.symbolic.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"math-verify is not installed; run `pip install 'minirl\[maths\]'`"):
+    with pytest.raises(UserError, match=r"math-verify is not installed; run `pip install 'math-verify>=0.9'`"):
         Symbolic()
 
 

@@ -523,7 +523,7 @@ def test_a_missing_package_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatc
     sandbox.close()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for ask in (sandbox.require, lambda: run_program(solution("return 1"))):
-        with pytest.raises(UserError, match=r"pydantic-monty is not installed.*pip install 'minirl\[programs\]'"):
+        with pytest.raises(UserError, match=r"pydantic-monty is not installed.*pip install 'pydantic-monty>=1.4,<2'"):
             ask()
 
 

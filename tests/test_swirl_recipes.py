@@ -23,12 +23,12 @@ def run_with_luck(*argv: str) -> None:
     """The command line, with rules that approve most of what is said and answers that are all right: a tiny model solves nothing."""
     from hashlib import blake2b
 
-    from minirl import filters, trajectories
+    from minirl import filters
     from minirl.rules import Rules
 
     passes = filters.passes
     Rules._approves = lambda self, case, problem: blake2b(case.message.encode()).digest()[0] % 8 > 0  # type: ignore[method-assign]
-    trajectories.passes = lambda judged, keep, at: passes(judged._replace(right=True), keep, at)  # type: ignore[attr-defined]
+    filtering.passes = lambda judged, keep, at: passes(judged._replace(right=True), keep, at)  # type: ignore[attr-defined]
     minirl(*argv)
 
 
