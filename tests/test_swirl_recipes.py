@@ -23,7 +23,7 @@ def run_with_luck(*argv: str) -> None:
     """The command line, with rules that approve most of what is said and answers that are all right: a tiny model solves nothing."""
     from hashlib import blake2b
 
-    from minirl import filters
+    from minirl import filtering, filters
     from minirl.rules import Rules
 
     passes = filters.passes
