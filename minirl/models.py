@@ -91,12 +91,7 @@ def load_model(node: recipe.Model, seed: int = 0, device: torch.device | None = 
 
     A model that cannot be had, has no chat template or cannot be quantised here, and an adapter that does not fit, raise UserError.
     """
-    quiet()
-    device = device or pick_device()
-    _settle(device)
-    dtype = pick_dtype(node.dtype, device)
-    path = resolve(node.name)
-    tokenizer = load_tokenizer(path, node.name)
+    device, dtype, path, tokenizer = _settle(node, device)
     base = _load_base(path, node, device, dtype)
     model = fresh_adapter(base, node, seed)
     if node.adapter is not None:
@@ -118,12 +113,7 @@ def load_classifier(node: recipe.Model, labels: int, seed: int = 0, device: torc
 
     It reads its last token that is no padding. Raises UserError as `load_model` does; `node.adapter` is left to the caller.
     """
-    quiet()
-    device = device or pick_device()
-    _settle(device)
-    dtype = pick_dtype(node.dtype, device)
-    path = resolve(node.name)
-    tokenizer = load_tokenizer(path, node.name)
+    device, dtype, path, tokenizer = _settle(node, device)
     base = _load_base(path, node, device, dtype, labels=labels)
     for config in (base.config, base.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
@@ -167,14 +157,18 @@ def describe(loaded: LoadedModel) -> str:
     )
 
 
-def _settle(device: torch.device) -> None:
-    """What the process sets once for all that it will compute on a device."""
+def _settle(node: recipe.Model, device: torch.device | None) -> tuple[torch.device, torch.dtype, str, PreTrainedTokenizerBase]:
+    """Device, dtype, where the weights are, and the tokenizer; and what the process sets once for all that it will compute there."""
+    quiet()
+    device = device or pick_device()
     if device.type == "cpu":
         keep_freed_memory()
     elif device.type == "cuda":
         # cuDNN's attention, the library's first choice on Hopper and Blackwell, plans anew for every shape (others measured 0.4 s), and
         # here nearly every pass has its own.
         torch.backends.cuda.enable_cudnn_sdp(False)
+    path = resolve(node.name)
+    return device, pick_dtype(node.dtype, device), path, load_tokenizer(path, node.name)
 
 
 def _checkpoint(base: PreTrainedModel, node: recipe.Model) -> None:
