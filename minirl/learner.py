@@ -26,6 +26,7 @@ from minirl.ppo import Experience
 from minirl.recipe import Learner as LearnerNode
 
 MIN_MICRO_TOKENS = 256
+NO_WORKSPACE = "CUBLAS_STATUS_ALLOC_FAILED"  # how cuBLAS says that the GPU's memory is full
 VALUE = "value."  # before the names of the value optimizer's tensors
 T = TypeVar("T")
 
@@ -202,8 +203,9 @@ class Learner:
         while True:
             try:
                 return attempt()
-            except torch.OutOfMemoryError:
-                if self.micro_tokens <= MIN_MICRO_TOKENS:
+            except RuntimeError as error:
+                is_memory = isinstance(error, torch.OutOfMemoryError) or NO_WORKSPACE in str(error)
+                if not is_memory or self.micro_tokens <= MIN_MICRO_TOKENS:
                     raise
                 self.micro_tokens //= 2
                 logging.getLogger("minirl").warning(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minirl import losses, models, optim, recipe
 from minirl.episode import Episode, Group, Problem, Turn
-from minirl.learner import MIN_MICRO_TOKENS, Learner
+from minirl.learner import MIN_MICRO_TOKENS, NO_WORKSPACE, Learner
 from minirl.policy import Policy
 
 CPU = torch.device("cpu")
@@ -508,7 +508,9 @@ def test_the_reference_leaves_the_policy_as_it_was(policy: Policy) -> None:
 # --- memory
 
 
-def failing(policy: Policy, monkeypatch: pytest.MonkeyPatch, fails: Callable[[int, int], bool]) -> list[int]:
+def failing(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, fails: Callable[[int, int], bool], error: type[RuntimeError] = torch.OutOfMemoryError
+) -> list[int]:
     """Let policy.logprobs run out of memory where `fails(call, size)`, after its forward; returns the sizes of all calls, which grows."""
     calls: list[int] = []
     sizes, compute = forward_sizes(policy), policy.logprobs
@@ -517,7 +519,9 @@ def failing(policy: Policy, monkeypatch: pytest.MonkeyPatch, fails: Callable[[in
         result = compute(*args, **kwargs)
         calls.append(sizes[-1])
         if fails(len(calls), sizes[-1]):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error(
+                "CUDA out of memory" if error is torch.OutOfMemoryError else f"CUDA error: {NO_WORKSPACE} when calling cublasCreate"
+            )
         return result
 
     monkeypatch.setattr(policy, "logprobs", logprobs)
@@ -548,6 +552,17 @@ def test_out_of_memory_halves_the_micro_batch_for_good(
     learner.update(many())
     assert calls
     assert max(calls) <= 256
+
+
+def test_cublas_says_it_in_its_own_words(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a run that ends because a library had no workspace; any other error taken for a lack of memory."""
+    learner = open_learner(policy, micro_tokens=512)
+    failing(policy, monkeypatch, lambda call, _: call == 1, RuntimeError)
+    learner.update(many())
+    assert learner.micro_tokens == 256
+    monkeypatch.setattr(policy, "logprobs", lambda *_, **__: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(RuntimeError, match="must match"):
+        open_learner(policy, micro_tokens=512).update(many())
 
 
 def test_out_of_memory_midway_starts_the_update_again(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
