@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
-from math import comb, lcm, sqrt
+from math import comb, isnan, lcm, sqrt
 from random import Random
 from typing import NamedTuple
 
@@ -145,9 +145,12 @@ def majority(answers: Sequence[str | None], passed: Sequence[bool]) -> float:
 
 
 def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
-    """Area under the ROC curve: how likely a right one scores above a wrong one, ties half (Mann and Whitney 1947); NaN without both."""
+    """Area under the ROC curve: how likely a right one scores above a wrong one, ties half (Mann and Whitney 1947); NaN without both, or
+    where a score is NaN."""
     right = sum(labels)
     pairs = right * (len(labels) - right)
+    if not pairs or any(map(isnan, scores)):
+        return float("nan")
     order = sorted(range(len(scores)), key=scores.__getitem__)
     ranks, start = 0.0, 0
     while start < len(order):
@@ -156,4 +159,4 @@ def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
             end += 1
         ranks += (start + end + 1) / 2 * sum(labels[i] for i in order[start:end])
         start = end
-    return (ranks - right * (right + 1) / 2) / pairs if pairs else float("nan")
+    return (ranks - right * (right + 1) / 2) / pairs

@@ -8,22 +8,28 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import save_tiny
+from scripted import Scripted, talk_of
+from tiny import byte_tokenizer, save_tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minirl import models, recipe
 from minirl.attention import Cached
 from minirl.batch import Row, collate, pack
+from minirl.chat import Chat
 from minirl.decode import Decoder
+from minirl.episode import Completion, Problem, Verdict
 from minirl.lora import FixedLora
 from minirl.objective import Sums, objective
 from minirl.policy import Policy
+from minirl.rollout import Play, Talk
 from minirl.sampling import pick
+from minirl.session import Session
 from minirl.slots import Slots
 
 META = torch.device("meta")
@@ -141,3 +147,27 @@ def test_a_growing_cache_is_never_there_twice(tmp_path: Path, monkeypatch: pytes
     slots.reserve(200, 2)
     assert (slots.count, slots.capacity) == (2, 256)
     assert seen == [(0, False), (1, True)]
+
+
+def test_the_cache_is_given_back_before_anybody_learns() -> None:
+    """Catches: keys and values of a finished rollout that stay on a GPU through the update, gigabytes of them."""
+    chat, said = Chat(byte_tokenizer()), list[str]()
+
+    def answer(talk: Talk) -> Play:
+        yield from talk.ask("attempt", max_tokens=8, trained=True)
+        return talk.end(Verdict(1.0, True))
+
+    class Watched(Scripted):
+        def poll(self) -> list[tuple[int, Completion]]:
+            said.append("poll")
+            return super().poll()
+
+        def reset(self) -> None:
+            said.append("reset")
+
+    parts: dict[str, Any] = dict.fromkeys(Session.__dataclass_fields__)
+    parts |= {"sampler": Watched(chat, lambda text, ask: "yes"), "progress": SimpleNamespace(sampling=lambda done, of: None)}
+    talks = [talk_of(Problem(f"p{i}", "Why?", None), chat) for i in range(3)]
+    assert len(Session(**parts).play([answer(talk) for talk in talks])) == 3
+    assert said == ["reset", *["poll"] * (len(said) - 2), "reset"]
+    assert "poll" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, product
+from math import isnan
 from random import Random
 from typing import Any
 
@@ -150,6 +151,7 @@ def test_auc_is_the_share_of_pairs_in_order(cases: list[tuple[float, bool]]) -> 
     pairs = [1.0 if r > w else 0.5 if r == w else 0.0 for r in right for w in wrong]
     found = auc([score for score, _ in cases], [label for _, label in cases])
     assert found == pytest.approx(sum(pairs) / len(pairs)) if pairs else found != found
+    assert isnan(auc([*(score for score, _ in cases), float("nan")], [*(label for _, label in cases), True])), "and comes to an end"
 
 
 def evaluation(first: list[list[int]], second: list[list[int | None]], tries: int = 2, **more: Any) -> dict[str, Any]:
