@@ -338,5 +338,5 @@ def test_out_of_memory_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.M
 def test_what_an_error_says_to_install_is_what_the_project_wants() -> None:
     """By the dependency's own name: `minirl` on the package index is another project. Catches: a version that was raised in one place."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for text, extra in ((sandbox.INSTALL, "programs"), (symbolic.TODO, "maths"), (against_trl.INSTALL, "trl")):
+    for text, extra in ((sandbox.INSTALL, "programs"), (symbolic.INSTALL, "maths"), (against_trl.INSTALL, "trl")):
         assert f"pip install '{extras[extra][0]}'" in text

@@ -227,6 +227,17 @@ def test_a_longer_conversation_evicts_the_one_not_used_for_longest() -> None:
         slots.reserve(200, live=2)
 
 
+@pytest.mark.parametrize(("budget", "grown"), [(None, 192), (4 * 64, 64)])
+def test_the_cache_grows_once_for_all_that_wait(budget: int | None, grown: int, tmp_path: Path) -> None:
+    """Catches: a growth, which copies the whole cache, at every longer ask; room for them taken from those that a budget still lets in."""
+    policy, chat = opened(tmp_path)
+    sampler = LiveSampler(policy, chat, rows=4, cache_tokens=budget)
+    for key, length in enumerate((10, 10, 10, 10, 150)):
+        sampler.add(key, Ask((key, *range(length)), 20, 1.0))
+    sampler.poll()
+    assert sampler._slots.capacity == grown
+
+
 def test_a_reset_forgets_and_refuses_to_forget_running_asks(tmp_path: Path) -> None:
     policy, chat = opened(tmp_path)
     sampler = LiveSampler(policy, chat, rows=2)

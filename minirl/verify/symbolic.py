@@ -32,7 +32,7 @@ START_S = 60.0  # the first import of sympy on a slow disk
 MEMORY_BYTES = 1 << 30
 MAX_REPLY = 1000  # bytes
 READY = "ready"
-TODO = "run `pip install 'math-verify>=0.9'` or set it to false"
+INSTALL = "run `pip install 'math-verify>=0.9'` or set it to false"
 # No letters but these commands, so nothing but a number can be meant; no numbers and no powers that take long to write out.
 _COMMANDS = re.compile(r"\\(?:[dt]?frac|sqrt|pi|cdot|times|left|right)(?![a-zA-Z])|\\[,;! ]")
 _ALLOWED = re.compile(r"[0-9+\-*/^().\[\]{} ]*")
@@ -57,7 +57,7 @@ class Symbolic:
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         if find_spec("math_verify") is None:
-            raise UserError(f"task.symbolic: got true, but math-verify is not installed; {TODO}")
+            raise UserError(f"task.symbolic: got true, but math-verify is not installed; {INSTALL}")
         self.timeout_s = timeout_s
         self._line: Connection | None = None
         self._end: Callable[[], object] | None = None
@@ -107,7 +107,7 @@ class Symbolic:
             said = type(error).__name__
         if said != READY:
             self.close()
-            raise UserError(f"task.symbolic: math-verify does not start ({said}); {TODO}")
+            raise UserError(f"task.symbolic: math-verify does not start ({said}); {INSTALL}")
         return self._line
 
 
