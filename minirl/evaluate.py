@@ -67,7 +67,7 @@ def evaluate(
 
 def _case(episode: Episode, task: SearchTask, chat: Chat) -> Case:
     golds = tuple(episode.problem.answer["golds"])
-    if "answer" in episode.parts:  # of method stepwise
+    if "answer" in episode.parts:  # stepwise and the baselines have read it already
         return Case(episode.problem.prompt, golds, episode.parts["answer"])  # type: ignore[arg-type]
     said = chat.text([token for turn in episode.turns[1:] for token in turn.tokens])
     return Case(episode.problem.prompt, golds, read(said, task.tags).answer)

@@ -75,7 +75,16 @@ def test_no_rag() -> None:
     assert [user(ask) for ask in sampler.asks] == [QUESTION]
     assert (episode.reward, episode.parts) == (
         1.0,
-        {"em": 1.0, "f1": 1.0, "searches": 0, "response": len(PUTNEY), "recall": None, "first": True, "first_error": None},
+        {
+            "answer": "Putney",
+            "em": 1.0,
+            "f1": 1.0,
+            "searches": 0,
+            "response": len(PUTNEY),
+            "recall": None,
+            "first": True,
+            "first_error": None,
+        },
     )
 
 
@@ -89,6 +98,24 @@ def test_the_answer_counts_with_its_box_and_without(tags: Tags) -> None:
     assert ("inside \\boxed{}" in prompt) == tags.boxed
     assert form(tags) in instructions(tags), "asked for in the words of method search"
     assert form(tags) in prompt
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "em", "f1", "error"),
+    [
+        ("Putney", "Putney", 1.0, 1.0, None),
+        ("He was born in Putney.\n", "He was born in Putney.", 0.0, 1 / 3, "partial"),  # one word of five is right, and the only one wanted
+        ("I do not know", "I do not know", 0.0, 0.0, "answer"),
+        ("  \n", None, 0.0, 0.0, "answer"),
+        ("Putney. <answer>", None, 0.0, 0.0, "answer"),  # the answer was begun and cut off
+        ("Putney. <answer></answer>", None, 0.0, 0.0, "wrong"),
+        ("<answer>Rome</answer> or Putney", "Rome", 0.0, 0.0, "wrong"),
+    ],
+)
+def test_a_reply_without_tags_is_an_answer_as_a_whole(said: str, answer: str | None, em: float, f1: float, error: str | None) -> None:
+    """A model that was never taught the tags knows something all the same. Catches: its rows of the table are 0 for their form alone."""
+    parts = played(no_rag, lambda text, ask: said)[0].parts
+    assert (parts["answer"], parts["em"], parts["f1"], parts["first_error"]) == (answer, em, pytest.approx(f1), error)
 
 
 def test_naive_rag() -> None:

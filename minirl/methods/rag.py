@@ -1,7 +1,7 @@
 """What the methods that retrieve have in common: the task's retriever, passages as text, and how a plain answer is asked for and scored.
 
-Invariant: every baseline is asked for its answer in the same words and scored on that answer alone, in its box or without, so that between
-two of them only the retrieval differs. Nothing here is trained.
+Invariant: every baseline is asked for its answer in the same words and scored on that answer alone, in its tags and box or without, so that
+between two of them only the retrieval differs. Nothing here is trained.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from minirl.retrieve import Passage, Retriever
 from minirl.rollout import Talk
 from minirl.tasks import Task
 from minirl.tasks.qa import SearchTask, coverage
-from minirl.verify.qa import Tags, answer_text, defuse
+from minirl.verify.qa import Tags, answer_text, defuse, exact_match, f1, read
 
 ANSWER = """\
 Answer the user's question. First think it through in a few sentences. Then write the answer, as short as it can be, between <{answer}> \
@@ -80,16 +80,25 @@ def answer(talk: Talk, task: Task) -> Generator[Ask, Completion, str]:
     return (yield from talk.ask("attempt", max_tokens=talk.sampling.attempt_tokens, stop=task.stop))
 
 
+def stated(text: str, tags: Tags) -> str | None:
+    """The answer that a reply gives: what its answer tags hold or, where it opens none, all of it; None where there is nothing.
+
+    So a model that was never taught the tags is scored on what it says, though its words around the answer cost it precision.
+    """
+    return read(text, tags).answer if f"<{tags.answer}>" in text else text.strip() or None
+
+
 def end(talk: Talk, task: Task, text: str, seen: Sequence[Passage], *, searches: int) -> Episode:
     """The episode, scored by the F1 of the answer that `text` gives, whatever the form of the rest."""
-    verdict = task.verify(talk.problem, text)
-    em, f1 = verdict.parts["em"], verdict.parts["f1"]
-    kind = None if em else "partial" if f1 else "wrong" if answered(text, task) else "answer"
-    parts: dict[str, Part] = {"em": em, "f1": f1, "searches": searches, "response": len(talk.replied)}
+    qa, _ = corpus_of(task)
+    golds, said = talk.problem.answer["golds"], stated(text, qa.tags)
+    em, overlap = (0.0, 0.0) if said is None else (float(exact_match(said, golds)), f1(said, golds))
+    kind = None if em else "partial" if overlap else "wrong" if answered(text, task) else "answer"
+    parts: dict[str, Part] = {"answer": said, "em": em, "f1": overlap, "searches": searches, "response": len(talk.replied)}
     parts["recall"] = recall(talk, seen) if searches else None
-    return talk.end(Verdict(float(f1 or 0), bool(em)), first=bool(em), first_error=kind, **parts)
+    return talk.end(Verdict(overlap, bool(em)), first=bool(em), first_error=kind, **parts)
 
 
 def answered(text: str, task: Task) -> bool:
-    """Whether an answer was given at all."""
+    """Whether an answer was given in its tags."""
     return any(stop in text for stop in task.stop)
