@@ -257,6 +257,54 @@ def test_folders_that_hold_no_run(tmp_path: Path) -> None:
         write_report(tmp_path / "run")
 
 
+ODD: tuple[Any, ...] = (None, True, -1, 1e308, 10**30, "x", "", [], [None], {}, {"a": 1}, [[]], -5.5)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where something stands in a row, the first two of every list."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    return [path] * bool(path) + [place for key, item in inside for place in places(item, (*path, key))]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_that_no_run_writes_are_named(tmp_path: Path, seed: int) -> None:
+    """A file that was edited by hand gives a report or one line with its name. Catches: a traceback from inside a chart."""
+    make_run(tmp_path, steps=3, chunks=1)
+    add_later_eval(tmp_path, evaluation("base", 0, 0, 0.4, 0.2, problems=4) | {"changed": ["eval.samples=4"]})
+    rng, refused = Random(seed), list[str]()
+    for _ in range(60):
+        path = tmp_path / f"{rng.choice(['metrics', 'timings', 'evals', 'episodes', 'later_evals', 'versions'])}.jsonl"
+        whole = path.read_text()
+        rows = [json.loads(line) for line in whole.splitlines()]
+        row = rng.choice(rows)
+        *way, last = rng.choice(places(row))
+        inner = row
+        for key in way:
+            inner = inner[key]
+        if rng.random() < 0.25:
+            del inner[last]
+        else:
+            inner[last] = rng.choice(ODD)
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        try:
+            write_report(tmp_path)
+        except UserError as error:
+            refused.append(str(error))
+        path.write_text(whole)
+    assert 5 < len(refused) < 60
+    assert not any("\n" in message for message in refused)
+
+
+def test_a_damaged_row_is_named_by_file_and_line(tmp_path: Path) -> None:
+    make_run(tmp_path, steps=3, chunks=1)
+    path = tmp_path / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["step"] = "two"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: step: .*integer.*; mend or delete the line"):
+        write_report(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [

@@ -15,10 +15,11 @@ from typing import Any
 from minirl import recipe as recipes
 from minirl.chart import curves, is_number
 from minirl.errors import UserError
-from minirl.files import read_rows, write_file
+from minirl.files import write_file
 from minirl.report.episodes import episodes_html, one_episode_html
 from minirl.report.evaluations import evaluations_html, later_evaluations_html
 from minirl.report.html import Rows, table, text
+from minirl.report.shapes import rows_of
 from minirl.rundir import LATER, standing
 
 PAGE, STYLE = (Path(__file__).with_name(name) for name in ("page.html", "page.css"))
@@ -31,14 +32,14 @@ def write_report(folder: str | Path) -> Path:
         raise UserError(f"{folder}: no recipe.yaml in it; expected the folder of a run")
     recipe = recipes.load(folder / "recipe.yaml")
     position, finished = standing(folder)
-    rows = {name: read_rows(folder / f"{name}.jsonl") for name in ("metrics", "timings", "evals", "episodes")}
-    versions = read_rows(folder / "versions.jsonl")
+    rows = {name: rows_of(folder, name) for name in ("metrics", "timings", "evals", "episodes")}
+    versions = rows_of(folder, "versions")
     done = finished or position.stage >= len(recipe.stages)
     where = "all stages done" if done else f"at stage {position.stage} of {len(recipe.stages)}, step {position.step}"
     facts = [("model", recipe.model.name), ("task", recipe.task.name), ("seed", str(recipe.seed)), ("state", where)]
     body = [
         evaluations_html(rows["evals"]),
-        later_evaluations_html(rows["evals"], read_rows(folder / LATER)),
+        later_evaluations_html(rows["evals"], rows_of(folder, Path(LATER).stem)),
         curves(rows),
         episodes_html(rows["episodes"]),
         _totals(rows),
@@ -64,7 +65,7 @@ def episode_html(row: Mapping[str, Any]) -> str:
 
 def curves_html(folder: str | Path) -> str:
     """The report's curves as HTML for a notebook."""
-    return _frame(curves({name: read_rows(Path(folder) / f"{name}.jsonl") for name in ("metrics", "timings", "evals")}), height_px=900)
+    return _frame(curves({name: rows_of(Path(folder), name) for name in ("metrics", "timings", "evals")}), height_px=900)
 
 
 def _frame(html: str, *, height_px: int) -> str:

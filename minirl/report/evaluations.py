@@ -74,7 +74,7 @@ def later_evaluations_html(evals: Rows, later: Rows) -> str:
         own = [row for row in evals if _way(row) == way]
         found = {"base": own[0], "adapter": own[-1]} if own and own[0].get("label") == "start" else {}
         found |= {str(row.get("label")): row for row in later if _way(row) == way}
-        if len(found) == 2 and found["base"] is not found["adapter"]:
+        if {"base", "adapter"} <= found.keys() and found["base"] is not found["adapter"]:
             pairs.append((found["base"], found["adapter"]))
     shown_table = table(["Evaluation", "Problems", *(title for _, title in SHARES)], lines)
     shown_table += _scores([{**summarise(row), "step": ", ".join(map(text, row.get("changed") or []))} for row in later])
