@@ -157,9 +157,12 @@ class Session:
         self.run.log_episodes(episodes, [texts(self.chat, e) for e in episodes], **labels)
 
 
-def open_session(node: recipe.Recipe, run: Run, accelerator: Accelerator, progress: Progress) -> Session:
-    """Task, model and sampler of a recipe, with the weights that the run was saved with. Raises UserError for what cannot be had."""
-    task = open_task(node.task, node.seed)
+def open_session(node: recipe.Recipe, run: Run, accelerator: Accelerator, progress: Progress, made: Task | None = None) -> Session:
+    """Task, model and sampler of a recipe, with the weights that the run was saved with. Raises UserError for what cannot be had.
+
+    made: the task where the recipe says `own`.
+    """
+    task = open_task(node.task, node.seed, made)
     with accelerator.main_process_first():  # the others find the model in the cache
         loaded = models.load_model(node.model, node.seed, accelerator.device)
     run.check_model(models.fingerprint(loaded.model), models.dtype_name(loaded.dtype))

@@ -36,12 +36,15 @@ from minirl.rundir import Run
 from minirl.session import Interrupted, Session, interruptible, open_session
 from minirl.state import Position
 from minirl.step_scores import StepScorer, rewarded
+from minirl.tasks import Task
 
 LEARNER_TENSORS, LEARNER_STATE = "learner.safetensors", "learner.json"
 
 
-def train(node: recipe.Recipe, folder: Path, progress: Progress | None = None) -> Path:
+def train(node: recipe.Recipe, folder: Path, progress: Progress | None = None, *, task: Task | None = None) -> Path:
     """Run a recipe in a folder to its end, from wherever that folder stands; the folder of the final adapter.
+
+    task: your own problems and verifier, for a recipe with `task: {name: own}`; the same again when the run is taken up again.
 
     Raises UserError for what the user can mend, Interrupted after a Ctrl-C once the step in hand is saved.
     """
@@ -61,7 +64,7 @@ def train(node: recipe.Recipe, folder: Path, progress: Progress | None = None) -
             shown.say(f"{folder}: finished already; use another --out to run again")
             return folder / "adapter"
         _check_paths(node, run.position.stage)
-        session = open_session(node, run, accelerator, shown)
+        session = open_session(node, run, accelerator, shown, task)
         try:
             with interruptible(session):
                 _run_stages(session)

@@ -66,7 +66,7 @@ def evaluate_run(
     samples: int | None = None,
     vote: bool = False,
     rerank: Path | None = None,
-    task: Path | None = None,
+    task: Path | Task | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a run's final adapter, or with `base` its model as it was at the start, and keep the result beside it.
@@ -74,8 +74,10 @@ def evaluate_run(
     overrides: `eval.samples=8` and the like, laid over the run's own recipe; the model's shape cannot change. method: as in
     `eval.method`, e.g. a baseline that retrieves. samples: of each problem, at the temperature of training where the recipe evaluates
     greedily. vote: as `eval.vote`. rerank: a run with a reward model, which picks one of the samples. task: another recipe, whose task,
-    sampling and evaluation take the place of the run's own, overrides laid over them: what was trained on one task is tried on another.
+    sampling and evaluation take the place of the run's own, overrides laid over them: what was trained on one task is tried on another;
+    or the Task of a run with `task: {name: own}`.
     """
+    made, task = (task, None) if isinstance(task, Task) else (None, task)
     overrides = [*overrides, *([f"eval.samples={samples}"] if samples is not None else []), *(["eval.vote=true"] if vote else [])]
     node = _evaluated(folder, task, overrides, method, warm=samples is not None and samples > 1)
     changed = [*overrides, *([] if task is None else [f"recipe={task.stem}"])]
@@ -85,7 +87,7 @@ def evaluate_run(
         )
     with progress or Progress() as shown:
         rank = None if rerank is None else _open_reward_model(rerank, node)
-        opened = _open(folder, node, shown, base=base)._replace(rank=rank)
+        opened = _open(folder, node, shown, base=base, made=made)._replace(rank=rank)
         return _evaluate(opened, node, changed, method, shown, [*["vote"] * node.eval.vote, *([f"rerank {rerank}"] if rerank else [])])
 
 
@@ -179,14 +181,14 @@ def _transferred(folder: Path, task: Path, overrides: Sequence[str], method: str
     return other.model_copy(update={"model": _recipe(folder, (), None).model})
 
 
-def _open(folder: Path, node: recipe.Recipe, shown: Progress, *, base: bool) -> Opened:
+def _open(folder: Path, node: recipe.Recipe, shown: Progress, *, base: bool, made: Task | None = None) -> Opened:
     if not base:
         if not (folder / "adapter").is_dir():
             raise UserError(f"{folder}: no adapter yet; finish the run first (the same `minirl run` takes it up again), or use --base")
         node = node.model_copy(update={"model": node.model.model_copy(update={"adapter": str(folder / "adapter")})})
     loaded = models.load_model(node.model, node.seed)
     chat = Chat(loaded.tokenizer, eos=models.eos(loaded.model), plain=node.model.template == "plain")
-    policy, task = Policy(loaded.model, loaded.device, loaded.dtype), open_task(node.task, node.seed)
+    policy, task = Policy(loaded.model, loaded.device, loaded.dtype), open_task(node.task, node.seed, made)
     for line in (models.describe(loaded), *task.notes):
         shown.say(line)
     sampling = node.sampling

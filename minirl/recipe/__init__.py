@@ -13,7 +13,7 @@ from minirl.recipe.read import load, overlay, override, parse
 from minirl.recipe.retriever import Bm25Retriever, RemoteRetriever, Retriever
 from minirl.recipe.stages import Collect, Filter, RewardModel, Stage, Train
 from minirl.recipe.stepwise import Stepwise
-from minirl.recipe.tasks import Countdown, CountdownCredit, FunctionCalling, FunctionCallingCredit, Task
+from minirl.recipe.tasks import Countdown, CountdownCredit, FunctionCalling, FunctionCallingCredit, Own, Task
 from minirl.recipe.tree import Eval, Lora, Model, Recipe, Sampling, Save
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Model",
     "MuSiQue",
     "Other",
+    "Own",
     "ProgramLimits",
     "Recipe",
     "RemoteRetriever",

@@ -73,7 +73,14 @@ class FunctionCalling(Frozen):
     """Partial credit by error kind."""
 
 
+class Own(Frozen):
+    """A task made in Python: problems and a verifier that are handed to `minirl.train.train(recipe, folder, task=Task(...))`."""
+
+    name: Literal["own"]
+    """Names this task."""
+
+
 Task = Annotated[
-    Countdown | FunctionCalling | Gsm8k | Svamp | Mathqa | HotpotQA | MuSiQue | TwoWikiMultiHopQA | Bamboogle,
+    Countdown | FunctionCalling | Own | Gsm8k | Svamp | Mathqa | HotpotQA | MuSiQue | TwoWikiMultiHopQA | Bamboogle,
     Field(discriminator="name"),
 ]

@@ -5,12 +5,14 @@ Invariant: a task is a pure function of its recipe and the seed, and no held-out
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
 from minirl import recipe
 from minirl.episode import Problem, Verdict
+from minirl.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,12 @@ class Task:
     verify_answer: Callable[[Problem, str], Verdict] | None = None
 
 
-def open_task(node: recipe.Task, seed: int) -> Task:
-    """The task a recipe names. Raises UserError for data that cannot be had or read."""
+def open_task(node: recipe.Task, seed: int, made: Task | None = None) -> Task:
+    """The task a recipe names; `made` in Python where that is `own`. Raises UserError for data that cannot be had or read."""
+    if isinstance(node, recipe.Own):
+        return _checked(made)
+    if made is not None:
+        raise UserError(f"task: got a Task beside task.name {node.name!r}, expected the recipe to say task: {{name: own}}")
     if isinstance(node, recipe.Countdown):
         from minirl.tasks import countdown
 
@@ -62,6 +68,25 @@ def open_task(node: recipe.Task, seed: int) -> Task:
     from minirl.tasks import function_calling
 
     return function_calling.open_task(node, seed)
+
+
+def _checked(made: Task | None) -> Task:
+    """A task that a user made, if a run can be made of it."""
+    if made is None:
+        raise UserError("task.name: got 'own', which is made in Python; expected train(recipe, folder, task=Task(...))")
+    ids = Counter(problem.id for problem in (*made.train, *made.held_out))
+    twice = next((name for name, count in ids.items() if count > 1), None)
+    if not made.train or not made.held_out or twice is not None:
+        again = "" if twice is None else f", two of them {twice!r}"
+        found = f"{len(made.train)} training and {len(made.held_out)} held-out problems{again}"
+        raise UserError(f"task {made.name!r}: got {found}, expected at least one of each, with ids of their own")
+    trained = {problem.prompt for problem in made.train}
+    if leaked := next((problem.id for problem in made.held_out if problem.prompt in trained), None):
+        raise UserError(f"task {made.name!r}: held-out problem {leaked!r} asks what a training problem asks, expected another question")
+    verdict: object = made.verify(made.train[0], "")
+    if not isinstance(verdict, Verdict):
+        raise UserError(f"task {made.name!r}: verify gave {type(verdict).__name__}, expected a Verdict(score, passed) for any text")
+    return made
 
 
 def draw(problems: Sequence[Problem], count: int, position: int, seed: int) -> list[Problem]:
