@@ -5,7 +5,9 @@ The rules: a turn is one readable action, the last turn there is answers, and no
 and has a value; every number in it stands in the question or in a reply, or is one that people know (up to 12, 100, 60 minutes, ...). A
 search asks for something, and at least half of its words stand in the question or in a reply. An answer is a number that the calculator
 gave, or words that stand in what was found; yes and no count where something was. With `gold` an answer is good when the task's verifier
-passes it.
+passes it, and a call must also get what is still missing: a value that the gold solution works out, or any paragraph while one of the
+supporting ones has not been shown. (Were calls judged as without it, one more call would be safer than any answer, and a policy that is
+trained on that soon never answers.)
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from minirl.judge import Opinion, StepCase
 from minirl.methods.search import called
 from minirl.methods.stepwise import ARROW, Action, Tags, read
 from minirl.tasks import Task
+from minirl.tasks.calls import worked_out
 from minirl.tasks.qa import SearchTask
 from minirl.verify import qa
 from minirl.verify.numeric import number
@@ -84,7 +87,17 @@ class Rules:
         if any(a is not None and a.kind == "call" and plain(a.content) == plain(action.content) for a in before):
             return False
         asks = _asks_for_words if searches else _asks_for_numbers
-        return asks(action.content, [case.question, *told])
+        return asks(action.content, [case.question, *told]) and (not self._gold or self._gains(action.content, problem, told))
+
+    def _gains(self, call: str, problem: Problem, told: Sequence[str]) -> bool:
+        """Whether a sensible call gets what the gold answer needs and nobody has been told; True where what it needs is not known."""
+        if isinstance(self._task, SearchTask):
+            titles, shown = problem.answer["titles"], {line for text in told for line in text.splitlines()}
+            return not titles or not shown.issuperset(titles)
+        if problem.solution is None:
+            return True
+        value, known = calculator.evaluate(call), _values(told)
+        return any(_same(value, needed) and not any(_same(needed, k) for k in known) for needed in worked_out(problem.solution))
 
     def _supports(self, answer: str, told: Sequence[str]) -> bool:
         if isinstance(self._task, SearchTask):
@@ -92,8 +105,17 @@ class Rules:
             where = [qa.normalise(text.partition(ARROW)[2] or text) for text in told]
             return bool(words) and bool(where) and (words in _EITHER or any(f" {words} " in f" {text} " for text in where))
         stated = number(answer)
-        values = [number(text.rpartition(ARROW)[2].strip(" .")) for text in told]
-        return stated is not None and any(v is not None and abs(v.value - stated.value) <= Fraction(1, 100) for v in values)
+        return stated is not None and any(_same(value, stated.value) for value in _values(told))
+
+
+def _values(told: Sequence[str]) -> list[Fraction]:
+    """The numbers that the calculator has given."""
+    found = (number(text.rpartition(ARROW)[2].strip(" .")) for text in told)
+    return [value.value for value in found if value is not None]
+
+
+def _same(a: Fraction, b: Fraction) -> bool:
+    return abs(a - b) <= Fraction(1, 100)
 
 
 def _plain_query(query: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from scripted import Scripted
 from servers import Hanging, Reply, Server, completion, node
-from stepping import CHAT, FOUR, TAGS, calls_task, played, search_task
+from stepping import CHAT, FOUR, SOLUTION, TAGS, calls_task, played, search_task
 
 from minirl import recipe
 from minirl.endpoint import GIVE_UP, EndpointSampler, Messages
@@ -375,6 +375,47 @@ def test_rules_of_the_calculator(task: Task) -> None:
     assert ruled(task, "<answer>24</answer>", gold=True)
     assert not ruled(task, "<answer>2</answer>", ("model", "<calc>1+1</calc>"), ("tool", "1+1 -> 2"), gold=True)
     assert ruled(task, "<answer>2</answer>", ("model", "<calc>1+1</calc>"), ("tool", "1+1 -> 2"))
+
+
+def test_rules_of_the_calculator_that_know_the_solution(task: Task) -> None:
+    """Catches: one more call always pays, so that a policy trained on it never answers."""
+
+    def is_good(message: str, *said: tuple[str, str], solution: str | None = SOLUTION) -> bool:
+        problem = Problem("p", Q, {"value": "72"}, solution=solution)
+        (opinion,) = Rules(task, reader(TAGS), gold=True, steps=4)([StepCase(Q, said, message)], [problem])
+        return opinion.score == 1.0
+
+    assert is_good("<calc>48/2</calc>")
+    assert is_good("<calc>48 * 50%</calc>"), "any way to a value that is needed"
+    assert is_good("<calc>48/2 + 48</calc>"), "two steps at once"
+    assert not is_good("<calc>48 * 2</calc>"), "sensible, but nobody needs 96"
+    assert is_good("<calc>48 * 2</calc>", solution=None)
+    assert is_good("<calc>24 + 48</calc>", *HALF)
+    assert not is_good("<calc>24 * 1</calc>", *HALF), "24 is known"
+    both = (*HALF, ("model", "<calc>24+48</calc>"), ("tool", "24+48 -> 72"))
+    assert not is_good("<calc>48 + 24 + 0</calc>", *both)
+    assert not is_good("<calc>72/2</calc>", *both)
+    assert is_good("<answer>72</answer>", *both)
+    assert not is_good("<answer>24</answer>", *both)
+
+
+def test_rules_of_the_search_that_know_the_paragraphs() -> None:
+    films, question = search_task(), "Where was the director of The Third Man born?"
+
+    def is_good(message: str, *said: tuple[str, str], titles: tuple[str, ...] = ("The Third Man", "Carol Reed")) -> bool:
+        problem = Problem("p", question, {"golds": ["Putney"], "titles": list(titles)})
+        read = reader(TAGS._replace(tool="search"))
+        (opinion,) = Rules(films, read, gold=True, steps=4)([StepCase(question, said, message)], [problem])
+        return opinion.score == 1.0
+
+    film = (("model", "<calc>The Third Man</calc>"), ("tool", "The Third Man -> \nThe Third Man\nBy Carol Reed."))
+    reed = (*film, ("model", "<calc>Carol Reed</calc>"), ("tool", "Carol Reed -> \nCarol Reed\nFrom Putney."))
+    assert is_good("<calc>The Third Man</calc>")
+    assert is_good("<calc>Carol Reed</calc>", *film)
+    assert not is_good("<calc>Putney born</calc>", *reed), "all that is needed has been shown"
+    assert is_good("<calc>Putney born</calc>", *reed, titles=())
+    assert is_good("<answer>Putney</answer>", *reed)
+    assert not is_good("<answer>Carol Reed</answer>", *reed)
 
 
 def test_rules_of_the_search() -> None:

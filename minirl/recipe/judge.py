@@ -66,8 +66,8 @@ class Judge(Other):
     approve_at: Probability = 0.5
     """probability: a step is approved from this on."""
     gold: bool = False
-    """verifier: approve an answer when it is right, not when what the tool said supports it. Not for a process filter, which never sees the
-    gold answer."""
+    """verifier: approve an answer when it is right, not when what the tool said supports it, and a call only if it gets something that the
+    gold solution needs. Not for a process filter, which never sees the gold answer."""
     max_tokens: PositiveInt = 256
     """Most tokens of a verdict with its rationale."""
 

@@ -47,6 +47,12 @@ def read(solution: str) -> Chain:
     return Chain(tuple(calls), text[at:].strip(), answer)
 
 
+def worked_out(solution: str) -> list[Fraction]:
+    """The values that the marks of a solution state, in order; those that are no numbers are left out."""
+    stated = (numeric.number(mark["value"]) for mark in _MARK.finditer(solution))
+    return [found.value for found in stated if found is not None]
+
+
 def confirmed(solution: str) -> bool:
     """Whether a chain calls the calculator at all, and gets from it what its marks say, to a hundredth or a hundredth part."""
     marks = list(_MARK.finditer(solution))
