@@ -25,6 +25,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("metrics", "Gold paragraphs shown", (("recall", "share"),)),
     ("metrics", "Response with results", (("response", "tokens"),)),
     ("metrics", "Right letters below another value", (("lucky", "share"),)),
+    ("metrics", "Actions that the judge approves", (("approved", "share"),)),
     ("metrics", "KL to the reference", (("kl", "KL"),)),
     ("metrics", "Entropy", (("entropy", "nats a token"),)),
     ("metrics", "Groups without signal", (("dead_share", "share"),)),

@@ -15,7 +15,8 @@ from minirl import models, recipe
 from minirl.episode import Episode
 from minirl.errors import UserError
 from minirl.files import read_rows
-from minirl.filters import Judged, approved, marked, passes, summary, tally
+from minirl.filter_counts import summary
+from minirl.filters import Judged, approved, marked, passes, tally
 from minirl.judge import Case, Opinion
 from minirl.rundir import standing, weights_of
 from minirl.session import Interrupted, Session

@@ -1,12 +1,12 @@
-"""Filters: which trajectories are kept, and what the filters say of each other (SWiRL, arXiv 2504.04736, section 3).
+"""Filters: which trajectories are kept, and what is counted of them (SWiRL, arXiv 2504.04736, section 3).
 
-Invariant: pure. A step that was not scored is not approved, a trajectory without steps passes no process filter, and every rate is a ratio
-of counts that add up over the parts that trajectories are judged in.
+Invariant: pure. A step that was not scored is not approved, a trajectory without steps passes no process filter, and what is counted adds
+up over the parts that trajectories are judged in (filter_counts.py says what it comes to).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -86,34 +86,3 @@ def tally(trajectories: Sequence[Judged], keep: str, at: float) -> dict[str, int
         if opinions and opinions[-1].score is not None and judged.right is not None:
             counts[f"ends_{int(approved(opinions[-1], at))}{int(right)}"] += 1
     return counts
-
-
-def agreement(counts: Mapping[str, float], kind: str) -> tuple[float, float, int] | None:
-    """Share of pairs on which both say the same, Cohen's kappa (1960), and how many pairs; None without pairs."""
-    yes, only_a, only_b, no = (counts.get(f"{kind}_{pair}", 0) for pair in ("11", "10", "01", "00"))
-    total = yes + only_a + only_b + no
-    if not total:
-        return None
-    share = (yes + no) / total
-    chance = ((yes + only_a) * (yes + only_b) + (no + only_a) * (no + only_b)) / total**2
-    return share, 1.0 if chance == 1 else (share - chance) / (1 - chance), int(total)
-
-
-def summary(rows: Sequence[Mapping[str, float]], *, asked: bool) -> list[str]:
-    """Lines that say what the filters did, from the counts of all parts. asked: whether a judge was."""
-    total = {name: sum(row.get(name, 0) for row in rows) for name in dict.fromkeys(name for row in rows for name in row)}
-    count, steps = max(total.get("trajectories", 0), 1), max(total.get("states", 0), 1)
-
-    def share(name: str) -> str:
-        return f"{total.get(name, 0):.0f} ({total.get(name, 0) / count:.1%})"
-
-    lines = [f"{total.get('trajectories', 0):.0f} trajectories, {total.get('states', 0):.0f} states; kept {share('kept')}"]
-    unknown = f", unknown {share('outcome_unknown')}" if total.get("outcome_unknown") else ""
-    lines.append(f"outcome right {share('outcome')}{unknown}" + (f"; process {share('process')}; both {share('both')}" if asked else ""))
-    if asked:
-        unread = f"{total['unreadable']:.0f} verdicts unreadable, {total['unanswered']:.0f} unanswered"
-        lines.append(f"steps approved {total['good_steps'] / steps:.1%}; {unread}: not approved")
-    for kind, name in (("pairs", "rules, step by step"), ("ends", "outcome, last step")):
-        if asked and (found := agreement(total, kind)):
-            lines.append(f"judge against {name}: agree {found[0]:.1%}, kappa {found[1]:.2f}, {found[2]} pairs")
-    return lines

@@ -18,7 +18,8 @@ from minirl import recipe
 from minirl.endpoint import GIVE_UP, EndpointSampler, Messages
 from minirl.episode import Ask, Episode, Group, Problem, Turn
 from minirl.errors import UserError
-from minirl.filters import Judged, agreement, approved, marked, passes, process, summary, tally
+from minirl.filter_counts import agreement, summary
+from minirl.filters import Judged, approved, marked, passes, process, tally
 from minirl.judge import Asker, Case, Opinion, StepCase, StepJudge, parse_step, step_case, step_prompt
 from minirl.rules import Rules, reader, search_reader
 from minirl.speakers import Voice, answer_judge, step_judge

@@ -19,7 +19,7 @@ FLOORS = {
     name: floor
     for floor, names in {
         0: "__init__ errors episode",
-        1: "metrics recipe verify retrieve rows hub files statistics evaluations "
+        1: "metrics recipe verify retrieve rows hub files statistics evaluations filter_counts "
         "losses optim packed cpu_attention norm allocator calculator",
         2: "tasks chat rundir state chart batch attention credit head value lora adapter verdicts split",
         3: "rollout policy models embedded sampling slots report progress",

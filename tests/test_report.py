@@ -242,6 +242,28 @@ def test_later_evaluations_are_listed_and_compared_in_their_own_way(tmp_path: Pa
     assert text.count(" against ") == 2 + text.count("base against")
 
 
+def test_filters_say_what_they_keep(tmp_path: Path) -> None:
+    """Counts of two parts by hand: 8 trajectories of 20 steps, 16 of them approved, 5 trajectories in whole; 4 right; 3 both."""
+    collect = {"kind": "collect", "method": "stepwise", "keep": "all"}
+    stages = [collect, {"kind": "filter", "keep": "process", "judge": {"kind": "base"}, "parts": 3}]
+    node = recipes.parse({"model": {"name": "m"}, "task": {"name": "gsm8k", "chain": "calls"}, "stages": stages}, "test")
+    counts = {"trajectories": 4, "states": 10, "good_steps": 8, "unreadable": 1, "unanswered": 0, "outcome": 2}
+    counts |= {"ends_11": 1, "ends_10": 1, "ends_01": 1, "ends_00": 1}
+    with Run.open(tmp_path, node) as run:
+        run.log({"stage": 1, "step": 0, "process": 3, "both": 2, "kept": 3} | counts)
+        run.log({"stage": 1, "step": 1, "process": 2, "both": 1, "kept": 2} | counts)
+    source = write_report(tmp_path).read_text()
+    for line in (
+        "Stage 1, process <small>2 of 3 parts</small>",
+        "8 trajectories, 20 states; kept 5 (62.5%)",
+        "outcome right 4 (50.0%); process 5 (62.5%); both 3 (37.5%)",
+        "steps approved 80.0%; 2 verdicts unreadable, 0 unanswered: not approved",
+        "judge against outcome, last step: agree 50.0%, kappa 0.00, 8 pairs",
+    ):
+        assert line in source, line
+    assert "rules, step by step" not in source
+
+
 def test_episodes_without_texts(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run", RECIPE) as run:
         run.log_episodes([episode(1, "")[0]], label="train", stage=1, step=0)

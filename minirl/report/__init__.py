@@ -18,6 +18,7 @@ from minirl.errors import UserError
 from minirl.files import write_file
 from minirl.report.episodes import episodes_html, one_episode_html
 from minirl.report.evaluations import evaluations_html, later_evaluations_html
+from minirl.report.filters import filters_html
 from minirl.report.html import Rows, table, text
 from minirl.report.shapes import rows_of
 from minirl.rundir import LATER, standing
@@ -40,6 +41,7 @@ def write_report(folder: str | Path) -> Path:
     body = [
         evaluations_html(rows["evals"]),
         later_evaluations_html(rows["evals"], rows_of(folder, Path(LATER).stem)),
+        filters_html(recipe, rows["metrics"]),
         curves(rows),
         episodes_html(rows["episodes"]),
         _totals(rows),
