@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
-from math import ceil, floor, isfinite, log10
+from math import ceil, floor, log10
 from typing import Any
 
 from minirl.evaluations import summarise
@@ -39,6 +39,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("timings", "Seconds a step", (("sample_s", "sampling"), ("learn_s", "learning"))),
 )
 """Which file, title, and up to three columns with their names; a chart without numbers is left out."""
+LARGEST = 1e300  # an int may be larger than any float
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 44, 10, 12, 22
 
 
@@ -62,7 +63,7 @@ def curves(rows: Mapping[str, Rows]) -> str:
 
 def is_number(value: Any) -> bool:
     """Whether it can be drawn or added up."""
-    return isinstance(value, int | float) and isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= LARGEST
 
 
 def _dead_share(row: Mapping[str, Any]) -> dict[str, float]:

@@ -14,7 +14,8 @@ from minirl.statistics import Difference, Interval, cluster_interval, mean_inter
 
 COUNTS = ("searches", "response", "steps", "calls", "errors", "malformed")
 """The scores that are no shares."""
-MOST = 1e9  # a count beyond it is none
+MOST_COUNTED = 1e9
+"""A count beyond it is none."""
 
 
 class _Tries(NamedTuple):
@@ -38,12 +39,12 @@ def _tries(row: Mapping[str, Any]) -> dict[str, _Tries]:
             errors = [[str(e) for e in problem.get(key) or () if e is not None] for key in ("first_error", "second_error")]
             scores = {str(name): [float(x) for x in values if x is not None] for name, values in problem.get("scores", {}).items()}
             within = sum(a or b for a, b in zip(first, second, strict=True))
-            if wrong := [name for name, values in scores.items() for x in values if not 0 <= x <= (MOST if name in COUNTS else 1)]:
+            if wrong := [name for name, values in scores.items() for x in values if not 0 <= x <= (MOST_COUNTED if name in COUNTS else 1)]:
                 raise ValueError(f"score {wrong[0]!r} is not in its range")
             found[str(problem["id"])] = _Tries(len(first), sum(first), within, errors[0], errors[1], scores)
         if len(found) != len(row["problems"]) or not found or any(t.samples == 0 for t in found.values()):
             raise ValueError("expected problems with an id of their own and at least one sample each")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         label = row.get("label")
         raise UserError(f"evaluation {label!r}: not a row of evals.jsonl ({type(error).__name__}: {error}); evaluate again") from error
     return found

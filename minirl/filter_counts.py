@@ -6,13 +6,14 @@ Invariant: pure; every rate is a ratio of sums over the parts that trajectories 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 
 
 def agreement(counts: Mapping[str, float], kind: str) -> tuple[float, float, int] | None:
     """Share of pairs on which both say the same, Cohen's kappa (1960), and how many pairs; None without pairs."""
     yes, only_a, only_b, no = (counts.get(f"{kind}_{pair}", 0) for pair in ("11", "10", "01", "00"))
     total = yes + only_a + only_b + no
-    if not total:
+    if not total or not isfinite(total):  # a file that was edited by hand
         return None
     share = (yes + no) / total
     chance = ((yes + only_a) * (yes + only_b) + (no + only_a) * (no + only_b)) / total**2

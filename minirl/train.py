@@ -210,8 +210,9 @@ def _export(policy: Policy, folder: Path) -> None:
 
 
 def _finish(s: Session) -> None:
-    """The adapter for plain peft (with the value head beside it, where there is one), the report, and the mark that all is done."""
+    """The adapter for plain peft (with the value head beside it, where there is one), the mark that all is done, and the report."""
     if s.accelerator.is_main_process:
         write_folder(s.run.folder / "adapter", lambda folder: _export(s.policy, folder))
-        s.progress.say(f"report: {write_report(s.run.folder)}")
     s.run.advance(Position(len(s.recipe.stages), 0), finished=True)
+    if s.accelerator.is_main_process:  # a report that cannot be written is told, and leaves the run finished
+        s.progress.say(f"report: {write_report(s.run.folder)}")

@@ -186,9 +186,10 @@ def _open(folder: Path, node: recipe.Recipe, shown: Progress, *, base: bool, mad
         if not (folder / "adapter").is_dir():
             raise UserError(f"{folder}: no adapter yet; finish the run first (the same `minirl run` takes it up again), or use --base")
         node = node.model_copy(update={"model": node.model.model_copy(update={"adapter": str(folder / "adapter")})})
+    task = open_task(node.task, node.seed, made)
     loaded = models.load_model(node.model, node.seed)
     chat = Chat(loaded.tokenizer, eos=models.eos(loaded.model), plain=node.model.template == "plain")
-    policy, task = Policy(loaded.model, loaded.device, loaded.dtype), open_task(node.task, node.seed, made)
+    policy = Policy(loaded.model, loaded.device, loaded.dtype)
     for line in (models.describe(loaded), *task.notes):
         shown.say(line)
     sampling = node.sampling

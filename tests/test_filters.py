@@ -398,6 +398,9 @@ def test_rules_of_the_calculator_that_know_the_solution(task: Task) -> None:
     assert not is_good("<calc>72/2</calc>", *both)
     assert is_good("<answer>72</answer>", *both)
     assert not is_good("<answer>24</answer>", *both)
+    unmarked = "Half is <<48/2=24>>24, and 24+48=72.\n#### 72"
+    assert is_good("<calc>24 + 48</calc>", *HALF, solution=unmarked), "the last step has no mark, and is needed all the same"
+    assert is_good("<calc>48 * 2</calc>", solution="In the head.\n#### 72"), "what is needed is not known"
 
 
 def test_rules_of_the_search_that_know_the_paragraphs() -> None:
@@ -415,6 +418,7 @@ def test_rules_of_the_search_that_know_the_paragraphs() -> None:
     assert is_good("<calc>Carol Reed</calc>", *film)
     assert not is_good("<calc>Putney born</calc>", *reed), "all that is needed has been shown"
     assert is_good("<calc>Putney born</calc>", *reed, titles=())
+    assert not is_good("<calc>Putney born</calc>", *reed, titles=("the third man", "Carol  Reed")), "titles as the corpus spells them"
     assert is_good("<answer>Putney</answer>", *reed)
     assert not is_good("<answer>Carol Reed</answer>", *reed)
 

@@ -50,6 +50,7 @@ def test_a_task_made_in_python_is_trained_and_evaluated(start: Start, tiny: Path
     episodes = [row for row in read_rows(tmp_path / "run" / "episodes.jsonl") if row["label"] == "train"]
     assert len(episodes) == 3 * 2 * 4
     assert {row["problem"]["id"] for row in episodes} <= {"train/1", "train/2", "train/3"}
+    assert len({row["reward"] for row in episodes}) > 1
     for row in episodes:
         assert row["reward"] == score(made().train[0], row["texts"][-1]).score
     for step, metrics in enumerate(read_rows(tmp_path / "run" / "metrics.jsonl")):
@@ -61,17 +62,39 @@ def test_a_task_made_in_python_is_trained_and_evaluated(start: Start, tiny: Path
     for command in (("run", path, "--out", tmp_path / "other"), ("eval", tmp_path / "run")):
         refused = cli(*command)
         assert refused.code == 2
-        assert refused.err.strip().endswith("expected train(recipe, folder, task=Task(...))")
+        assert refused.err.strip().endswith("of minirl.train.train or minirl.trial.evaluate_run")
+
+
+def always(verdict: object) -> Callable[[Task], Task]:
+    return lambda task: replace(task, verify=lambda problem, text: verdict)  # type: ignore[arg-type, return-value]
+
+
+def held_out(*problems: Problem) -> Callable[[Task], Task]:
+    return lambda task: replace(task, held_out=problems)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda task: replace(task, train=()), "got 0 training and 2 held-out problems, expected at least one of each"),
-        (lambda task: replace(task, held_out=()), "got 3 training and 0 held-out problems"),
-        (lambda task: replace(task, held_out=task.train[:1]), "1 held-out problems, two of them 'train/1', expected"),
-        (lambda task: replace(task, held_out=[Problem("x", "Say 2.", 2)]), "held-out problem 'x' asks what a training problem asks"),
-        (lambda task: replace(task, verify=lambda problem, text: 1.0), "verify gave float, expected a Verdict"),
+        (held_out(), "got 3 training and 0 held-out problems"),
+        (held_out(Problem("train/1", "Say 9.", 9)), "got the id 'train/1' twice, expected an id of its own"),
+        (held_out(Problem("", "Say 2.", 2)), "held-out problem '' asks what a training problem asks"),
+        (held_out(Problem("x", "?", {1, 2})), "problem 'x' has the answer '{1, 2}', expected plain JSON"),
+        (held_out(Problem("x", "?", (1, 2))), "problem 'x' has the answer '(1, 2)', expected plain JSON"),
+        (held_out(Problem("x", "?", {1: 2})), "problem 'x' has the answer '{1: 2}', expected plain JSON"),
+        (held_out(Problem("x", "?", float("nan"))), "problem 'x' has the answer 'nan', expected plain JSON"),
+        (always(1.0), "verify on problem 'train/1' gave float, expected a Verdict"),
+        (always(Verdict("high", True)), "gave the score 'high', expected a number"),  # type: ignore[arg-type]
+        (always(Verdict(float("inf"), True)), "gave the score inf, expected a finite number"),
+        (always(Verdict(1.0, True, {"first": True})), "gave the part 'first': True, expected"),
+        (always(Verdict(1.0, True, {"f1": 87.0})), "gave the part 'f1': 87.0, expected"),
+        (always(Verdict(1.0, True, {"steps": -1})), "gave the part 'steps': -1, expected"),
+        (always(Verdict(1.0, True, {"why": [1]})), "gave the part 'why': [1], expected"),  # type: ignore[dict-item]
+        (
+            lambda task: replace(task, verify=lambda problem, text: Verdict(float(text), True)),
+            "verify on problem 'train/1' of the text '' failed with ValueError: could not convert string to float: ''",
+        ),
     ],
 )
 def test_what_no_run_can_be_made_of(change: Callable[[Task], Task], message: str) -> None:
@@ -79,7 +102,33 @@ def test_what_no_run_can_be_made_of(change: Callable[[Task], Task], message: str
         open_task(recipes.Own(name="own"), 0, change(made()))
 
 
+def test_a_question_put_otherwise_is_another_question() -> None:
+    """Equal words under another system message or with other tools are no leak."""
+    other = [Problem("a", "Say 1.", 1, system="Shout."), Problem("b", "Say 1.", 1, tools=({"name": "x"},))]
+    assert open_task(recipes.Own(name="own"), 0, replace(made(), held_out=other)).held_out == other
+
+
+def test_verdicts_are_what_a_run_folder_can_hold() -> None:
+    """A reward of True, or one of numpy's, is a number. Catches: a run that trains to its end and cannot be reported."""
+    numpy = pytest.importorskip("numpy")
+    for score_, passed in ((True, 1), (numpy.float32(1.0), numpy.bool_(True))):
+        task = open_task(recipes.Own(name="own"), 0, always(Verdict(score_, passed, {"f1": 1, "steps": 3, "why": None}))(made()))
+        verdict = task.verify(task.train[0], "x")
+        assert (type(verdict.score), type(verdict.passed)) == (float, bool)
+        assert verdict == Verdict(1.0, True, {"f1": 1, "steps": 3, "why": None})
+
+
+def test_a_verifier_that_fails_later_names_the_problem() -> None:
+    task = open_task(recipes.Own(name="own"), 0, replace(made(), verify=lambda p, text: Verdict(1 / (1 - len(text)), True)))
+    with pytest.raises(
+        UserError, match=r"task 'digits': verify on problem 'train/2' of the text 'x' failed with ZeroDivisionError"
+    ) as caught:
+        task.verify(task.train[1], "x")
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
 def test_a_task_beside_a_named_one() -> None:
     with pytest.raises(UserError, match=r"got a Task beside task\.name 'countdown', expected the recipe to say task: \{name: own\}"):
         open_task(recipes.Countdown(name="countdown"), 0, made())
-    assert open_task(recipes.Own(name="own"), 0, task := made()) is task
+    with pytest.raises(UserError, match=r"expected it as task=Task\(\.\.\.\) of minirl\.train\.train or minirl\.trial\.evaluate_run"):
+        open_task(recipes.Own(name="own"), 0)

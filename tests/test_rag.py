@@ -106,6 +106,9 @@ def test_the_answer_counts_with_its_box_and_without(tags: Tags) -> None:
         ("Putney", "Putney", 1.0, 1.0, None),
         ("He was born in Putney.\n", "He was born in Putney.", 0.0, 1 / 3, "partial"),  # one word of five is right, and the only one wanted
         ("I do not know", "I do not know", 0.0, 0.0, "answer"),
+        ("\\boxed{Putney}", "Putney", 1.0, 1.0, None),
+        ("The answer is \\boxed{Putney}.", "Putney", 1.0, 1.0, None),
+        ("Putney</answer>", "Putney", 1.0, 1.0, None),  # the prompt's own stop string
         ("  \n", None, 0.0, 0.0, "answer"),
         ("Putney. <answer>", None, 0.0, 0.0, "answer"),  # the answer was begun and cut off
         ("Putney. <answer></answer>", None, 0.0, 0.0, "wrong"),

@@ -275,7 +275,7 @@ def test_folders_that_hold_no_run(tmp_path: Path) -> None:
         write_report(tmp_path)
     make_run(tmp_path / "run", steps=2)
     (tmp_path / "run/evals.jsonl").write_text(json.dumps({"label": "start"}) + "\n")
-    with pytest.raises(UserError, match="evaluation 'start': not a row"):
+    with pytest.raises(UserError, match=r"evals\.jsonl:1: problems: Field required; mend the line"):
         write_report(tmp_path / "run")
 
 
@@ -315,6 +315,7 @@ def test_rows_that_no_run_writes_are_named(tmp_path: Path, seed: int) -> None:
         path.write_text(whole)
     assert 5 < len(refused) < 60
     assert not any("\n" in message for message in refused)
+    assert sum(bool(re.search(r"\.jsonl:[0-9]+: ", message)) for message in refused) > len(refused) / 2, "by file and line"
 
 
 def test_a_damaged_row_is_named_by_file_and_line(tmp_path: Path) -> None:
@@ -323,7 +324,7 @@ def test_a_damaged_row_is_named_by_file_and_line(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[1]["step"] = "two"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2: step: .*integer.*; mend or delete the line"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: step: .*integer.*; mend the line"):
         write_report(tmp_path)
 
 

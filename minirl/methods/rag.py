@@ -14,7 +14,7 @@ from minirl.retrieve import Passage, Retriever
 from minirl.rollout import Talk
 from minirl.tasks import Task
 from minirl.tasks.qa import SearchTask, coverage
-from minirl.verify.qa import Tags, answer_text, defuse, exact_match, f1, read
+from minirl.verify.qa import Tags, answer_text, boxed, defuse, exact_match, f1, read, untagged
 
 ANSWER = """\
 Answer the user's question. First think it through in a few sentences. Then write the answer, as short as it can be, between <{answer}> \
@@ -81,11 +81,13 @@ def answer(talk: Talk, task: Task) -> Generator[Ask, Completion, str]:
 
 
 def stated(text: str, tags: Tags) -> str | None:
-    """The answer that a reply gives: what its answer tags hold or, where it opens none, all of it; None where there is nothing.
+    """The answer that a reply gives: what its answer tags hold or, where it opens none, its box, or all of it; None for nothing.
 
     So a model that was never taught the tags is scored on what it says, though its words around the answer cost it precision.
     """
-    return read(text, tags).answer if f"<{tags.answer}>" in text else text.strip() or None
+    if f"<{tags.answer}>" in text:
+        return read(text, tags).answer
+    return boxed(text) or untagged(text, tags).strip() or None
 
 
 def end(talk: Talk, task: Task, text: str, seen: Sequence[Passage], *, searches: int) -> Episode:

@@ -12,6 +12,7 @@ from typing import Any
 from minirl.report.html import Rows, text
 
 EPISODES_EACH = 3
+MOST_SHOWN = 300  # characters of a part: an answer may be a whole reply
 
 
 def episodes_html(episodes: Rows) -> str:
@@ -57,4 +58,4 @@ def one_episode_html(row: Mapping[str, Any]) -> str:
 def _mark(value: Any) -> str:
     if isinstance(value, bool):
         return '<span class="up">yes</span>' if value else '<span class="down">no</span>'
-    return text(f"{value:.3g}" if isinstance(value, float) else value)
+    return text(f"{value:.3g}" if isinstance(value, float) else str(value)[:MOST_SHOWN])

@@ -1,6 +1,6 @@
 """What the report relies on in the rows of a run, checked as they are read.
 
-Invariant: a row that a run did not write is named by its file and line; nothing after this meets it.
+Invariant: a row whose shape no run writes is named by its file and line.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class _Evaluation(_Row):
     samples: int = 1
     temperature: float | None = None
     changed: list[str] | None = None
+    problems: list[dict[str, Any]]
 
 
 _SHAPES: dict[str, type[_Row]] = {"episodes": _Episode, "evals": _Evaluation, "later_evals": _Evaluation}
@@ -56,5 +57,5 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise UserError(f"{path}:{number}: {where}: {first['msg']}; mend or delete the line") from error
+            raise UserError(f"{path}:{number}: {where}: {first['msg']}; mend the line") from error
     return rows

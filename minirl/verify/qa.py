@@ -131,6 +131,11 @@ def defuse(text: str, tags: Tags = RESEARCH) -> str:
     return _pattern(tags).sub(lambda tag: "< " + tag[0][1:], text)
 
 
+def untagged(text: str, tags: Tags = RESEARCH) -> str:
+    """`text` without any of its tags; what stood between them stays."""
+    return _pattern(tags).sub(" ", text)
+
+
 def _scan(text: str, tags: Tags) -> tuple[str, str | None]:
     """The tags as a word of letters, small for an opening tag and capital for a closing one, and what the last answer pair holds."""
     letters = {tags.think: "t", tags.search: "s", tags.result: "r", tags.answer: "a"}

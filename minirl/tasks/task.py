@@ -1,0 +1,41 @@
+"""What a task is: problems, a verifier, and demonstrations where it has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from minirl.episode import Problem, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """What SFT imitates on one problem: a right answer, and where the task has them a failed attempt with a reflection on it.
+
+    settled: the reflection arrives at the answer; else it gives up, and no retry is shown after it.
+    """
+
+    answer: str
+    attempt: str = ""
+    reflection: str = ""
+    settled: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """verify: (problem, text of an attempt) -> Verdict, pure. stop: strings that end an attempt (they stay in it).
+
+    verify_answer: (problem, the answer alone, no words around it) -> Verdict: for method stepwise; None where it cannot play the task.
+    demonstrate: (problem, rng) -> Demonstration; None where the task has no gold solutions to show.
+    notes: what the user should know once, e.g. how many rows were left out.
+    """
+
+    name: str
+    train: Sequence[Problem]
+    held_out: Sequence[Problem]
+    verify: Callable[[Problem, str], Verdict]
+    stop: tuple[str, ...] = ()
+    demonstrate: Callable[[Problem, Random], Demonstration] | None = None
+    notes: tuple[str, ...] = ()
+    verify_answer: Callable[[Problem, str], Verdict] | None = None
