@@ -5,9 +5,9 @@ The rules: a turn is one readable action, the last turn there is answers, and no
 and has a value; every number in it stands in the question or in a reply, or is one that people know (up to 12, 100, 60 minutes, ...). A
 search asks for something, and at least half of its words stand in the question or in a reply. An answer is a number that the calculator
 gave, or words that stand in what was found; yes and no count where something was. With `gold` an answer is good when the task's verifier
-passes it, and a call must also get what is still missing: a value that the gold solution works out, or any paragraph while one of the
-supporting ones has not been shown. (Were calls judged as without it, one more call would be safer than any answer, and a policy that is
-trained on that soon never answers.)
+passes it, and a call must also get what is still missing: a value that the gold solution works out or ends in, or any paragraph while one
+of the supporting ones has not been shown. (Were calls judged as without it, one more call would be safer than any answer, and a policy that
+is trained on that soon never answers.)
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ def _verdict(where: str, verify: Callable[[Problem, str], Verdict], problem: Pro
     try:
         found: object = verify(problem, text)
     except Exception as error:  # somebody else's code; what it says stands in the message, and its traceback behind it
-        raise UserError(f"{where} of the text {text[:80]!r} failed with {type(error).__name__}: {error}") from error
+        said = " ".join(str(error).split())
+        raise UserError(f"{where} of the text {text[:80]!r} failed with {type(error).__name__}: {said}") from error
     if not isinstance(found, Verdict):
         raise UserError(f"{where} gave {type(found).__name__}, expected a Verdict(score, passed) for any text")
     try:
