@@ -63,6 +63,7 @@ def test_a_task_made_in_python_is_trained_and_evaluated(start: Start, tiny: Path
         refused = cli(*command)
         assert refused.code == 2
         assert refused.err.strip().endswith("of minirl.train.train or minirl.trial.evaluate_run")
+        assert "computes in" not in refused.out, "no model is loaded for it"
 
 
 def always(verdict: object) -> Callable[[Task], Task]:

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from minirl.files import read_rows
 from minirl.metrics import SCORES
 from minirl.recipe import Collect
 from minirl.rundir import Run
+from minirl.state import Position
 
 Rows = list[dict[str, Any]]
 SINGLE = {"kind": "train", "method": "single", "steps": 2, "group": 4, "batch": 3, "learner": {"lr": 5e-3}}
@@ -116,6 +118,25 @@ def test_metrics_of_every_stage(whole: Path) -> None:
     drawn = {key for _, _, columns in CURVES for key, _ in columns} - {"dead_share"}
     assert drawn - set(SCORES) - {"accuracy", "auc", "approved"} <= keys, "every curve of the report has its numbers"
     assert not any(key.endswith(("_s", "_tps")) for row in metrics for key in row)
+
+
+def test_a_report_that_cannot_be_written_leaves_the_run_finished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches: the report written first, so that one odd row keeps a trained run from ever being finished."""
+    from minirl import train
+
+    def fail(folder: Path) -> Path:
+        raise UserError(f"{folder}: odd")
+
+    marks: list[tuple[Any, bool]] = []
+    run = SimpleNamespace(folder=tmp_path, advance=lambda position, *, finished: marks.append((position, finished)))
+    main, shown = SimpleNamespace(is_main_process=True), SimpleNamespace(say=print)
+    session = SimpleNamespace(accelerator=main, run=run, recipe=SimpleNamespace(stages=[1, 2]), policy=None, progress=shown)
+    monkeypatch.setattr(train, "write_report", fail)
+    monkeypatch.setattr(train, "_export", lambda policy, folder: (folder / "adapter_config.json").write_text("{}"))
+    with pytest.raises(UserError, match="odd"):
+        train._finish(session)  # type: ignore[arg-type]
+    assert marks == [(Position(2, 0), True)]
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
 
 
 def test_failures_collected_are_what_reflect_starts_from(whole: Path) -> None:
