@@ -5,7 +5,7 @@
     episodes.jsonl sample episodes                evals.jsonl     evaluations, problem by problem
     kept/N.jsonl   what collect stage N kept      checkpoints/    weights, named <stage>-<step>
     versions.jsonl what it ran on                 report.html     all of it on one page
-    model.json     which base weights             (checked on resume)
+    model.json     which base weights             task.json       which problems (both are checked on resume)
     adapter/       for plain peft, at the end     later_evals.jsonl   what `minirl eval` found afterwards
 
 Invariant: `state.json` is replaced in one rename, and only after what it names is on the disk; opening a folder undoes the rest (see
@@ -106,7 +106,7 @@ class Run:
         """Note which base weights the run began with, and in which dtype; UserError where it is taken up with others (the hub's, then a
         local copy; on an A100, then on a T4, which has no bf16)."""
         path = self.folder / "model.json"
-        known = json.loads(path.read_text()) if path.exists() and self._state != State() else {}
+        known = {} if self._state == State() else _noted(path, "weights")
         if known.get("dtype", dtype) != dtype:
             raise UserError(
                 f"{self.folder}: this machine computes in {dtype}, expected {known['dtype']}, in which the run began; take it up where "
@@ -119,6 +119,19 @@ class Run:
             )
         if self._lock is not None:
             write_file(path, json.dumps({"weights": fingerprint, "dtype": dtype}))
+
+    def check_task(self, fingerprint: str, train: int, held_out: int) -> None:
+        """Note which problems the run began with; UserError where it is taken up with others (a data file that was edited since)."""
+        path, now = self.folder / "task.json", {"problems": fingerprint, "train": train, "held_out": held_out}
+        known = {} if self._state == State() else _noted(path, "problems")
+        if known.get("problems", fingerprint) != fingerprint:
+            raise UserError(
+                f"{self.folder}: the task {self.recipe.task.name} has other problems here (got {train} and {held_out} held out, digest "
+                f"{fingerprint[:8]}; expected {known.get('train')} and {known.get('held_out')}, {str(known['problems'])[:8]}, those that "
+                "the run began with); bring back the data it began with, or start again with another --out"
+            )
+        if self._lock is not None:
+            write_file(path, json.dumps(now))
 
     def log(self, row: Mapping[str, Any]) -> None:
         """A row of metrics.jsonl: numbers that equal runs share bit for bit, so no clocks."""
@@ -217,8 +230,21 @@ def standing(folder: Path) -> tuple[Position, bool]:
 
 def weights_of(folder: Path) -> str | None:
     """The fingerprint of the base weights of a run; None where it began with none."""
-    path = folder / "model.json"
-    return str(json.loads(path.read_text())["weights"]) if path.exists() else None
+    found = _noted(folder / "model.json", "weights").get("weights")
+    return None if found is None else str(found)
+
+
+def _noted(path: Path, key: str) -> dict[str, Any]:
+    """What a file checked on resume says; nothing where a run has none yet. Raises UserError for one that holds something else."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); bring it back, or delete it to go on unchecked") from error
+    if not isinstance(found, dict) or not isinstance(found.get(key), str):
+        raise UserError(f"{path}: got {str(found)[:60]!r}, expected an object with {key!r}; bring it back, or delete it to go on unchecked")
+    return found
 
 
 def add_later_eval(folder: Path, row: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ from minirl.rollout import Play, Talk, play
 from minirl.rundir import Run
 from minirl.sampler import LiveSampler, open_sampler
 from minirl.speakers import Voices
-from minirl.tasks import Task, open_task
+from minirl.tasks import Task, fingerprint, open_task
 
 _NOTHING = object()  # fills a share that is shorter than the others
 
@@ -163,6 +163,7 @@ def open_session(node: recipe.Recipe, run: Run, accelerator: Accelerator, progre
     made: the task where the recipe says `own`.
     """
     task = open_task(node.task, node.seed, made)
+    run.check_task(fingerprint(task), len(task.train), len(task.held_out))
     with accelerator.main_process_first():  # the others find the model in the cache
         loaded = models.load_model(node.model, node.seed, accelerator.device)
     run.check_model(models.fingerprint(loaded.model), models.dtype_name(loaded.dtype))

@@ -15,7 +15,7 @@ from minirl import recipe as recipes
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
 from minirl.files import read_rows
-from minirl.tasks import Task, open_task
+from minirl.tasks import Task, fingerprint, open_task
 
 STAGE = {"kind": "train", "method": "single", "steps": 3, "group": 4, "batch": 2, "learner": {"lr": 5e-3}}
 
@@ -126,6 +126,19 @@ def test_a_verifier_that_fails_later_names_the_problem() -> None:
     ) as caught:
         task.verify(task.train[1], "x")
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_the_digest_of_a_task_is_that_of_its_problems() -> None:
+    """What a run is checked against when it is taken up again. Catches: a field that is left out, or a problem that changes sides."""
+    task = made()
+    same = fingerprint(made())
+    assert fingerprint(task) == same
+    first, *others = task.train
+    changes = {"id": "x", "prompt": "x", "answer": 9, "solution": "x", "system": "x", "tools": ({"name": "x"},)}
+    for name, value in changes.items():
+        assert fingerprint(replace(task, train=[replace(first, **{name: value}), *others])) != same, name
+    assert fingerprint(replace(task, train=[*others, first])) != same
+    assert fingerprint(replace(task, train=[*task.train, task.held_out[0]], held_out=task.held_out[1:])) != same
 
 
 def test_a_task_beside_a_named_one() -> None:

@@ -349,6 +349,40 @@ def test_a_run_is_not_taken_up_in_another_dtype(cli: Cli, tiny: Path, tmp_path: 
     assert json.loads((folder / "model.json").read_text()) == known
 
 
+def test_a_run_is_not_taken_up_with_other_problems(start: Start, cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    """A data file that was edited while the run lay still. Catches: a run whose steps are of two data sets."""
+    asked, held = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    rows = [{"question": f"What is {n} plus 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(9)]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
+    held.write_text("".join(json.dumps(row) + "\n" for row in rows[6:]))
+    path, folder = recipe(tmp_path / "r.yaml", tiny, [SINGLE | {"steps": 400}], save={"every": 1}), tmp_path / "run"
+    task = {"name": "gsm8k", "source": str(asked), "test_source": str(held), "held_out": 3}
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"task": task}))
+    job = start(minirl, "run", str(path), "--out", str(folder))
+    until(job, lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text().count("\n") >= 3)
+    job.process.kill()
+    job.process.join()
+    noted, before = json.loads((folder / "task.json").read_text()), (folder / "metrics.jsonl").read_text()
+    assert (noted["train"], noted["held_out"]) == (6, 3)
+    asked.write_text(asked.read_text().replace("#### 4", "#### 5"))
+    outcome = cli("run", path, "--out", folder)
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert f"{folder}: the task gsm8k has other problems here (got 6 and 3 held out, digest " in outcome.err
+    assert before.startswith((folder / "metrics.jsonl").read_text()), "what was saved is kept"
+    assert json.loads((folder / "task.json").read_text()) == noted
+
+
+@pytest.mark.parametrize("held", ["", "[]", '{"problems": 3}', "[" * 100_000])
+def test_a_damaged_note_of_the_problems_is_named(held: str, tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    """What a run is checked against is data too. Catches: a traceback in place of a line."""
+    path, folder = recipe(tmp_path / "r.yaml", tiny, [SINGLE | {"steps": 1}]), tmp_path / "run"
+    assert cli("run", path, "--out", folder).code == 0
+    (folder / "task.json").write_text(held)
+    with Run.open(folder, recipes.load(path)) as run, pytest.raises(UserError, match=r"task\.json: .*delete it to go on unchecked"):
+        run.check_task("digest", 1, 1)
+
+
 def test_every_loss_trains(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     """One run of plain single-attempt stages, one for each preset of the loss."""
     losses = ["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce"]

@@ -11,9 +11,9 @@ from random import Random
 from minirl import recipe
 from minirl.episode import Problem
 from minirl.errors import UserError
-from minirl.tasks.task import Demonstration, Task
+from minirl.tasks.task import Demonstration, Task, fingerprint
 
-__all__ = ["Demonstration", "Task", "draw", "open_task"]
+__all__ = ["Demonstration", "Task", "draw", "fingerprint", "open_task"]
 
 
 def open_task(node: recipe.Task, seed: int, made: Task | None = None) -> Task:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from random import Random
 
 from minirl.episode import Problem, Verdict
@@ -39,3 +41,14 @@ class Task:
     demonstrate: Callable[[Problem, Random], Demonstration] | None = None
     notes: tuple[str, ...] = ()
     verify_answer: Callable[[Problem, str], Verdict] | None = None
+
+
+def fingerprint(task: Task) -> str:
+    """A digest of the problems in their order: a file that was edited, or another task made in Python, has another one."""
+    digest = blake2b(digest_size=16)
+    for part in (task.train, task.held_out):
+        for p in part:
+            fields = (p.id, p.prompt, p.answer, p.solution, p.system, p.tools)
+            digest.update(json.dumps(fields, sort_keys=True, default=str).encode() + b"\n")
+        digest.update(b"held out\n")
+    return digest.hexdigest()
