@@ -73,6 +73,24 @@ def test_only_a_statement_counts(text: str) -> None:
     assert kind("b", text) == "no_answer"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is (b). The other options are not correct.",
+        "The answer is (b). Options (a) and (c) are too small.",
+    ],
+)
+def test_what_is_said_of_other_things_takes_nothing_back(text: str) -> None:
+    assert kind("b", text) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["The answer is b; d.", "The answer is (b). Or (c).", "The answer is b and c", "The answer is b and not sure"]
+)
+def test_what_takes_the_letter_back(text: str) -> None:
+    assert kind("b", text) == "no_answer"
+
+
 def test_the_last_statement_counts() -> None:
     assert kind("b", "The answer is b. No: the answer is c.") == "wrong_answer"
     assert kind("c", "The answer is b. No: the answer is c.") is None

@@ -55,6 +55,9 @@ def returns(expression: str) -> str:
         ("def solution():\n    return late()\n\ndef late():\n    return 9\n\nprint(solution())\n", 9),
         ("x = 5 apples, says Tom.\nfrom here it is easy: import nothing.\ndef solution():\n    return 10\n", 10),
         # The docstring is the question, whose lines may stand anywhere.
+        ("Total = 5 apples times 3.\n\ndef solution():\n    return 15\n", 15),
+        ("def solution():\n    return 15\n\nAnswer = 15 apples", 15),
+        ("RATE = 2 if True else 3\nNAME = 'two words'  # and more words\nX = not RATE in (1,)\ndef solution():\n    return RATE", 2),
         ('def solution():\n    """Tom has 3.\nHow many?\nprint(1)\n"""\n    return 11\n', 11),
         ("def solution():\n    '''It's \"\"\" odd.\nHow many?'''\n    return 12\nSo 12.", 12),
         ("def solution():\n    return sum([\n1, 2,\n10,\n])", "program_error"),  # brackets over lines at the margin are not followed

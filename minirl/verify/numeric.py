@@ -46,7 +46,7 @@ _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
 # A unit is words, which may carry a power (m^2, cm3), among closing marks. A digit or an operator that is left over makes it no unit.
 _WORD = r"(?:[-/]?[^\W\d_\u00b2\u00b3\u00b9\u2070-\u209f]++(?:[²³]|\^?\{?[23]\}?(?![0-9]))?+)"
 _UNIT = re.compile(rf"(?:[\s*_\"'”’`)\]{{}}\\$€£¥₹¢°]|/(?=\s)|{_WORD})*+")
-_END = re.compile(r"\Z|[.!](?![0-9])|[;,(](?!\s*[0-9$€£-])")
+_END = re.compile(r"\Z|[.!](?![0-9])|[;,(](?![\s*_\\(+$€£¥₹.~-]*+[0-9])")
 _NOT_A_UNIT = re.compile(
     r"\s*and\b|.*(?<![^\W\d_])(?:or|nor|not|plus|minus|versus|vs|wrong|incorrect|squared|cubed|factorial|sqrt|frac|pi|π|[xyzni]"
     r"|half|halves|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths|multiplied|divided|below|to\s+the\s+power"
@@ -62,6 +62,8 @@ _FIGURE = re.compile(rf"{_PLAIN}(?:\s*/\s*{_PLAIN})?")
 _CHARACTERS = {ord(char): "-" for char in "−–—‐‑﹣－"} | {ord(char): " " for char in "\u00a0\u2002\u2003\u2007\u3000"}
 _CHARACTERS |= {ord(char): "" for char in "\u200b\u200c\u200d\u2060\ufeff"} | {ord("⁄"): "/", ord("∕"): "/"}
 _CHARACTERS |= {ord(c): f" {n}/{d}" for c, n, d in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888", strict=True)}
+
+_SPACING = (("\\!", ""), ("~", " "), ("^{\\circ}", "°"), ("^\\circ", "°"))  # 1,\!000 and 12~\text{cm}
 
 
 class Number(NamedTuple):
@@ -91,6 +93,8 @@ def number(text: str) -> Number | None:
     Also "2 + 3 = 5" and "x = 5", where the last side counts. A fraction is read as its value whether or not it is in lowest terms.
     """
     text = text[:MAX_STATEMENT].translate(_CHARACTERS)
+    for latex, plain in _SPACING:
+        text = text.replace(latex, plain)
     text = _FRAC.sub(r" \1/\2", text).strip()
     found = _read(text)
     if found is None and "=" in text:

@@ -24,8 +24,12 @@ _END = re.compile(r"\Z|[.!](?!\w)|[;,(]")
 # A second letter in the form of an option, or a word that takes the first one back.
 _WORD = re.compile(r"\w+")
 _SECOND = re.compile(
-    r"\b(?:or|nor|not|and)\b|[(\[]\s*[a-e]\s*[)\]]|(?<![\w'’)\]])[a-e]\s*[)\]]|[,/&]\s*[a-e]\s*(?:[.!;,]|\Z)", re.IGNORECASE
+    r"\b(?:or|nor|not|and)\b|[(\[]\s*[a-e]\s*[)\]]|(?<![\w'’)\]])[a-e]\s*[)\]]"
+    r"|[,;/&]\s*[a-e]\s*(?:[.!;,]|\Z)",
+    re.IGNORECASE,
 )
+# The next sentence is about something else, unless it goes on with "or".
+_NEXT = re.compile(r"(?<=[.!])\s+(?!(?i:or|and|nor|not|maybe|perhaps)\b)[A-Z]")
 # What the extraction of MathQA left before a value ("a ) 2" inside option a, "s . 180" for "rs . 180") and after it ("288 cm 2").
 _STRAY = re.compile(r"^\s*(?:[a-e]\s*[).]|[a-z]\s*=|r?s\b\s*\.?)\s*|(?<=[a-z])\s*\^?\s*[23]\s*\.?\s*$")
 
@@ -71,7 +75,7 @@ def _choice(statement: str, options: Sequence[str] = ()) -> tuple[str, str] | No
         return None
     after, letter = statement[match.end() :], match["letter"].lower()
     own = dict(zip(LETTERS, options, strict=False)).get(letter, "")
-    if _SECOND.search(_after_echo(after, own)) or not (match["bracket"] or _END.match(after)):
+    if _SECOND.search(_NEXT.split(_after_echo(after, own))[0]) or not (match["bracket"] or _END.match(after)):
         return None
     return letter, after
 

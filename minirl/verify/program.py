@@ -23,6 +23,11 @@ _HEAD = re.compile(r"(?:async\s+)?def\s+solution\b")
 # Lines at the margin that belong to a program: what a prose sentence does not begin with.
 _CODE = re.compile(r"def\s+\w+\s*\(|class\s+\w+\s*[(:]|import\s+[\w., ]+$|from\s+[\w.]+\s+import\b|[A-Za-z_]\w*\s*=[^=]|[@#)\]}]")
 
+# What a line of prose with an equals sign has and code has not: two words in a row, "Total = 5 apples". Strings and comments aside.
+_QUOTED = re.compile(r""" '(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[#].* """, re.VERBOSE)
+_KEYWORDS = r"(?:if|else|for|in|and|or|not|is|lambda|await|yield|from)\b"
+_TWO_WORDS = re.compile(rf"(?<!\w)(?!{_KEYWORDS})[\w.]++\s++(?!{_KEYWORDS})[^\W\d]")
+
 
 def extract(text: str) -> str | None:
     """The program in `text`: the last fenced block that defines `solution`, else the first bare definition of it; None without either.
@@ -101,18 +106,25 @@ def _bare(lines: list[str]) -> list[str]:
         return []
     start = head
     for i in range(head - 1, -1, -1):
-        if _CODE.match(lines[i]):
+        if _is_code(lines[i]):
             start = i
         elif lines[i].strip() and not lines[i][0].isspace():
             break
     end, open_quote = head + 1, ""
     for line in lines[end:]:
         margin = bool(line) and not line[0].isspace() and not open_quote
-        if margin and (_HEAD.match(line) or not _CODE.match(line)):
+        if margin and (_HEAD.match(line) or not _is_code(line)):
             break
         open_quote = _after(line, open_quote)
         end += 1
     return lines[start:end]
+
+
+def _is_code(line: str) -> bool:
+    """Whether a line at the margin can be part of a program."""
+    left, equals, right = _QUOTED.sub("''", line).partition("=")
+    prose = equals and left.strip().isidentifier() and _TWO_WORDS.search(right)
+    return _CODE.match(line) is not None and not prose
 
 
 def _after(line: str, open_quote: str) -> str:

@@ -13,15 +13,22 @@ MAX_CHARS = 16_384
 MAX_STATEMENT = 240
 PHRASE = "The answer is"
 
-# `####` is also a Markdown heading: it is a mark only where a number follows.
+# `####` is also a Markdown heading: it is a mark only where a number follows, and not that of "#### 2. Compute the total".
 _MARK = re.compile(
     r"\bthe\s++(?:(?:final|correct|right)\s++)?answer\s++is(?P<denied>n['’]t)?\b"
-    r"|####(?=[ \t]*+[^\s\w#]{0,3}[ \t]*+\.?[0-9])|\\(?:boxed|fbox)\s*+\{",
+    r"|####(?![ \t]*+[0-9]++[.):][ \t]+\S)(?=[ \t]*+[^\s\w#]{0,3}[ \t]*+\.?[0-9])|\\(?:boxed|fbox)\s*+\{",
     re.IGNORECASE,
 )
-_DENIED = re.compile(r"\b(?:(?:can)?not|never|n?either|nor|or|doubt|whether|unless)\b|n['’]t\b", re.IGNORECASE)
+# A denial counts where it governs the mark, with such words alone between them: "I do not think it is", but not "who do not play is".
+_DENIED = re.compile(
+    r"(?:\b(?:(?:can)?not|never|n?either|nor|or|doubts?|whether|unless)|n['’]t)\b"
+    r"(?:[\s$(*_=\[\\\"'“‘]|(?:think|thinks|thought|believe|say|said|claim|mean|know|knows|sure|certain|convinced|clear|true|right|correct|possible"
+    r"|likely|obvious|the|case|that|if|whether|is|was|are|be|been|it|this|so|an?|final|answer|equals?|to|just|conclude|exactly|simply|really"
+    r"|yet|always|necessarily|actually|only|even|[a-z])\b)*+\Z",
+    re.IGNORECASE,
+)
 _CLAUSE_END = re.compile(r"[.,;:!?\n]")
-_HEDGED = re.compile(r"[\s.,;()$*\\\]]*+(?:or|and|nor|not|versus|vs)\b", re.IGNORECASE)
+_HEDGED = re.compile(r"[\s.,;()$*\\\]]*+(?:or|maybe|perhaps)\b|[ \t,;()$*\\\]]*+(?:and|nor|not|versus|vs)\b", re.IGNORECASE)
 
 
 class Stated(NamedTuple):
