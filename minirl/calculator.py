@@ -17,11 +17,16 @@ MAX_BITS = 512  # of a numerator or a denominator
 MAX_POWER = 64
 DECIMALS = 6
 
-_HALVES = {"½": Fraction(1, 2), "⅓": Fraction(1, 3), "⅔": Fraction(2, 3), "¼": Fraction(1, 4), "¾": Fraction(3, 4)}
+_HALVES = {
+    sign: Fraction(int(upper), int(lower))
+    for sign, upper, lower in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888", strict=True)
+}
 _HALF = f"[{''.join(_HALVES)}]"
 _PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])|[0-9]+(?!,[0-9]))(?:\.[0-9]+|\.(?![0-9.]))?|\.[0-9]+"
 _CURRENCY = r"(?:[$€£¥₹]|(?:US|USD|EUR|GBP|Rs)\b\.?\s*[$€£¥₹]?)"
-_WORD = r"[^\W\d_]+(?:['’][^\W\d_]+)?"
+# Raised and lowered digits and other fractions count as letters to `re`; here they can be read as nothing.
+_LETTER = "[^\\W\\d_²³¹⁰-ₜ¼-¾⅐-⅟↉]"
+_WORD = rf"{_LETTER}+(?:['’]{_LETTER}+)?"
 _TOKEN = re.compile(
     rf"\s*(?:(?P<mixed>[0-9]+\s+[0-9]+/[0-9]+(?![0-9.,])|[0-9]*\s*{_HALF})"
     rf"|(?P<number>(?:{_PLAIN})(?:[eE][+-]?[0-9]{{1,2}}(?![\w.]))?)(?:\.\.\.|…)?|(?P<operator>\*\*|[-+*/^()])|(?P<percent>%)|(?P<currency>{_CURRENCY})|(?P<word>{_WORD}))"
@@ -41,12 +46,16 @@ _NO_UNITS = frozenset(
     re.findall(
         r"\w+",
         """a b c d e f i j n p q r t u v w y z pi and or not nor to than squared cubed half halves third thirds quarter quarters twice
-        double triple sqrt sum mod modulo log ln sin cos tan abs round min max factorial equals is are was if then versus vs divided
+        fifths sixths sevenths eighths ninths tenths hundredths thousandths
+        double triple π sqrt sum mod modulo log ln sin cos tan abs round min max factorial equals is are was if then versus vs divided
         multiplied by zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty
         ninety point percentage mil bil tn""",
     )
 )
 _PERCENT = ("percent", "pct")
+_PARTS = re.compile(r"(?:fif|six|seven|eigh|nin|ten|hundred|thousand)th\Z")  # 1 fifth of 10; but 20 fifth graders
+_WORKED = re.compile(rf"(?:[0-9)]|{_HALF}).*?(?:[-+*/^%]|\b(?:plus|minus|times|x|of|over|by|percent|pct)\b)", re.IGNORECASE)
+_OF_HUNDRED = "p"
 _SIGNS = str.maketrans({"×": "*", "·": "*", "∙": "*", "÷": "/", "⁄": "/", "∕": "/", "−": "-", "–": "-", "—": "-", "﹣": "-", "－": "-"})
 _BRACKETS = str.maketrans("[]{}", "()()")
 _PER_CENT = re.compile(r"\bper\s+cent\b", re.IGNORECASE)
@@ -72,7 +81,7 @@ def evaluate(expression: str) -> Fraction:
     if len(expression) > MAX_CHARS:
         raise CalculatorError(f"more than {MAX_CHARS} characters")
     text = expression.translate(_SIGNS).translate(_BRACKETS).replace("\\$", "$").replace("\\%", "%").strip(" \t\r\n`").rstrip(".?;: ")
-    code, numbers = _read(_worked_side(_PER_CENT.sub("percent", text)))
+    code, numbers = _read(worked_side(_PER_CENT.sub("percent", text)))
     try:
         tree = ast.parse(code, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -97,13 +106,14 @@ def written(value: Fraction) -> str:
     return text if Fraction(text) == value else f"{shown:f}..."
 
 
-def _worked_side(text: str) -> str:
-    """The first side of an equation that has a digit in it."""
-    return next((side for side in text.split("=") if re.search(f"[0-9]|{_HALF}", side)), text)
+def worked_side(text: str) -> str:
+    """The first side of an equation that has an operator behind a number; where none has, the first with a number."""
+    sides = [side for side in text.split("=") if re.search(f"[0-9]|{_HALF}", side)]
+    return next((side for side in sides if _WORKED.search(side)), sides[0] if sides else text)
 
 
 def _read(text: str) -> tuple[str, list[Fraction]]:
-    """An expression of names n0, n1, ... with their numbers; units and currency are gone."""
+    """An expression of names n0, n1, ... (p0, p1, ... for what a percent sign means) with their numbers; units and currency are gone."""
     code: list[str] = []
     numbers: list[Fraction] = []
     at, after = 0, "start"  # after: what stands before `at`: "start", "value" (a number, a bracket closed) or "operator"
@@ -129,7 +139,7 @@ def _read(text: str) -> tuple[str, list[Fraction]]:
         elif kind == "percent" or said.lower() in _PERCENT:
             if after != "value":
                 raise CalculatorError("a percent sign without a number before it")
-            _scale(code, numbers, Fraction(1, 100))
+            _scale(code, numbers, Fraction(1, 100), sign=_OF_HUNDRED)
         elif kind == "word":
             at, after = _word(text, token.start(kind), said, after, code, numbers)
     if not numbers:
@@ -137,7 +147,7 @@ def _read(text: str) -> tuple[str, list[Fraction]]:
     return "".join(code), numbers
 
 
-def _scale(code: list[str], numbers: list[Fraction], factor: Fraction, name: str | None = None) -> None:
+def _scale(code: list[str], numbers: list[Fraction], factor: Fraction, name: str | None = None, sign: str = "n") -> None:
     """Multiply the last value, a number or what stands in brackets, so that 1 / 50% is 2.
 
     name: of a scale in words, which is refused after a slash: 1/2 million is half a million to most.
@@ -148,7 +158,7 @@ def _scale(code: list[str], numbers: list[Fraction], factor: Fraction, name: str
         depth += code[start].count(")") - code[start].count("(")
     if name is not None and code[:start][-1:] == ["/"]:
         raise CalculatorError(f"put brackets around what belongs to {name!r}")
-    code[start:] = [f"({''.join(code[start:])}*n{len(numbers)})"]
+    code[start:] = [f"({''.join(code[start:])}*{sign}{len(numbers)})"]
     numbers.append(factor)
 
 
@@ -167,7 +177,11 @@ def _word(text: str, start: int, word: str, after: str, code: list[str], numbers
     if after == "value" and scale is None and low in _OF_MONEY and _MONEY.search(text[:start]):
         scale = _OF_MONEY[low]
     rest = after != "value" and scale is None and len(code) > 1 and code[-1] == "/" and _RATE.search(text[:start])  # of a unit: $5/hour
-    if low in _WORDED or (scale is None and (low in _NO_UNITS or word == "M")) or (after != "value" and not rest):
+    if (
+        low in _WORDED
+        or (scale is None and (low in _NO_UNITS or word == "M" or _is_part(low, text[at:])))
+        or (after != "value" and not rest)
+    ):
         raise CalculatorError(f"cannot read {word!r}; use numbers, + - * / ^ and brackets")
     if rest:
         code.pop()
@@ -176,6 +190,10 @@ def _word(text: str, start: int, word: str, after: str, code: list[str], numbers
         return at, "value"
     tail = _UNIT_TAIL.match(text, at)
     return (tail.end() if tail else at), "value"
+
+
+def _is_part(word: str, rest: str) -> bool:
+    return bool(_PARTS.match(word) and re.match(r"\s+of\b", rest))
 
 
 def _times(text: str, at: int) -> bool:
@@ -203,9 +221,21 @@ def _value(node: ast.expr, numbers: list[Fraction]) -> Fraction:
             return -_value(node.operand, numbers)
         case ast.UnaryOp(op=ast.UAdd()):
             return _value(node.operand, numbers)
+        case ast.BinOp(op=ast.Add() | ast.Sub()) if _is_share(node.right) and not _is_share(node.left) and _value(node.left, numbers) != 1:
+            raise CalculatorError("a percentage of what? write 20% of 50, or 0.2")
         case ast.BinOp():
             return _bounded(_applied(node.op, _value(node.left, numbers), _value(node.right, numbers)))
     raise CalculatorError("not an expression: see to its operators and brackets")
+
+
+def _is_share(node: ast.expr) -> bool:
+    """Whether it is a percentage, or a sum of such: 100 - 20% means two things, 100% - 20% and 1 - 20% do not."""
+    match node:
+        case ast.BinOp(op=ast.Mult(), right=ast.Name(id=name)):
+            return name.startswith(_OF_HUNDRED)
+        case ast.BinOp(op=ast.Add() | ast.Sub()):
+            return _is_share(node.left) and _is_share(node.right)
+    return False
 
 
 def _applied(operator: ast.operator, left: Fraction, right: Fraction) -> Fraction:

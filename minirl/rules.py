@@ -2,12 +2,12 @@
 
 Invariant: pure and bounded, no tool but the calculator is run, and without `gold` nothing but the question and what was said is looked at.
 The rules: a turn is one readable action, the last turn there is answers, and no call is made twice. A calculation is of two numbers or more
-and has a value; every number in it stands in the question or in a reply, or is one that people know (up to 12, 100, 60 minutes, ...). A
-search asks for something, and at least half of its words stand in the question or in a reply. An answer is a number that the calculator
-gave, or words that stand in what was found; yes and no count where something was. With `gold` an answer is good when the task's verifier
-passes it, and a call must also get what is still missing: a value that the gold solution works out or ends in, or any paragraph while one
-of the supporting ones has not been shown. (Were calls judged as without it, one more call would be safer than any answer, and a policy that
-is trained on that soon never answers.)
+and has a value; every number in it stands in the question or in a reply, or is one that people know (up to 12, 100, 60 minutes, ...), or a
+share that a percentage there is (0.2, 0.8 or 1.2 for 20 %). A search asks for something, and at least half of its words stand in the
+question or in a reply. An answer is a number that the calculator gave, or words that stand in what was found; yes and no count where
+something was. With `gold` an answer is good when the task's verifier passes it, and a call must also get what is still missing: a value
+that the gold solution works out or ends in, or any paragraph while one of the supporting ones has not been shown. (Were calls judged as
+without it, one more call would be safer than any answer, and a policy that is trained on that soon never answers.)
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from fractions import Fraction
 from minirl import calculator
 from minirl.episode import Problem
 from minirl.judge import Opinion, StepCase
+from minirl.methods.rag import NOTHING
 from minirl.methods.search import called
-from minirl.methods.stepwise import ARROW, Action, Tags, read
+from minirl.methods.stepwise import Action, Tags, read, result
 from minirl.tasks import Task
 from minirl.tasks.calls import worked_out
 from minirl.tasks.qa import SearchTask, coverage
@@ -32,6 +33,7 @@ KNOWN = frozenset(
     map(Fraction, (*range(13), 15, 16, 20, 24, 25, 30, 36, 48, 50, 52, 60, 75, 90, 100, 144, 180, 360, 365, 1000, 1760, 3600, 5280))
 )
 _FIGURE = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]*\.?[0-9]+")
+_PERCENT = re.compile(rf"({_FIGURE.pattern})\s*(?:%|per\s?cent)")
 _EITHER = ("yes", "no")
 
 
@@ -76,7 +78,7 @@ class Rules:
             return False
         if action.kind == "answer" and self._gold:
             return self._task.verify_answer is not None and self._task.verify_answer(problem, action.content).passed
-        told = [text for author, text in case.said if author == "tool"]
+        told = self._replies(case)
         if action.kind == "answer":
             return self._supports(action.content, told)
         before = [self._read(text) for author, text in case.said if author == "model"]
@@ -88,6 +90,16 @@ class Rules:
             return False
         asks = _asks_for_words if searches else _asks_for_numbers
         return asks(action.content, [case.question, *told]) and (not self._gold or self._gains(action.content, problem, told))
+
+    def _replies(self, case: StepCase) -> list[str]:
+        """What the tool has given for each call, without the call that stands before it; no notices."""
+        action, found = None, []
+        for author, text in case.said:
+            if author == "model":
+                action = self._read(text)
+            elif action is not None and action.kind == "call":
+                found.append(text.removeprefix(result(action.content, "").lstrip()).strip())
+        return [text for text in found if text not in ("", NOTHING)]
 
     def _gains(self, call: str, problem: Problem, told: Sequence[str]) -> bool:
         """Whether a sensible call gets what the gold answer needs and nobody has been told; True where what it needs is not known."""
@@ -103,7 +115,7 @@ class Rules:
     def _supports(self, answer: str, told: Sequence[str]) -> bool:
         if isinstance(self._task, SearchTask):
             words = qa.normalise(answer)
-            where = [qa.normalise(text.partition(ARROW)[2] or text) for text in told]
+            where = [qa.normalise(text) for text in told]
             return bool(words) and bool(where) and (words in _EITHER or any(f" {words} " in f" {text} " for text in where))
         stated = number(answer)
         return stated is not None and any(_same(value, stated.value) for value in _values(told))
@@ -111,7 +123,7 @@ class Rules:
 
 def _values(told: Sequence[str]) -> list[Fraction]:
     """The numbers that the calculator has given."""
-    found = (number(text.rpartition(ARROW)[2].strip(" .")) for text in told)
+    found = (number(text.strip(" .")) for text in told)
     return [value.value for value in found if value is not None]
 
 
@@ -132,13 +144,20 @@ def _asks_for_numbers(expression: str, known: Sequence[str]) -> bool:
         calculator.evaluate(expression)
     except calculator.CalculatorError:
         return False
-    if len(_FIGURE.findall(expression.split("=")[0])) < 2:
+    worked = calculator.worked_side(expression)
+    if len(_FIGURE.findall(worked)) < 2:
         return False  # one number is no calculation
-    return _figures(expression.split("=")[0]) - KNOWN <= {value for text in known for value in _figures(text)}
+    return _figures(worked) - KNOWN <= {value for text in known for value in _figures(text) | _shares(text)}
 
 
 def _figures(text: str) -> set[Fraction]:
     return {Fraction(figure.replace(",", "")) for figure in _FIGURE.findall(text)}
+
+
+def _shares(text: str) -> set[Fraction]:
+    """What people write for the percentages in a text: 0.2, 0.8 and 1.2 for "20 %"."""
+    found = {Fraction(figure.replace(",", "")) / 100 for figure in _PERCENT.findall(text)}
+    return found | {1 - share for share in found} | {1 + share for share in found}
 
 
 def _asks_for_words(query: str, known: Sequence[str]) -> bool:

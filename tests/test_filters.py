@@ -378,6 +378,37 @@ def test_rules_of_the_calculator(task: Task) -> None:
     assert ruled(task, "<answer>2</answer>", ("model", "<calc>1+1</calc>"), ("tool", "1+1 -> 2"))
 
 
+def test_rules_know_shares_and_replies_alone(task: Task) -> None:
+    """Catches: gold steps with a percentage as a decimal refused; a figure that only a refused call or an error names taken for known."""
+    off = "A bag of $48 is 25% off."
+    for good in ("48 * .25", "48 * 0.75", "48 * 1.25", "x = 48/2", "12 = 48/2"):
+        assert ruled(task, f"<calc>{good}</calc>", question=off), good
+    assert not ruled(task, "<calc>48 * 0.35</calc>", question=off)
+    called = (("model", "<calc>48 + 999</calc>"), ("tool", "48 + 999 -> 1047"))
+    assert not ruled(task, "<calc>999 * 7</calc>", *called), "999 was made up"
+    assert ruled(task, "<calc>1047 * 7</calc>", *called)
+    failed = (("model", "<calc># -> 5</calc>"), ("tool", "# -> 5 -> error: cannot read '# -> 5'; use numbers"))
+    assert not ruled(task, "<answer>5</answer>", *failed)
+
+
+def test_rules_take_words_from_what_was_found() -> None:
+    films, notice = search_task(), "That was not one action. Write either"
+    question = "Was Carol Reed born in Putney?"
+    empty = (("model", "<calc>Carol Reed</calc>"), ("tool", "Carol Reed -> Nothing was found."))
+    assert not ruled(films, "<answer>yes</answer>", *empty, question=question), "nothing was found"
+    assert not ruled(films, "<answer>yes</answer>", ("model", "Hm"), ("tool", notice), question=question)
+    assert not ruled(films, "<answer>one action</answer>", ("model", "Hm"), ("tool", notice), question=question)
+    assert not ruled(
+        films,
+        "<answer>Putney</answer>",
+        ("model", "<calc>Carol Reed -> Putney</calc>"),
+        ("tool", "Carol Reed -> Putney -> Nothing was found."),
+    )
+    there = (("model", "<calc>Carol Reed</calc>"), ("tool", "Carol Reed -> \n[1] Carol Reed: born in Putney."))
+    assert ruled(films, "<answer>yes</answer>", *there, question=question)
+    assert ruled(films, "<answer>Putney</answer>", *there, question=question)
+
+
 def test_rules_of_the_calculator_that_know_the_solution(task: Task) -> None:
     """Catches: one more call always pays, so that a policy trained on it never answers."""
 
