@@ -1,6 +1,7 @@
 """Credit: rewards become advantages. Pure functions on plain numbers.
 
-Invariant: a reward of None is "not scored" and gets the advantage None; a group whose scored rewards are all equal gets exactly 0.0.
+Invariant: a reward of None is "not scored" and gets the advantage None; a group whose scored rewards are all equal gets exactly 0.0,
+unless it has no baseline.
 """
 
 from __future__ import annotations

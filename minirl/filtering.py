@@ -88,7 +88,9 @@ def trajectories_of(s: Session, index: int, stage: recipe.Filter) -> list[Episod
     _check_source(s, other, folder, where)
     path = folder / "kept" / f"{number}.jsonl"
     rows: list[dict[str, Any]] = read_rows(path, growing=False)
-    return [Episode.from_json(row, f"{path}:{line}") for line, row in enumerate(rows, start=1)]
+    found = [Episode.from_json(row, f"{path}:{line}") for line, row in enumerate(rows, start=1)]
+    _check_problems(s, found, where)
+    return found
 
 
 def source_of(source: str, where: str) -> tuple[recipe.Recipe, int]:
@@ -101,6 +103,17 @@ def source_of(source: str, where: str) -> tuple[recipe.Recipe, int]:
     if not found or standing(folder)[0].stage <= found[-1]:
         raise UserError(f"{where} has no finished stepwise collect stage; run its recipe to the end of one")
     return other, found[-1]
+
+
+def _check_problems(s: Session, found: list[Episode], where: str) -> None:
+    """Raises UserError for a trajectory about a question that this run does not train on: one that it holds out, or of other data."""
+    mine = {problem.prompt for problem in s.task.train}
+    if others := [e.problem for e in found if e.problem.prompt not in mine]:
+        held = "holds out" if others[0].prompt in {problem.prompt for problem in s.task.held_out} else "does not know"
+        raise UserError(
+            f"{where} has a trajectory about problem {others[0].id!r}, which this run {held}, expected training problems of its own; give "
+            "both runs the same task.source, task.test_source, task.train and task.held_out"
+        )
 
 
 def _check_source(s: Session, other: recipe.Recipe, folder: Path, where: str) -> None:

@@ -44,7 +44,7 @@ _FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 _VERDICTS = {"correct": True, "incorrect": False}
 _WORDS = {GOOD: True, BAD: False}
 MOST_CHARS = 2000  # of an answer or a message that is shown: a longer one is no answer to a short question
-MOST_SAID = 4000  # characters of each message that came before
+MOST_SAID = 8000  # characters of each message that came before; of both, the beginning and the end, where the action stands
 
 
 class Case(NamedTuple):
@@ -190,8 +190,15 @@ def prompt(case: Case) -> str:
 
 def step_prompt(case: StepCase) -> str:
     """The case as JSON; the message last, so that the actions of one state share all that stands before it."""
-    said: list[Any] = [{author: text[:MOST_SAID]} for author, text in case.said]
-    return json.dumps({"question": case.question, "before": said, "last_message": case.message[:MOST_CHARS]}, ensure_ascii=False, indent=1)
+    said: list[Any] = [{author: _shown(text, MOST_SAID)} for author, text in case.said]
+    return json.dumps(
+        {"question": case.question, "before": said, "last_message": _shown(case.message, MOST_CHARS)}, ensure_ascii=False, indent=1
+    )
+
+
+def _shown(text: str, most: int) -> str:
+    """`text` without its middle where that is too long."""
+    return text if len(text) <= most else f"{text[: most // 4]} [...] {text[-(3 * most // 4) :]}"
 
 
 def step_case(question: str, before: Iterable[Turn], message: Turn, chat: Chat) -> StepCase:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -138,8 +139,8 @@ class Policy:
             self.value_head.save(folder)
 
     def load(self, folder: Path) -> None:
-        """Weights that `save` wrote. Raises UserError where they are another adapter's."""
-        stored = load_file(folder / WEIGHTS)
+        """Weights that `save` wrote. Raises UserError where they are another adapter's, or not to be had."""
+        stored = read_tensors(folder / WEIGHTS)
         wrong = [n for n, p in self.trainable.items() if n not in stored or stored[n].shape != p.shape]
         if wrong or len(stored) != len(self.trainable):
             raise UserError(f"{folder / WEIGHTS}: not the weights of this adapter (first difference: {(wrong or sorted(stored))[0]})")
@@ -147,3 +148,11 @@ class Policy:
             for name, p in self.trainable.items():
                 p.copy_(stored[name])
         self.load_value_head(folder)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A checkpoint's safetensors file. Raises UserError where it is not there or torn."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); bring it back, or start again with another --out") from error

@@ -131,9 +131,13 @@ def step_judge(node: recipe.Judge, voice: Voice | None, rules: Rules, known: Ver
 
 
 def verdicts_of(folder: Path, process: int = 0, source: str | None = None) -> Verdicts:
-    """The verdicts of a run folder; each process of a run keeps a file of its own. source: a run folder whose verdicts are known too."""
-    others = () if source is None else sorted(Path(source).expanduser().glob("verdicts*.jsonl"))
-    return Verdicts(folder / (f"verdicts-{process}.jsonl" if process else "verdicts.jsonl"), others)
+    """The verdicts of a run folder; each process of a run writes a file of its own, and knows those that the others had when it began.
+
+    source: a run folder whose verdicts are known too.
+    """
+    own = folder / (f"verdicts-{process}.jsonl" if process else "verdicts.jsonl")
+    folders = [folder, *([] if source is None else [Path(source).expanduser()])]
+    return Verdicts(own, [path for one in folders for path in sorted(one.glob("verdicts*.jsonl")) if path != own])
 
 
 def _pad(chat: Chat) -> int:

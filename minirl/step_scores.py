@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from minirl import recipe
+from minirl.endpoint import EndpointSampler
 from minirl.episode import Episode, Group
 from minirl.filters import approved
 from minirl.judge import Opinion, StepCase, step_case
@@ -37,6 +38,7 @@ class StepScorer:
         self._opened: StepScores | None = None
         self._known: Verdicts | None = None
         self._warned = False
+        self._sampler: object = None
 
     def __call__(self, wanted: Sequence[tuple[Episode, int]]) -> list[Opinion]:
         """An opinion on each (episode, number of the turn), given the turns before it."""
@@ -49,15 +51,15 @@ class StepScorer:
             opinions = self._opened(cases, problems)  # what was answered is known, and not asked for again
         if (failed := sum(o.came == "unanswered" for o in opinions)) and not self._warned:
             self._warned = True  # once a stage; metrics.jsonl counts them all
-            self._s.progress.say(
-                f"WARNING: the judge gave no answer to {failed} of {len(opinions)} steps; they are not scored, nor trained"
-            )
+            said = f"WARNING: the judge gave no answer to {failed} of {len(opinions)} steps; they are not scored, nor trained"
+            self._s.progress.say(f"{said} ({self._sampler.last_fault})" if isinstance(self._sampler, EndpointSampler) else said)
         return opinions
 
     def _open(self) -> None:
         s, node = self._s, self._node
         self._known = verdicts_of(s.run.folder, s.accelerator.process_index, self._source)
         voice = None if node.kind == "verifier" else s.voices.open(node, s.sampler, patient=True)
+        self._sampler = None if voice is None else voice.sampler
         self._opened = step_judge(node, voice, rules_of(s, node, self._method), self._known)
 
     def _case(self, episode: Episode, turn: int) -> StepCase:

@@ -10,11 +10,12 @@ import json
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from minirl import recipe
 from minirl.adapter import adapter_state, check_adapter, save_adapter
@@ -27,7 +28,7 @@ from minirl.methods import method_of
 from minirl.methods.demonstrate import demonstrate
 from minirl.metrics import Facts, means
 from minirl.playing import drawn, played, problems_of
-from minirl.policy import Policy
+from minirl.policy import Policy, read_tensors
 from minirl.progress import Progress
 from minirl.report import write_report
 from minirl.reward import RewardModel, Sample
@@ -120,6 +121,7 @@ def _train(s: Session, index: int, stage: recipe.Train) -> None:
         began, before = time.monotonic(), s.sampler.tokens
         now, tried = drawn(s, index, step, stage, problems)
         groups = played(s, f"{index}/{step}", method, now, stage.group, check=step == began_at, temperature=s.recipe.sampling.temperature)
+        tries = len(groups)
         if stage.method == "self_train":
             groups += played(s, f"{index}/{step}/shown", partial(demonstrate, share=0.0), now, 1, check=False, temperature=1.0)
         if judge is not None:
@@ -128,7 +130,7 @@ def _train(s: Session, index: int, stage: recipe.Train) -> None:
         sampled = time.monotonic()
         stats = learner.update(groups)
         learned = time.monotonic()
-        facts = s.gather([[Facts.of(e) for e in group.episodes] for group in groups])
+        facts = s.gather([[Facts.of(e) for e in group.episodes] for group in groups[:tries]])  # not of what was only shown
         row = {"stage": index, "step": step} | means([f for group in facts for f in group]) | tried | stats
         times = {"sample_s": sampled - began, "learn_s": learned - sampled}
         times |= {"sample_tps": (s.sampler.tokens - before) / times["sample_s"], "learn_tps": stats["trained_tokens"] / times["learn_s"]}
@@ -192,8 +194,15 @@ def _learner(s: Session, index: int, stage: recipe.Train) -> Learner:
         s.policy.load(reference)
         s.policy.freeze_reference()
         s.policy.load(weights)
-        learner.load_state(load_file(weights / LEARNER_TENSORS), json.loads((weights / LEARNER_STATE).read_text()))
+        learner.load_state(read_tensors(weights / LEARNER_TENSORS), _read_json(weights / LEARNER_STATE))
     return learner
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); bring it back, or start again with another --out") from error
 
 
 def _save(policy: Policy, learner: Learner, folder: Path) -> None:

@@ -209,6 +209,13 @@ def test_self_train_trains_right_attempts_alone(answer: str) -> None:
     assert all(turn.sampled for turn in episode.turns[1:])
 
 
+def test_self_train_does_not_train_what_was_cut() -> None:
+    """Catches: a right answer that goes on to the token limit teaches never to end."""
+    episode = played(self_train, sampler_of(RIGHT.removesuffix(".") + " and" * 300))
+    assert (episode.finish, episode.parts["first"]) == ("length", True)
+    assert trained_text(episode) == ""
+
+
 def test_a_task_without_gold_solutions_cannot_demonstrate() -> None:
     with pytest.raises(UserError, match="task 'sums' has no demonstrations"):
         play([demonstrate(talk_of(PROBLEM, CHAT), Task("sums", (), (), verify), share=0.0)], sampler_of("never asked"))

@@ -357,4 +357,10 @@ def test_wrong_sources_are_told_in_one_line(cli: Cli, write: Write, whole: Any, 
         outcome = cli("run", path, "--out", tmp_path / said[:20])
         assert (outcome.code, outcome.err.count("\n")) == (2, 1)
         assert said in outcome.err
+    leaking = write([source, STEP])
+    leaking.write_text(leaking.read_text().replace("held_out: 4", "held_out: 11").replace("train: 8", "train: 1"))
+    outcome = cli("run", leaking, "--out", tmp_path / "leaking")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "has a trajectory about problem 'gsm8k/" in outcome.err
+    assert ", which this run holds out, expected training problems of its own" in outcome.err
     assert load(write([filtered, STEP])).stages[0].kind == "filter"

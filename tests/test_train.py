@@ -383,6 +383,23 @@ def test_a_damaged_note_of_the_problems_is_named(held: str, tiny: Path, tmp_path
         run.check_task("digest", 1, 1)
 
 
+@pytest.mark.parametrize("name", ["policy.safetensors", "learner.safetensors", "learner.json"])
+@pytest.mark.parametrize("held", [None, b"", b"{"])
+def test_a_torn_checkpoint_is_named(name: str, held: bytes | None, cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    """A file that a copy left out or cut. Catches: a traceback on resume."""
+    path, folder = recipe(tmp_path / "r.yaml", tiny, [SINGLE | {"steps": 2}], save={"every": 1, "keep_last": 9}), tmp_path / "run"
+    assert cli("run", path, "--out", folder).code == 0
+    state = json.loads((folder / "state.json").read_text())
+    state |= {"finished": False, "position": {"stage": 0, "step": 1}, "weights": "00-000001"}
+    (folder / "state.json").write_text(json.dumps(state))
+    torn = folder / "checkpoints" / "00-000001" / name
+    torn.unlink() if held is None else torn.write_bytes(held)
+    outcome = cli("run", path, "--out", folder)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+    assert f"{torn}: cannot be read (" in outcome.err
+    assert "start again with another --out" in outcome.err
+
+
 def test_every_loss_trains(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     """One run of plain single-attempt stages, one for each preset of the loss."""
     losses = ["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce"]

@@ -13,8 +13,9 @@ from minirl.tasks import Task
 
 
 def self_train(talk: Talk, task: Task) -> Play:
-    """Prompt, attempt, verdict; the mask of a wrong attempt is empty, so that no loss touches it."""
+    """Prompt, attempt, verdict; the mask of a wrong attempt is empty, so that no loss touches it, and so is that of one which the token
+    limit cut: it would teach never to end."""
     episode = yield from single(talk, task)
-    if episode.parts["first"]:
+    if episode.parts["first"] and episode.finish != "length":
         return episode
     return replace(episode, turns=tuple(replace(turn, trained=False) for turn in episode.turns))

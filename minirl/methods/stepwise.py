@@ -171,7 +171,12 @@ def _scored(
 ) -> tuple[Verdict, dict[str, Part]]:
     assert task.verify_answer is not None
     verdict = Verdict(0.0, False, {"error_kind": "answer"}) if answer is None else task.verify_answer(talk.problem, answer)
-    parts: dict[str, Part] = {"first": verdict.passed, "first_error": verdict.parts["error_kind"], **counts, "answered": answer is not None}
+    parts: dict[str, Part] = {
+        "first": verdict.passed,
+        "first_error": verdict.parts.get("error_kind"),
+        **counts,
+        "answered": answer is not None,
+    }
     parts["answer"] = None if answer is None else answer[:MOST_SHOWN]
     if tags.tool == "search":
         parts |= {"em": verdict.parts.get("em", 0.0), "f1": verdict.parts.get("f1", 0.0)}

@@ -33,7 +33,7 @@ class Other(Frozen):
     retries: NonNegativeInt = 3
     """endpoint: how often to ask again when no answer comes or the server is at fault; the pause is 1 s, then twice as long each time."""
     concurrency: PositiveInt = 8
-    """endpoint: most requests under way at once."""
+    """endpoint: most requests under way at once, of each process."""
 
     @model_validator(mode="after")
     def _check_kind(self) -> Self:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from minirl.recipe.base import Frozen, NonNegative, Probability
 
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2402.03300: group mean and std, per-sample mean.
     "grpo": {},
@@ -89,7 +90,7 @@ class Learner(Frozen):
     """torch's AdamW, or bitsandbytes' 8-bit and paged ones."""
     weight_decay: NonNegative = 0.0
     """AdamW's, decoupled from the gradient."""
-    betas: tuple[Probability, Probability] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     """AdamW's decay rates."""
     grad_clip: PositiveFloat = 1.0
     """Largest norm of the adapter's whole gradient; and, apart from it, of the value head's."""

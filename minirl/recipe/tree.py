@@ -86,7 +86,7 @@ class Eval(Frozen):
     """2 adds a reflection and a second try after each failed first (R3's four numbers)."""
     method: Literal["single", "no_rag", "naive_rag", "iter_retgen", "ircot", "search", "stepwise"] | None = None
     """How a try is made: one attempt, one of the baselines without and with retrieval, search, or one action a turn. None: search where the
-    task is question answering, stepwise where it is maths with `chain: calls`, else single."""
+    task is question answering, stepwise where it verifies bare answers (maths with `chain: calls`), else single."""
     temperature: NonNegative = 0.0
     """0 is greedy."""
     start: bool = True

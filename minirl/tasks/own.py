@@ -40,7 +40,8 @@ def sound(made: Task) -> Task:
                 f"{where}: problem {problem.id!r} has the answer {str(problem.answer)[:80]!r}, expected plain JSON (text, numbers, lists, "
                 "dicts with text as keys): run folders keep it"
             )
-    checked = replace(made, verify=partial(_verdict, where, made.verify))
+    answers = None if made.verify_answer is None else partial(_verdict, where, made.verify_answer)
+    checked = replace(made, verify=partial(_verdict, where, made.verify), verify_answer=answers)
     checked.verify(made.train[0], "")
     return checked
 

@@ -44,7 +44,10 @@ class Task:
 
 
 def fingerprint(task: Task) -> str:
-    """A digest of the problems in their order: a file that was edited, or another task made in Python, has another one."""
+    """A digest of the problems in their order: a file of problems that was edited, or another task made in Python, has another one.
+
+    Not of what a search task searches besides.
+    """
     digest = blake2b(digest_size=16)
     for part in (task.train, task.held_out):
         for p in part:
