@@ -221,10 +221,12 @@ def _value(node: ast.expr, numbers: list[Fraction]) -> Fraction:
             return -_value(node.operand, numbers)
         case ast.UnaryOp(op=ast.UAdd()):
             return _value(node.operand, numbers)
-        case ast.BinOp(op=ast.Add() | ast.Sub()) if _is_share(node.right) and not _is_share(node.left) and _value(node.left, numbers) != 1:
-            raise CalculatorError("a percentage of what? write 20% of 50, or 0.2")
         case ast.BinOp():
-            return _bounded(_applied(node.op, _value(node.left, numbers), _value(node.right, numbers)))
+            left = _value(node.left, numbers)  # once: twice at every level would be exponential
+            sum_of = isinstance(node.op, ast.Add | ast.Sub) and left != 1
+            if sum_of and _is_share(node.right) and not _is_share(node.left):
+                raise CalculatorError("a percentage of what? write 20% of 50, or 0.2")
+            return _bounded(_applied(node.op, left, _value(node.right, numbers)))
     raise CalculatorError("not an expression: see to its operators and brackets")
 
 

@@ -205,3 +205,8 @@ def test_the_marks_of_gsm8k_are_reproduced() -> None:
     marks = [mark for row in rows for mark in _MARK.finditer(row["answer"])]
     wrong = [mark["expression"] for mark in marks if not _agrees(mark["expression"], mark["value"])]
     assert (len(marks), sorted(wrong)) == (27_998, ["180//3", "560//10"])
+
+
+def test_a_long_sum_of_percentages_is_quick() -> None:
+    """Catches: a side worked out twice at every level, which no run would outlive."""
+    assert evaluate("1" + "+0%" * 50) == 1
