@@ -17,11 +17,12 @@ MAX_BITS = 512  # of a numerator or a denominator
 MAX_POWER = 64
 DECIMALS = 6
 
-_HALVES = {
+FRACTIONS = {
     sign: Fraction(int(upper), int(lower))
     for sign, upper, lower in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888", strict=True)
 }
-_HALF = f"[{''.join(_HALVES)}]"
+"""Fractions that are one character, and their values."""
+_HALF = f"[{''.join(FRACTIONS)}]"
 _PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])|[0-9]+(?!,[0-9]))(?:\.[0-9]+|\.(?![0-9.]))?|\.[0-9]+"
 _CURRENCY = r"(?:[$€£¥₹]|(?:US|USD|EUR|GBP|Rs)\b\.?\s*[$€£¥₹]?)"
 # Raised and lowered digits and other fractions count as letters to `re`; here they can be read as nothing.
@@ -202,8 +203,8 @@ def _times(text: str, at: int) -> bool:
 
 
 def _number(said: str) -> Fraction:
-    if said[-1] in _HALVES:
-        return _bounded(_HALVES[said[-1]] + int(said[:-1] or 0))
+    if said[-1] in FRACTIONS:
+        return _bounded(FRACTIONS[said[-1]] + int(said[:-1] or 0))
     if "/" in said:
         whole, num, den = (int(part) for part in re.split(r"\s+|/", said))
         if num >= den:

@@ -90,6 +90,7 @@ def trajectories_of(s: Session, index: int, stage: recipe.Filter) -> list[Episod
     rows: list[dict[str, Any]] = read_rows(path, growing=False)
     found = [Episode.from_json(row, f"{path}:{line}") for line, row in enumerate(rows, start=1)]
     _check_problems(s, found, where)
+    _check_unchanged(s.run.kept(index), found, where)
     return found
 
 
@@ -113,6 +114,15 @@ def _check_problems(s: Session, found: list[Episode], where: str) -> None:
         raise UserError(
             f"{where} has a trajectory about problem {others[0].id!r}, which this run {held}, expected training problems of its own; give "
             "both runs the same task.source, task.test_source, task.train and task.held_out"
+        )
+
+
+def _check_unchanged(kept: Sequence[Episode], found: Sequence[Episode], where: str) -> None:
+    """Raises UserError where a filter that was stopped halfway had kept a trajectory that its source no longer has."""
+    if not {e.tokens for e in kept} <= {e.tokens for e in found}:
+        raise UserError(
+            f"{where} no longer has what this filter kept of it before it was stopped, so that run was made anew since; start again with "
+            "another --out"
         )
 
 

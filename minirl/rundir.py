@@ -234,6 +234,12 @@ def weights_of(folder: Path) -> str | None:
     return None if found is None else str(found)
 
 
+def problems_of(folder: Path) -> str | None:
+    """The digest of a run's problems; None where it began before any was noted."""
+    found = _noted(folder / "task.json", "problems").get("problems")
+    return None if found is None else str(found)
+
+
 def _noted(path: Path, key: str) -> dict[str, Any]:
     """What a file checked on resume says; nothing where a run has none yet. Raises UserError for one that holds something else."""
     if not path.exists():

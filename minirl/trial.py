@@ -24,12 +24,12 @@ from minirl.policy import Policy
 from minirl.progress import Progress
 from minirl.recipe.stages import SHOWN
 from minirl.reward import RewardModel
-from minirl.rundir import add_later_eval
+from minirl.rundir import add_later_eval, problems_of
 from minirl.sampler import LiveSampler, open_sampler
 from minirl.session import eval_settings, texts
 from minirl.speakers import Voices, answer_judge, verdicts_of
 from minirl.statistics import Interval
-from minirl.tasks import Task, open_task
+from minirl.tasks import Task, fingerprint, open_task
 
 RECORDED = ("eval.tries", "eval.samples", "eval.temperature", "eval.problems", "eval.vote")
 """What a row says in places of its own; any other override tells how an evaluation was made."""
@@ -187,6 +187,8 @@ def _open(folder: Path, node: recipe.Recipe, shown: Progress, *, base: bool, mad
             raise UserError(f"{folder}: no adapter yet; finish the run first (the same `minirl run` takes it up again), or use --base")
         node = node.model_copy(update={"model": node.model.model_copy(update={"adapter": str(folder / "adapter")})})
     task = open_task(node.task, node.seed, made)
+    if made is None and (warning := _other_problems(folder, node, task)):
+        shown.say(warning)
     loaded = models.load_model(node.model, node.seed)
     chat = Chat(loaded.tokenizer, eos=models.eos(loaded.model), plain=node.model.template == "plain")
     policy = Policy(loaded.model, loaded.device, loaded.dtype)
@@ -196,6 +198,17 @@ def _open(folder: Path, node: recipe.Recipe, shown: Progress, *, base: bool, mad
     sampler = open_sampler(policy, chat, rows=sampling.rows, cache_tokens=sampling.cache_tokens, cuda_graphs=sampling.cuda_graphs)
     opened = Opened(folder, "base" if base else "adapter", chat, task, policy, sampler, None)
     return opened._replace(judge=_judge(opened, node))
+
+
+def _other_problems(folder: Path, node: recipe.Recipe, task: Task) -> str:
+    """A warning where the run's own task has other problems now than when it was trained: it may be tried on what it was trained on."""
+    own, known = _recipe(folder, (), None), problems_of(folder)
+    if (node.task, node.seed) != (own.task, own.seed) or known in (None, now := fingerprint(task)):
+        return ""
+    return (
+        f"WARNING: the task {node.task.name} has other problems here than the run had (digest {now[:8]}, the run's {str(known)[:8]}); "
+        "some of those held out now may have been trained on"
+    )
 
 
 def _judge(opened: Opened, node: recipe.Recipe) -> Judge | None:

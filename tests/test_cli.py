@@ -239,6 +239,20 @@ def test_evaluating_a_run_that_is_not_finished(cli: Cli, finished: tuple[Path, P
     assert cli("eval", folder, "--base").code == 0
 
 
+def test_evaluating_on_other_problems_is_said(cli: Cli, finished: tuple[Path, Path], tmp_path: Path) -> None:
+    """Catches: data that was edited after a run, so that problems it was trained on pass for held-out ones."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished[1], folder)
+    said = "WARNING: the task countdown has other problems here than the run had (digest "
+    assert said not in " ".join(cli("eval", folder).out.split())
+    noted = json.loads((folder / "task.json").read_text())
+    (folder / "task.json").write_text(json.dumps(noted | {"problems": "0" * 32}))
+    outcome = cli("eval", folder)
+    assert outcome.code == 0, outcome.err
+    assert f"{said}{noted['problems'][:8]}, the run's 00000000)" in " ".join(outcome.out.split())
+    assert said not in " ".join(cli("eval", folder, "--set", "task.held_out=2").out.split()), "asked for"
+
+
 def within(folder: Path, *argv: str) -> None:
     os.chdir(folder)
     minirl(*argv)

@@ -284,6 +284,7 @@ def test_self_training(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     assert all(row["turns"][1]["trained"] and row["turns"][1]["logprobs"] is None for row in shown)
     metrics = rows(tmp_path / "run", "metrics")[6]
     assert metrics["first"] == sum(row["parts"]["first"] for row in attempts) / 120
+    assert metrics["overlong"] == sum(row["finish"] == "length" for row in attempts) / 120, "of what was sampled alone"
     assert metrics["trained_tokens"] == sum(len(turn["tokens"]) for row in online for turn in row["turns"] if turn["trained"])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from minirl import calculator
 from minirl.errors import UserError
-from minirl.methods.demonstrate_search import FAILED, learnt
+from minirl.methods.demonstrate_search import learnt
 from minirl.methods.rag import corpus_of
 from minirl.methods.stepwise import ACTION, RESULT, Tags, found, result, tags_of
 from minirl.rollout import Lookup, Play, Talk
@@ -52,6 +52,6 @@ def _searches(talk: Talk, task: SearchTask, tags: Tags) -> Generator[Lookup, Any
         passages = yield Lookup(retriever, step.query, qa.k)
         said = found(talk, passages)
         talk.tell(RESULT, result(step.query, said))
-        known = learnt(step, said) or FAILED
+        known = learnt(step, said)
     talk.reply(ACTION, tags.write(f"{known}Now I can answer.", "answer", plan.answer), trained=True)
     return len(plan.steps) + 1

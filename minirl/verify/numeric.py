@@ -11,6 +11,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
+from minirl.calculator import FRACTIONS
 from minirl.episode import Verdict
 from minirl.recipe.maths import MathsCredit
 from minirl.verify.stated import MAX_STATEMENT, stated
@@ -61,7 +62,7 @@ _EQUATION = re.compile(r"[\s*(\[$]*+(?:[A-Za-z]\s*=)?(?:[\s0-9+\-*/×÷·()$%=^]
 _FIGURE = re.compile(rf"{_PLAIN}(?:\s*/\s*{_PLAIN})?")
 _CHARACTERS = {ord(char): "-" for char in "−–—‐‑﹣－"} | {ord(char): " " for char in "\u00a0\u2002\u2003\u2007\u3000"}
 _CHARACTERS |= {ord(char): "" for char in "\u200b\u200c\u200d\u2060\ufeff"} | {ord("⁄"): "/", ord("∕"): "/"}
-_CHARACTERS |= {ord(c): f" {n}/{d}" for c, n, d in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888", strict=True)}
+_CHARACTERS |= {ord(sign): f" {value}" for sign, value in FRACTIONS.items()}
 
 _SPACING = (("\\!", ""), ("~", " "), ("^{\\circ}", "°"), ("^\\circ", "°"))  # 1,\!000 and 12~\text{cm}
 
