@@ -79,13 +79,20 @@ class Slots(Cache):  # type: ignore[misc]
             self._move(which, kept)
 
     def _move(self, which: int, kept: Sequence[int]) -> None:
-        """Give the keys (0) or values (1) of the slots `kept` memory of the present capacity."""
+        """Give the keys (0) or values (1) of the slots `kept` the present capacity: in the memory they have, where it is large enough."""
         old = self._blocks[which]
-        self._spare[which] = old.new_zeros(0)  # in use by the old block, which is read here
-        new = self._make(which, old, heads=old.shape[2], size=old.shape[4])
-        for slot, source in enumerate(kept):
-            length = len(self.tokens[slot])
-            new[:, slot, :, :length] = old[:, source, :, :length]
+        heads, size = old.shape[2], old.shape[4]
+        is_in_place = self._spare[which].numel() >= self._layers * self.count * heads * self.capacity * size
+        if not is_in_place:
+            self._spare[which] = old.new_zeros(0)  # in use by the old block, which is read here
+        new = self._make(which, old, heads=heads, size=size)
+        # A layer's new place may lie over its own old one and those of layers that have moved already, never over one that has not.
+        grows = new[0].numel() > old[0].numel()
+        for layer in reversed(range(self._layers)) if grows else range(self._layers):
+            held = old[layer].clone() if is_in_place else old[layer]
+            for slot, source in enumerate(kept):
+                length = len(self.tokens[slot])
+                new[layer, slot, :, :length] = held[source, :, :length]
         self._blocks[which] = new
 
     def _make(self, which: int, like: Tensor, *, heads: int, size: int) -> Tensor:

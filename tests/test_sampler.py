@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import ARCHITECTURES, byte_tokenizer, save_tiny
+from torch import Tensor
 
 from minirl import models, recipe
 from minirl.chat import Chat
@@ -225,6 +228,50 @@ def test_a_longer_conversation_evicts_the_one_not_used_for_longest() -> None:
     assert values[0, :, 0, 1, 3].tolist() == [0.5, 2.5]
     with pytest.raises(RuntimeError, match=r"2 live slots, expected at most room\(200\) = 1"):
         slots.reserve(200, live=2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.randoms(use_true_random=False), st.sampled_from([None, 5 * 64, 9 * 64]))
+def test_growing_moves_what_is_held_and_nothing_else(rng: Random, budget: int | None) -> None:
+    """Three layers in one memory, grown and shrunk in place or anew, twice. Catches: a layer laid over one that is still to be moved."""
+    layers, heads, size = 3, 2, 4
+    slots = Slots(layers, 4, torch.device("cpu"), budget_tokens=budget)
+
+    def written(tokens: list[int], layer: int, which: int) -> Tensor:  # (heads, T, size)
+        return torch.tensor(tokens)[None, :, None] + torch.tensor([1000.0, 2000.0])[:, None, None] * (layer + 1) + 0.5 * which
+
+    for _ in range(2):
+        slots.clear()
+        for length in sorted(rng.choices(range(1, 400), k=3)):
+            slots.reserve(length, live=0)
+            for row in rng.sample(range(slots.count), rng.randint(1, slots.count)):
+                slots.tokens[row] = [rng.randrange(900) for _ in range(rng.randint(1, length))]
+                positions = torch.arange(len(slots.tokens[row]))[None]
+                slots.aim(torch.tensor([row]), positions, positions.shape[1])
+                for layer in range(layers):
+                    keys, values = (written(slots.tokens[row], layer, which).expand(heads, -1, size)[None] for which in (0, 1))
+                    slots.update(keys, values, layer)
+            for which, block in enumerate(slots._blocks):
+                for row, tokens in enumerate(slots.tokens):
+                    for layer in range(layers if tokens else 0):
+                        expected = written(tokens, layer, which).expand(heads, -1, size)
+                        assert torch.equal(block[layer, row, :, : len(tokens)], expected)
+
+
+def test_growing_where_there_is_room_takes_no_memory() -> None:
+    """Catches: pages that the kernel clears again, and a second cache, at every longer turn of every rollout."""
+    slots = Slots(2, 4, torch.device("cpu"))
+    places = []
+    for _ in range(2):
+        slots.clear()
+        for length in (50, 100, 300):
+            slots.reserve(length, live=0)
+            slots.aim(torch.tensor([0]), torch.tensor([[0]]), 1)
+            for layer in range(2):
+                slots.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), layer)
+            slots.tokens[0] = [1]
+            places.append(slots.memory[0])
+    assert places[2:] == [places[2]] * 4, "from the longest on it stays where it is"
 
 
 @pytest.mark.parametrize(("budget", "grown"), [(None, 192), (4 * 64, 64)])
