@@ -180,9 +180,12 @@ def _cached(
     shared = heads // key.shape[1]
     if softcap is not None or key.stride(-1) == 1:
         return _masked(query, key, value, layout.bias(window, 1, shared, query.dtype), scaling, softcap)
-    bias = layout.bias(window, key.shape[1], shared, query.dtype).flatten(0, 1)
+    scale = size**-0.5 if scaling is None else scaling
     query = query.reshape(batch, key.shape[1], shared * length, size)
-    return cpu_attention.attention(query, key, value, bias, size**-0.5 if scaling is None else scaling).reshape(batch, heads, length, size)
+    if length == 1 and (out := cpu_attention.decode(query, key, value, layout.positions, window, scale)) is not None:
+        return out.view(batch, heads, length, size)
+    bias = layout.bias(window, key.shape[1], shared, query.dtype).flatten(0, 1)
+    return cpu_attention.attention(query, key, value, bias, scale).reshape(batch, heads, length, size)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from minirl.compiled import array, kernels
 
 CHUNK_SCORES = 2**20  # scores alive at once, 2 MiB: what follows finds them in the cache
 
@@ -29,8 +32,37 @@ def bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
     """query (B, H, T, D), key and value (B, H, T', D); bias: what a mask adds to the scores, (T, T') or (B * H, T, T') where the rows'
     masks differ. Every query must see a key. Returns (B, H, T, D)."""
+    if not torch.is_grad_enabled():
+        return _forward(query, key, value, bias, scale)
     out: Tensor = _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]
     return out
+
+
+def decode(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, window: int | None, scale: float) -> Tensor | None:
+    """One new token's attention to its row's own cached keys, by compiled kernels; None where they do not serve.
+
+    query (B, K, S, D), S query heads to a key head; key and value (B, K, T', D) as slots.py holds them; positions (B, 1) of the new tokens,
+    each of which sees at most `window` keys. Returns (B, K, S, D).
+    """
+    found = kernels(query)
+    if found is None or torch.is_grad_enabled() or query.shape[-1] % 4:
+        return None
+    (batch, heads, _, size), capacity = query.shape, key.stride(-1)
+    by_column, by_row = (heads * size * capacity, size * capacity, 1, capacity), (heads * size * capacity, size * capacity, size, 1)
+    if key.stride() != by_column or value.stride() != by_row:
+        return None
+    columns = key.as_strided((batch, heads, size, capacity), (*by_column[:2], capacity, 1))
+    rows = value.as_strided((batch, heads, capacity, size), by_row)
+    query, out = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
+    found.attend(
+        array(query), array(columns), array(rows), positions.contiguous().numpy(), window or capacity, np.float32(scale), array(out)
+    )
+    return out
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    parts = [_probabilities(query, key, bias, scale, c) @ value[c] for c in _chunks(query, key)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _chunks(query: Tensor, key: Tensor) -> list[slice]:
@@ -52,8 +84,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(query, key, value, bias)
         ctx.scale = scale
-        parts = [_probabilities(query, key, bias, scale, c) @ value[c] for c in _chunks(query, key)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return _forward(query, key, value, bias, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]

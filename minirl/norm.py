@@ -8,10 +8,13 @@ that of the formula, with its sums in float32.
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from minirl.compiled import array, kernels
 
 PROBE_ROWS = 4
 
@@ -28,16 +31,33 @@ def lean_norms(model: nn.Module) -> int:
 
 def lean_forward(self: Any, x: Tensor) -> Tensor:
     """w * x / sqrt(mean(x^2) + eps), (..., D) -> (..., D)."""
+    if not torch.is_grad_enabled():
+        if (found := kernels(x)) is not None and self.weight.dtype == x.dtype:
+            return _compiled(found, x, self.weight, self.variance_epsilon)
+        return cast(Tensor, self.weight * _normed(x, self.variance_epsilon)[0])
     out: Tensor = _Norm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
     return out
+
+
+def _compiled(found: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    flat = x.detach().reshape(-1, x.shape[-1]).contiguous()
+    out = torch.empty_like(flat)
+    found.rms_norm(array(flat), array(weight.detach().contiguous()), np.float32(eps), array(out))
+    return out.view(x.shape)
+
+
+def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / sqrt(mean(x^2) + eps) in its own dtype, (..., D), and the float32 factor, (..., 1)."""
+    wide = x.float()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = torch.addcmul(torch.tensor(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return (wide * scale if wide is x else wide.mul_(scale)).to(x.dtype), scale
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        normed = (wide * scale if wide is x else wide.mul_(scale)).to(x.dtype)
+        normed, scale = _normed(x, eps)
         ctx.save_for_backward(normed, weight, scale)
         return weight * normed
 

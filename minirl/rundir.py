@@ -34,7 +34,7 @@ from minirl.recipe import Recipe
 from minirl.state import NAMES, Position, State, append_only, check_files, read_state, restore
 
 LATER = "later_evals.jsonl"
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numba")
 
 
 class Run:

@@ -1,0 +1,59 @@
+"""The door to kernels.py: a CPU's decode step where numba is there (`pip install 'minirl[cpu]'`), and tensors as numba takes them.
+
+Invariant: whether the kernels are used depends on the machine and what is installed alone, never on timing: a run that is taken up again
+computes as it did before.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float32)
+OPENMP = "omp"  # numba's other pools of threads would contend with torch's own for the cores; this one is the same
+
+
+def kernels(x: Tensor) -> Any:
+    """The module of kernels where it computes on tensors like x, without a gradient; else None."""
+    return _kernels() if x.device.type == "cpu" and x.dtype in DTYPES else None
+
+
+@cache
+def _kernels() -> Any:
+    """kernels.py, once it has run and its threads are torch's; None where that cannot be had."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    import numba
+
+    said = logging.getLogger("minirl")
+    try:
+        numba.config.THREADING_LAYER = OPENMP
+        from minirl import kernels as found
+
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        with torch.no_grad():
+            works = _works(found)
+        if not works or numba.config.DISABLE_JIT or numba.threading_layer() != OPENMP:
+            said.info("numba's kernels are left out: they run on other threads than torch, or not as they should")
+            return None
+    except (numba.errors.NumbaError, ImportError, OSError, RuntimeError, ValueError) as error:
+        said.info("numba's kernels are left out (%s)", str(error).split("\n")[0])
+        return None
+    return found
+
+
+def _works(found: Any) -> bool:
+    """Whether RMSNorm of one row comes out right; it compiles nothing else."""
+    x, out = torch.tensor([[3.0, 4.0, 0.0, 0.0]]), torch.empty(1, 4)
+    found.rms_norm(x.numpy(), torch.full((4,), 2.0).numpy(), 0.0, out.numpy())
+    return torch.allclose(out, torch.tensor([[2.4, 3.2, 0.0, 0.0]]))
+
+
+def array(x: Tensor) -> Any:
+    """A contiguous tensor's memory as a numpy array; bf16 by its bits."""
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
