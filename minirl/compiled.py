@@ -11,6 +11,7 @@ import logging
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,8 +50,8 @@ def _kernels() -> Any:
 
 def _works(found: Any) -> bool:
     """Whether RMSNorm of one row comes out right; it compiles nothing else."""
-    x, out = torch.tensor([[3.0, 4.0, 0.0, 0.0]]), torch.empty(1, 4)
-    found.rms_norm(x.numpy(), torch.full((4,), 2.0).numpy(), 0.0, out.numpy())
+    x, normed, out, scale = torch.tensor([[3.0, 4.0, 0.0, 0.0]]), torch.empty(1, 4), torch.zeros(1, 4), torch.empty(1)
+    found.rms_norm(*map(array, (x, normed, out, torch.full((4,), 2.0))), np.float32(0.0), array(scale))
     return torch.allclose(out, torch.tensor([[2.4, 3.2, 0.0, 0.0]]))
 
 

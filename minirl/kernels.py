@@ -87,6 +87,61 @@ def exp2(x: Any) -> Any:  # pragma: no cover
     return p * power_of_two(np.int32(whole))
 
 
+@njit(fastmath=FAST)
+def _score(query: Any, keys: Any, scale: Any, begin: Any, after: Any, scores: Any) -> None:  # pragma: no cover
+    """scores (S, T) += scale * query (S, D) keys (D, C), of the T columns from `begin` on; meanwhile `after` (D, C) is fetched."""
+    shared, length = scores.shape
+    end, line = begin + length, CACHE_LINE // keys.itemsize
+    for d in range(0, len(keys), 4):  # four at a time: a score is written a quarter as often
+        k0, k1, k2, k3 = keys[d, begin:end], keys[d + 1, begin:end], keys[d + 2, begin:end], keys[d + 3, begin:end]
+        for r in range(4):
+            for j in range(begin, end, line):
+                fetch(after[d + r], j)
+        for i in range(shared):
+            s, q = scores[i], query[i]
+            q0, q1, q2, q3 = widen(q[d]) * scale, widen(q[d + 1]) * scale, widen(q[d + 2]) * scale, widen(q[d + 3]) * scale
+            for j in range(length):
+                s[j] += (q0 * widen(k0[j]) + q1 * widen(k1[j])) + (q2 * widen(k2[j]) + q3 * widen(k3[j]))
+
+
+@njit(fastmath=FAST)
+def _softmax(scores: Any) -> None:  # pragma: no cover
+    """Scores (T,) into shares of their exponentials, in place."""
+    largest, total = scores[0], np.float32(0.0)
+    for j in range(len(scores)):
+        largest = max(largest, scores[j])
+    for j in range(len(scores)):
+        scores[j] = exp2((scores[j] - largest) * LOG2_E)
+        total += scores[j]
+    share = np.float32(1.0) / total
+    for j in range(len(scores)):
+        scores[j] *= share
+
+
+@njit(fastmath=FAST)
+def _sum(weights: Any, values: Any, begin: Any, after: Any, sums: Any) -> None:  # pragma: no cover
+    """sums (S, D) += weights (S, T) values (C, D), of the T rows from `begin` on; meanwhile `after` (C, D) is fetched."""
+    (shared, length), size, line = weights.shape, sums.shape[1], CACHE_LINE // values.itemsize
+    whole = length - length % 4
+    for j in range(0, whole, 4):
+        at = begin + j
+        v0, v1, v2, v3 = values[at], values[at + 1], values[at + 2], values[at + 3]
+        for r in range(4):
+            for d in range(0, size, line):
+                fetch(after[at + r], d)
+        for i in range(shared):
+            s, w = sums[i], weights[i]
+            w0, w1, w2, w3 = w[j], w[j + 1], w[j + 2], w[j + 3]
+            for d in range(size):
+                s[d] += (w0 * widen(v0[d]) + w1 * widen(v1[d])) + (w2 * widen(v2[d]) + w3 * widen(v3[d]))
+    for j in range(whole, length):
+        v0 = values[begin + j]
+        for i in range(shared):
+            s, w0 = sums[i], weights[i, j]
+            for d in range(size):
+                s[d] += w0 * widen(v0[d])
+
+
 @njit(parallel=True, fastmath=FAST, nogil=True, cache=True)
 def attend(query: Any, key: Any, value: Any, positions: Any, window: Any, scale: Any, out: Any) -> None:  # pragma: no cover
     """softmax(scale * q K^T) V of one new token a row over its keys 0 .. position, at most the last `window` of them.
@@ -95,71 +150,33 @@ def attend(query: Any, key: Any, value: Any, positions: Any, window: Any, scale:
     of 4. While one head is worked on the next one's keys and values are fetched: two threads alone do not keep the memory busy.
     """
     rows, heads, shared, size = query.shape
-    line = CACHE_LINE // query.itemsize
     for one in prange(rows * heads):
         row, head = one // heads, one % heads
+        after = min(one + 1, rows * heads - 1)
+        next_row, next_head = after // heads, after % heads
         end = positions[row, 0] + 1
         begin = max(0, end - window)
-        length = end - begin
-        keys, values = key[row, head], value[row, head]
-        weights = np.zeros((shared, length), np.float32)
-        after = min(one + 1, rows * heads - 1)
-        next_keys, next_values = key[after // heads, after % heads], value[after // heads, after % heads]
-        for d in range(0, size, 4):  # four at a time: a score is written a quarter as often
-            k0, k1, k2, k3 = keys[d, begin:end], keys[d + 1, begin:end], keys[d + 2, begin:end], keys[d + 3, begin:end]
-            for r in range(4):
-                for j in range(begin, end, line):
-                    fetch(next_keys[d + r], j)
-            for i in range(shared):
-                w, q = weights[i], query[row, head, i]
-                q0, q1, q2, q3 = widen(q[d]) * scale, widen(q[d + 1]) * scale, widen(q[d + 2]) * scale, widen(q[d + 3]) * scale
-                for j in range(length):
-                    w[j] += (q0 * widen(k0[j]) + q1 * widen(k1[j])) + (q2 * widen(k2[j]) + q3 * widen(k3[j]))
+        weights, sums = np.zeros((shared, end - begin), np.float32), np.zeros((shared, size), np.float32)
+        _score(query[row, head], key[row, head], scale, begin, key[next_row, next_head], weights)
         for i in range(shared):
-            w = weights[i]
-            largest = w[0]
-            for j in range(length):
-                largest = max(largest, w[j])
-            total = np.float32(0.0)
-            for j in range(length):
-                w[j] = exp2((w[j] - largest) * LOG2_E)
-                total += w[j]
-            share = np.float32(1.0) / total
-            for j in range(length):
-                w[j] *= share
-        sums = np.zeros((shared, size), np.float32)
-        whole = length - length % 4
-        for j in range(0, whole, 4):
-            at = begin + j
-            v0, v1, v2, v3 = values[at], values[at + 1], values[at + 2], values[at + 3]
-            for r in range(4):
-                for d in range(0, size, line):
-                    fetch(next_values[at + r], d)
-            for i in range(shared):
-                s, w = sums[i], weights[i]
-                w0, w1, w2, w3 = w[j], w[j + 1], w[j + 2], w[j + 3]
-                for d in range(size):
-                    s[d] += (w0 * widen(v0[d]) + w1 * widen(v1[d])) + (w2 * widen(v2[d]) + w3 * widen(v3[d]))
-        for j in range(whole, length):
-            v0 = values[begin + j]
-            for i in range(shared):
-                s, w0 = sums[i], weights[i, j]
-                for d in range(size):
-                    s[d] += w0 * widen(v0[d])
+            _softmax(weights[i])
+        _sum(weights, value[row, head], begin, value[next_row, next_head], sums)
         for i in range(shared):
             for d in range(size):
                 out[row, head, i, d] = narrow(sums[i, d], query[row, head, i, d])
 
 
 @njit(parallel=True, fastmath=FAST, nogil=True, cache=True)
-def rms_norm(x: Any, weight: Any, eps: Any, out: Any) -> None:  # pragma: no cover
-    """w * x / sqrt(mean(x^2) + eps), rounded before and after the product with w; x and out (B, D), weight (D,), contiguous."""
+def rms_norm(x: Any, normed: Any, out: Any, weight: Any, eps: Any, scale: Any) -> None:  # pragma: no cover
+    """scale = 1 / sqrt(mean(x^2) + eps), (B,) float32, normed = x * scale, out = w * normed, each rounded; x, normed and out (B, D) and
+    weight (D,) alike, contiguous."""
     rows, size = x.shape
     for row in prange(rows):
         total = np.float32(0.0)
         for d in range(size):
             total += widen(x[row, d]) * widen(x[row, d])
-        scale = np.float32(1.0) / np.sqrt(total / np.float32(size) + eps)
+        factor = np.float32(1.0) / np.sqrt(total / np.float32(size) + eps)
+        scale[row] = factor
         for d in range(size):
-            normed = narrow(widen(x[row, d]) * scale, x[row, d])
-            out[row, d] = narrow(widen(normed) * widen(weight[d]), x[row, d])
+            normed[row, d] = narrow(widen(x[row, d]) * factor, x[row, d])
+            out[row, d] = narrow(widen(normed[row, d]) * widen(weight[d]), x[row, d])

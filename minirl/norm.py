@@ -8,7 +8,7 @@ that of the formula, with its sums in float32.
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,34 +32,33 @@ def lean_norms(model: nn.Module) -> int:
 def lean_forward(self: Any, x: Tensor) -> Tensor:
     """w * x / sqrt(mean(x^2) + eps), (..., D) -> (..., D)."""
     if not torch.is_grad_enabled():
-        if (found := kernels(x)) is not None and self.weight.dtype == x.dtype:
-            return _compiled(found, x, self.weight, self.variance_epsilon)
-        return cast(Tensor, self.weight * _normed(x, self.variance_epsilon)[0])
+        return _norm(x, self.weight, self.variance_epsilon)[0]
     out: Tensor = _Norm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
     return out
 
 
-def _compiled(found: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    flat = x.detach().reshape(-1, x.shape[-1]).contiguous()
-    out = torch.empty_like(flat)
-    found.rms_norm(array(flat), array(weight.detach().contiguous()), np.float32(eps), array(out))
-    return out.view(x.shape)
-
-
-def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / sqrt(mean(x^2) + eps) in its own dtype, (..., D), and the float32 factor, (..., 1)."""
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm (..., D); and for its gradient x / sqrt(mean(x^2) + eps), (..., D), and that factor in float32, (..., 1)."""
+    found = kernels(x)
+    if found is not None and weight.dtype == x.dtype:
+        x = x.contiguous()
+        out, normed, scale = torch.empty_like(x), torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        flat = (array(part.view(-1, x.shape[-1])) for part in (x, normed, out))
+        found.rms_norm(*flat, array(weight), np.float32(eps), array(scale.view(-1)))
+        return out, normed, scale
     wide = x.float()
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = torch.addcmul(torch.tensor(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
-    return (wide * scale if wide is x else wide.mul_(scale)).to(x.dtype), scale
+    normed = (wide * scale if wide is x else wide.mul_(scale)).to(x.dtype)
+    return weight * normed, normed, scale
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        normed, scale = _normed(x, eps)
+        out, normed, scale = _norm(x.detach(), weight.detach(), eps)
         ctx.save_for_backward(normed, weight, scale)
-        return weight * normed
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]

@@ -202,7 +202,7 @@ def test_verdicts_of_other_processes_and_of_the_source_are_known(tmp_path: Path)
 
 def test_a_source_that_was_made_anew_is_noticed(task: Task) -> None:
     """Catches: a filter that was stopped halfway and goes on with other trajectories."""
-    first, second = (played(task, *FOUR[:n]) for n in (1, 2))
+    first, second = played(task, *FOUR), played(task, *FOUR[:-1], "So. <answer>7</answer>")
     _check_unchanged([], [first, second], "stages[0].source: runs/s")
     _check_unchanged([second], [first, second], "stages[0].source: runs/s")
     with pytest.raises(UserError, match=r"stages\[0\].source: runs/s no longer has what this filter kept"):

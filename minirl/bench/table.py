@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from minirl.bench.measure import Report, Spread
 from minirl.bench.setup import Bench
+from minirl.compiled import kernels
 
 
 def render(report: Report) -> Table:
@@ -52,6 +54,8 @@ def machine(bench: Bench) -> dict[str, str]:
         memory = torch.cuda.get_device_properties(device).total_memory
         found["accelerator"] = f"{torch.cuda.get_device_name(device)} ({memory / 2**30:.0f} GiB)"
     found["versions"] = f"torch {torch.__version__}, transformers {transformers.__version__}, python {platform.python_version()}"
+    if kernels(torch.empty(0, dtype=bench.policy.dtype, device=device)) is not None:
+        found["versions"] += f", numba {importlib.metadata.version('numba')}"
     base = "" if options.quantize == "none" else f" over {options.quantize}"
     found["dtype"] = str(bench.policy.dtype).removeprefix("torch.") + base
     if hasattr(os, "getloadavg"):
