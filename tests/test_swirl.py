@@ -210,7 +210,7 @@ def test_a_judge_that_never_answers_stops_nothing(cli: Cli, write: Write, tmp_pa
     assert [(r["unanswered"] > 0, r["kept"] - r["trajectories"]) for r in rows if r["stage"] == 1] == [(True, 0)]
     assert [(r["unscored"] > 0, r["dead"], r["trained_tokens"]) for r in rows if r["stage"] == 2] == [(True, 2.0, 0.0)] * 2
     assert outcome.out.count("WARNING: the judge gave no answer to") == 2, "once a stage"
-    assert " ".join(outcome.out.split()).count("nor trained (http://127.0.0.1:9/v1/chat/completions: no answer in 1 tries") == 2, "and why"
+    assert " ".join(outcome.out.split()).count("nor trained (http://127.0.0.1:9/v1: no answer in 1 tries") == 2, "and why"
 
 
 DEAD = {"kind": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0, "timeout_s": 1}
