@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirl.compiled import array, kernels
+from minirl.compiled import array, flat_rows, kernels, pair_kernels
 
 CHUNK_SCORES = 2**20  # scores alive at once, 2 MiB: what follows finds them in the cache
 
@@ -54,10 +54,26 @@ def decode(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, window:
     columns = key.as_strided((batch, heads, size, capacity), (*by_column[:2], capacity, 1))
     rows = value.as_strided((batch, heads, capacity, size), by_row)
     query, out = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
-    found.attend(
-        array(query), array(columns), array(rows), positions.contiguous().numpy(), window or capacity, np.float32(scale), array(out)
-    )
+    args = array(query), array(columns), array(rows), positions.contiguous().numpy(), window or capacity, np.float32(scale), array(out)
+    by_pairs = pair_kernels(query)
+    if by_pairs is not None and not (size % by_pairs.BLOCK or capacity % by_pairs.BLOCK):
+        by_pairs.attend(*args, (0,) * query.shape[2])
+    else:
+        found.attend(*args)
     return out
+
+
+def store(new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> bool:
+    """Write one new token of each row, (B, K, 1, D), at its position (B, 1) into its keys and values (B, K, T', D), by a compiled kernel.
+
+    False, and nothing is written, where that does not serve.
+    """
+    found, columns = kernels(new_keys), keys.transpose(-1, -2)
+    if found is None or new_keys.shape[2] != 1 or not (columns.is_contiguous() and values.is_contiguous()):
+        return False
+    one_a_row = (part for new in (new_keys, new_values) for part in flat_rows(new.squeeze(2).flatten(1)))
+    found.store(*one_a_row, positions.contiguous().numpy(), array(columns), array(values))
+    return True
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:

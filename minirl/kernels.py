@@ -1,4 +1,4 @@
-"""A decode step's attention and RMSNorm on a CPU, compiled by numba: one pass over memory each. Import it through `compiled`.
+"""A decode step's attention and cache, and RMSNorm, on a CPU, compiled by numba: one pass over memory each. Import it through `compiled`.
 
 The library's matrix kernels lay out every head's keys anew for the three or so queries that meet them, and read as many keys for each row
 as the longest row has. Here each key is read once, in place, by the row that has it. Products and sums are in float32. Invariant: what a
@@ -164,6 +164,21 @@ def attend(query: Any, key: Any, value: Any, positions: Any, window: Any, scale:
         for i in range(shared):
             for d in range(size):
                 out[row, head, i, d] = narrow(sums[i, d], query[row, head, i, d])
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def store(new_key: Any, key_step: Any, new_value: Any, value_step: Any, positions: Any, key: Any, value: Any) -> None:  # pragma: no cover
+    """Write one new token a row, its K * D numbers in rows as `compiled.flat_rows` gives them, at its position (B, 1) into the cache that
+    `attend` reads."""
+    rows, heads, _, size = value.shape
+    for one in prange(rows * heads):
+        row, head = one // heads, one % heads
+        at = positions[row, 0]
+        k, v = new_key[row * key_step + head * size :], new_value[row * value_step + head * size :]
+        for d in range(size):
+            value[row, head, at, d] = v[d]
+        for d in range(size):
+            key[row, head, d, at] = k[d]
 
 
 @njit(parallel=True, fastmath=FAST, nogil=True, cache=True)

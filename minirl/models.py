@@ -29,6 +29,7 @@ from minirl.adapter import ADAPTER, LOAD_ERRORS, first_line, fresh_adapter, star
 from minirl.allocator import keep_freed_memory
 from minirl.embedded import public_name, quiet, resolve
 from minirl.errors import UserError
+from minirl.gated import lean_gates
 from minirl.lora import lean_lora
 from minirl.norm import lean_norms
 
@@ -104,6 +105,7 @@ def load_model(node: recipe.Model, seed: int = 0, device: torch.device | None = 
             module.lora_B.float()
     lean_lora(model)
     lean_norms(model)
+    lean_gates(model)
     _checkpoint(base, node)
     return LoadedModel(model.eval(), tokenizer, device, dtype, node)
 

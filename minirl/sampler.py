@@ -27,7 +27,6 @@ from minirl.slots import Slots
 
 # Asks that wait for each other while others decode (as many as decode, when few do): a prefill reads all weights, like a decode step.
 ADMIT_TOGETHER = 16
-ROUND = 8  # prefill passes are padded to multiples of this many tokens a row: every new shape costs matrix kernels built anew
 # Most padded tokens of one prefill pass. On a CPU the padding of larger ones costs more than it saves; small ones keep a GPU waiting.
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 
@@ -167,8 +166,9 @@ class LiveSampler:
         return torch.stack([out[i] for i in range(len(leaders))])
 
     def _prefill_chunk(self, leaders: Sequence[tuple[tuple[int, ...], int]], chunk: list[int], missing: list[int]) -> dict[int, Tensor]:
-        device, width = self.policy.device, -(-max(missing[i] for i in chunk) // ROUND) * ROUND
+        device, width = self.policy.device, max(missing[i] for i in chunk)
         rows = [leaders[i][1] for i in chunk]
+        span = slice(rows[0], rows[0] + len(rows))
         held = [len(self._slots.tokens[row]) for row in rows]
         tokens = torch.tensor([[*leaders[i][0][h:], *[0] * (width - missing[i])] for i, h in zip(chunk, held, strict=True)], device=device)
         positions = torch.tensor(held, device=device)[:, None] + torch.arange(width, device=device)
@@ -176,7 +176,8 @@ class LiveSampler:
         longest = max(len(leaders[i][0]) for i in chunk)
         positions.clamp_(max=longest)
         reach = -(-(min(longest, max(held) + width - 1) + 1) // KEYS) * KEYS
-        self._slots.aim(torch.tensor(rows, device=device), positions, reach)
+        # Slots side by side are read where they stand.
+        self._slots.aim(span if rows == [*range(span.start, span.stop)] else torch.tensor(rows, device=device), positions, reach)
         hidden = self.policy.hidden(tokens, positions, Cached(positions, reach), cache=self._slots)
         last = hidden[torch.arange(len(chunk)), torch.tensor([missing[i] - 1 for i in chunk])]
         for i, row in zip(chunk, rows, strict=True):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from minirl import cpu_attention
+
 ROUND = 64  # capacities are multiples of this many tokens
 
 
@@ -119,8 +121,12 @@ class Slots(Cache):  # type: ignore[misc]
             self._spare = self._spare or [key_states.new_zeros(0), key_states.new_zeros(0)]
             self._blocks = [self._make(which, key_states, heads=key_states.shape[1], size=key_states.shape[3]) for which in (0, 1)]
         keys, values = (block[layer_idx] for block in self._blocks)
-        keys[self._index, :, self._positions] = key_states.transpose(1, 2)
-        values[self._index, :, self._positions] = value_states.transpose(1, 2)
+        is_stored = isinstance(self._rows, slice) and cpu_attention.store(
+            key_states, value_states, keys[self._rows], values[self._rows], self._positions
+        )
+        if not is_stored:
+            keys[self._index, :, self._positions] = key_states.transpose(1, 2)
+            values[self._index, :, self._positions] = value_states.transpose(1, 2)
         return keys[self._rows, :, : self._width], values[self._rows, :, : self._width]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

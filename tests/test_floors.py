@@ -20,7 +20,7 @@ FLOORS = {
     for floor, names in {
         0: "__init__ errors episode",
         1: "metrics recipe verify retrieve rows hub files statistics evaluations filter_counts "
-        "losses optim packed cpu_attention norm allocator calculator compiled kernels",
+        "losses optim packed cpu_attention norm allocator calculator compiled kernels bf16_kernels gated",
         2: "tasks chat rundir state chart batch attention credit head value lora adapter verdicts split",
         3: "rollout policy models embedded sampling slots report progress",
         4: "methods evaluate judge reward endpoint relay rules filters sampler plain learner agreement decode ppo objective scorer",
@@ -31,7 +31,7 @@ FLOORS = {
 }
 LEARN = {"models", "embedded", "policy", "batch", "attention", "credit", "losses", "optim", "learner"}
 LEARN |= {"agreement", "decode", "objective", "ppo", "value", "reward", "sampler", "sampling", "plain", "slots", "head"}
-LEARN |= {"lora", "scorer", "packed", "cpu_attention", "compiled", "kernels", "norm", "allocator", "adapter"}
+LEARN |= {"lora", "scorer", "packed", "cpu_attention", "compiled", "kernels", "bf16_kernels", "gated", "norm", "allocator", "adapter"}
 PLAY = {"metrics", "methods", "judge", "endpoint", "rollout", "tasks", "verify", "retrieve", "evaluate"}
 PLAY |= {"calculator", "relay", "rules", "filters"}
 BOTH = {

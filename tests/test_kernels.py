@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llvmlite.binding import get_host_cpu_features
 from numba import njit
+from peft import LoraConfig, get_peft_model
 from tiny import byte_tokenizer, save_tiny
 from torch import Tensor
 
-from minirl import compiled, cpu_attention, kernels, models, norm, recipe
+from minirl import bf16_kernels, compiled, cpu_attention, kernels, lora, models, norm, recipe
 from minirl.chat import Chat
 from minirl.compiled import array
 from minirl.episode import Ask
@@ -75,17 +79,25 @@ def reference(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, wi
     return torch.softmax(scores, -1) @ values.double().nan_to_num()
 
 
-@settings(max_examples=80, deadline=None)
+SHAPES = [(1, 1, 1, 4), (3, 2, 3, 16), (5, 1, 8, 64), (2, 3, 1, 80), (4, 2, 3, 96)]
+
+
+@settings(max_examples=120, deadline=None)
 @given(
     st.randoms(use_true_random=False),
-    st.sampled_from([torch.bfloat16, torch.float32]),
-    st.sampled_from([(1, 1, 1, 4), (3, 2, 3, 16), (5, 1, 8, 64), (2, 3, 1, 80)]),
+    st.sampled_from([(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)]),
+    st.sampled_from(SHAPES),
     st.sampled_from([None, 1, 7, 50]),
 )
 @torch.no_grad()
-def test_attention_of_one_new_token(rng: Random, dtype: torch.dtype, shape: tuple[int, int, int, int], window: int | None) -> None:
-    """Rows of all lengths, alone and in a wider cache. What stands behind a row's own keys is NaN: none of it may be read."""
-    rows, heads, shared, size = shape
+def test_attention_of_one_new_token(
+    rng: Random, kind: tuple[torch.dtype, bool], shape: tuple[int, int, int, int], window: int | None
+) -> None:
+    """Rows of all lengths, alone and in a wider cache. What stands behind a row's own keys is NaN: none of it may count.
+
+    By pairs the weights are rounded too, which may take half a unit of what they sum.
+    """
+    (dtype, by_pairs), (rows, heads, shared, size) = kind, shape
     capacity = rng.choice([16, 64, 128])
     everything = cache(rng, rows + 1, heads, capacity, size, dtype)
     keys, values = (block[:rows] for block in everything)
@@ -94,15 +106,34 @@ def test_attention_of_one_new_token(rng: Random, dtype: torch.dtype, shape: tupl
         keys[row, :, last + 1 :], values[row, :, last + 1 :] = torch.nan, torch.nan
     query, scale = 2 * torch.randn(rows, heads, shared, size).to(dtype), 0.2
     width = int(positions.max()) + 1
-    found = cpu_attention.decode(query, keys[:, :, :width], values[:, :, :width], positions, window, scale)
+    with nullcontext() if by_pairs else patch.object(compiled, "_pair_kernels", lambda: None):
+        found = cpu_attention.decode(query, keys[:, :, :width], values[:, :, :width], positions, window, scale)
+        alone = cpu_attention.decode(query[-1:], keys[-1:, :, :width], values[-1:, :, :width], positions[-1:], window, scale)
     assert found is not None
+    assert alone is not None
     assert found.dtype == dtype
     expected = reference(query, keys, values, positions, window, scale)
-    torch.testing.assert_close(found.double(), expected, rtol=HALF_ULP[dtype], atol=1e-5)
-    if rows > 1:
-        alone = cpu_attention.decode(query[1:2], keys[1:2, :, :width], values[1:2, :, :width], positions[1:2], window, scale)
-        assert alone is not None
-        assert torch.equal(alone[0], found[1]), "a row's attention is its own, whatever stands beside it"
+    room = reference(query, keys, values.abs(), positions, window, scale) if by_pairs else 0.0
+    assert bool(((found.double() - expected).abs() <= 1e-5 + HALF_ULP[dtype] * (expected.abs() + room)).all())
+    assert torch.equal(alone[0], found[-1]), "a row's attention is its own, whatever stands beside it"
+
+
+@pytest.mark.skipif(not get_host_cpu_features().get(compiled.PAIRS), reason="this CPU does not multiply bf16 by pairs")
+@torch.no_grad()
+def test_bf16_is_multiplied_by_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: the faster kernel left out, or taken where its blocks do not fit. One weight is 1, so what it gives is a value, exactly."""
+    calls: list[int] = []
+    attend = bf16_kernels.attend
+    monkeypatch.setattr(bf16_kernels, "attend", lambda *args: calls.append(attend(*args)))
+    for capacity, size, used in ((64, 64, 1), (64, 32, 1), (48, 64, 0), (64, 48, 0)):
+        keys, values = cache(Random(1), 2, 1, capacity, size, torch.bfloat16)
+        positions = torch.tensor([[40], [33]])
+        query = 100 * keys[:, :, 33:34].expand(2, 1, 3, size)
+        out = cpu_attention.decode(query, keys, values, positions, None, 1.0)
+        assert out is not None
+        assert torch.equal(out, values[:, :, 33:34].expand_as(out))
+        assert len(calls) == used
+        calls.clear()
 
 
 @torch.no_grad()
@@ -116,6 +147,69 @@ def test_what_the_kernel_does_not_know_is_left_to_the_library() -> None:
     assert cpu_attention.decode(query.half(), keys.half(), values.half(), positions, None, 1.0) is None
     with torch.enable_grad():
         assert cpu_attention.decode(query, keys, values, positions, None, 1.0) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.randoms(use_true_random=False), st.lists(st.integers(1, 4), min_size=1, max_size=4), st.booleans())
+def test_flat_rows(rng: Random, shape: list[int], is_part: bool) -> None:
+    """Rows of whole tensors, of a part of the columns, and in an order that is not the memory's."""
+    torch.manual_seed(rng.randrange(2**31))
+    x = torch.randn(*shape[:-1], shape[-1] + 3 * is_part)[..., 2 * is_part :][..., : shape[-1]]
+    if len(shape) > 2 and rng.random() < 0.5:
+        x = x.transpose(0, 1)
+    flat, step = compiled.flat_rows(x)
+    for number, row in enumerate(x.reshape(-1, shape[-1])):
+        assert flat[number * step :][: shape[-1]].tolist() == row.tolist()
+    if is_part and len(shape) == 2:
+        assert flat.base is not None
+        assert step == shape[-1] + 3, "nothing was copied"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.no_grad()
+def test_new_tokens_are_stored_each_in_its_own_place(dtype: torch.dtype) -> None:
+    """Laid out as the model gives them: keys as rotary embeddings return them, values a part of the joint projection's columns."""
+    keys, values = cache(Random(2), 5, 3, 64, 16, dtype)
+    expected = keys.clone(), values.clone()
+    joint = torch.randn(4, 1, 160).to(dtype)
+    new_values = joint[..., 100:148].view(4, 1, 3, 16).transpose(1, 2)
+    new_keys = 2 * joint[..., 40:88].view(4, 1, 3, 16).transpose(1, 2)
+    positions = torch.tensor([[0], [63], [17], [17]])
+    assert cpu_attention.store(new_keys, new_values, keys[:4], values[:4], positions)
+    for row, (at,) in enumerate(positions.tolist()):
+        expected[0][row, :, at], expected[1][row, :, at] = new_keys[row, :, 0], new_values[row, :, 0]
+    assert torch.equal(keys, expected[0])
+    assert torch.equal(values, expected[1])
+    assert not cpu_attention.store(new_keys, new_values, keys[:4].contiguous(), values[:4], positions), "keys by row"
+    assert not cpu_attention.store(new_keys.expand(4, 3, 2, 16), new_values.expand(4, 3, 2, 16), keys[:4], values[:4], positions)
+    assert torch.equal(keys, expected[0])
+
+
+@pytest.mark.skipif(not get_host_cpu_features().get(compiled.PAIRS), reason="this CPU does not multiply bf16 by pairs")
+@pytest.mark.parametrize(
+    ("size", "rank", "count", "is_compiled"), [(64, 16, 7, 1), (96, 4, 8, 1), (64, 6, 7, 0), (48, 16, 7, 0), (64, 16, 9, 0)]
+)
+@torch.no_grad()
+def test_an_adapter_s_low_products_stand_beside_their_input(
+    size: int, rank: int, count: int, is_compiled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"o_proj": torch.nn.Linear(size, 32, dtype=torch.bfloat16)})
+    peft_model: Any = get_peft_model(model, LoraConfig(r=rank, target_modules=["o_proj"]), autocast_adapter_dtype=True)  # type: ignore[arg-type]
+    lora.lean_lora(peft_model)
+    layer = peft_model.base_model.model["o_proj"]
+    joint = lora.Joint([layer], rows=8)
+    joint.pack()
+    calls: list[int] = []
+    beside = bf16_kernels.beside
+    monkeypatch.setattr(bf16_kernels, "beside", lambda *args: calls.append(beside(*args)))
+    wide = torch.randn(count, 1, size + 32).bfloat16()
+    x = wide[..., 32:]
+    both = joint._beside(x)
+    assert len(calls) == is_compiled
+    low = x.double() @ layer.lora_A["default"].weight.bfloat16().double().T
+    assert torch.equal(both[..., :size], x)
+    torch.testing.assert_close(both[..., size:].double(), low, rtol=HALF_ULP[torch.bfloat16], atol=1e-5)
 
 
 class Norm:

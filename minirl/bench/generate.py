@@ -15,6 +15,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from minirl.chat import Chat
 from minirl.episode import Ask, Completion
+from minirl.gated import lean_gates
 from minirl.lora import lean_lora
 from minirl.norm import lean_norms
 from minirl.policy import Policy
@@ -80,7 +81,7 @@ class Limits(StoppingCriteria):  # type: ignore[misc]
 
 @contextmanager
 def stock(policy: Policy, attention: str, adapter: torch.dtype = torch.float32) -> Iterator[Any]:
-    """The policy's transformers model as transformers and peft ship it: their attention, their LoRA and their norms, nothing of ours.
+    """The policy's transformers model as transformers and peft ship it: their attention, their LoRA, norms and MLPs, nothing of ours.
 
     attention: the implementation it was loaded with. adapter: what the adapter's weights are held in; in the model's own type `generate`
     need not cast anything.
@@ -100,4 +101,5 @@ def stock(policy: Policy, attention: str, adapter: torch.dtype = torch.float32) 
             p.data = masters[name]
         lean_lora(policy.model)
         lean_norms(policy.model)
+        lean_gates(policy.model)
         base.set_attn_implementation(ours)

@@ -1,0 +1,55 @@
+"""SwiGLU (Shazeer 2020, "GLU Variants Improve Transformer") as one autograd function, which keeps its two inputs and nothing else.
+
+The library's keeps silu(gate) too, the widest tensor of a layer: an update's peak memory was 1.08 to 1.13 times as large
+(SmolLM2-135M, groups of 8 on a CPU). Computing it again took no time that could be measured. Invariant: values and gradients are the
+library's own.
+"""
+
+from __future__ import annotations
+
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+
+def lean_gates(model: nn.Module) -> int:
+    """Let a model's gated MLPs compute here; returns how many. One that computes anything else stays."""
+    gates = [module for module in model.modules() if hasattr(module, "down_proj") and _is_plain(module)]
+    for module in gates:
+        module.forward = MethodType(lean_forward, module)
+    return len(gates)
+
+
+def lean_forward(self: Any, x: Tensor) -> Tensor:
+    """down(silu(gate(x)) * up(x)), (..., D) -> (..., D)."""
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    out: Tensor = self.down_proj(_Gated.apply(gate, up) if torch.is_grad_enabled() else silu(gate).mul_(up))  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), silu(gate).mul_(grad)
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether it computes this formula: by trying, with projections that can be seen through."""
+    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "act_fn")):
+        return False
+    parts = SimpleNamespace(gate_proj=lambda x: x, up_proj=lambda x: 2 * x + 1, down_proj=lambda x: x - 1, act_fn=module.act_fn)
+    x = torch.linspace(-9, 9, 40).view(2, 20)
+    try:
+        with torch.no_grad():
+            return torch.allclose(type(module).forward(parts, x), silu(x) * (2 * x + 1) - 1)
+    except (AttributeError, TypeError):  # it needs more than these parts, or a module around them
+        return False
