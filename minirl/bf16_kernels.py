@@ -15,6 +15,7 @@ from numba import njit, prange, types
 from numba.cpython.unsafe.tuple import tuple_setitem
 from numba.extending import intrinsic, models, register_model
 
+# numba's cache on the disk looks at the change of this file alone: after one of those functions it must be deleted by hand.
 from minirl.kernels import FAST, LOG2_E, exp2, fetch, narrow
 
 LANES, BLOCK = 16, 32  # float32 and bf16 numbers of a register
@@ -160,7 +161,7 @@ def zeros_for(context: Any, each: Any) -> Any:
 
 
 @intrinsic
-def total(context: Any, x: Any) -> Any:
+def sum_of(context: Any, x: Any) -> Any:
     """The sum of 16 float32 numbers."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -293,5 +294,5 @@ def beside(x: Any, step: Any, a: Any, out: Any) -> None:  # pragma: no cover
                 part = halves(x_row, d)
                 s0, s1 = dot(s0, part, halves(a[r], d)), dot(s1, part, halves(a[r + 1], d))
                 s2, s3 = dot(s2, part, halves(a[r + 2], d)), dot(s3, part, halves(a[r + 3], d))
-            for i, s in enumerate((total(s0), total(s1), total(s2), total(s3))):
+            for i, s in enumerate((sum_of(s0), sum_of(s1), sum_of(s2), sum_of(s3))):
                 o[size + r + i] = narrow(s, o[0])

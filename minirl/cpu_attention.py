@@ -51,10 +51,10 @@ def decode(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, window:
     by_column, by_row = (heads * size * capacity, size * capacity, 1, capacity), (heads * size * capacity, size * capacity, size, 1)
     if key.stride() != by_column or value.stride() != by_row:
         return None
-    columns = key.as_strided((batch, heads, size, capacity), (*by_column[:2], capacity, 1))
-    rows = value.as_strided((batch, heads, capacity, size), by_row)
+    key = key.as_strided((batch, heads, size, capacity), (*by_column[:2], capacity, 1))
+    value = value.as_strided((batch, heads, capacity, size), by_row)
     query, out = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
-    args = array(query), array(columns), array(rows), positions.contiguous().numpy(), window or capacity, np.float32(scale), array(out)
+    args = array(query), array(key), array(value), positions.contiguous().numpy(), window or capacity, np.float32(scale), array(out)
     by_pairs = pair_kernels(query)
     if by_pairs is not None and not (size % by_pairs.BLOCK or capacity % by_pairs.BLOCK):
         by_pairs.attend(*args, (0,) * query.shape[2])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 
 
-def agreement(counts: Mapping[str, float], kind: str) -> tuple[float, float, int] | None:
+def filter_agreement(counts: Mapping[str, float], kind: str) -> tuple[float, float, int] | None:
     """Share of pairs on which both say the same, Cohen's kappa (1960), and how many pairs; None without pairs."""
     yes, only_a, only_b, no = (counts.get(f"{kind}_{pair}", 0) for pair in ("11", "10", "01", "00"))
     total = yes + only_a + only_b + no
@@ -35,6 +35,6 @@ def summary(rows: Sequence[Mapping[str, float]], *, asked: bool) -> list[str]:
         unread = f"{total.get('unreadable', 0):.0f} verdicts unreadable, {total.get('unanswered', 0):.0f} unanswered"
         lines.append(f"steps approved {total.get('good_steps', 0) / steps:.1%}; {unread}: not approved")
     for kind, name in (("pairs", "rules, step by step"), ("ends", "outcome, last step")):
-        if asked and (found := agreement(total, kind)):
+        if asked and (found := filter_agreement(total, kind)):
             lines.append(f"judge against {name}: agree {found[0]:.1%}, kappa {found[1]:.2f}, {found[2]} pairs")
     return lines

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from minirl import models, recipe
+from minirl.closed_run import standing, weights_of
 from minirl.episode import Episode
 from minirl.errors import UserError
 from minirl.files import read_rows
 from minirl.filter_counts import summary
 from minirl.filters import Judged, approved, marked, passes, tally
 from minirl.judge import Case, Opinion
-from minirl.rundir import standing, weights_of
 from minirl.session import Interrupted, Session
 from minirl.speakers import answer_judge, verdicts_of
 from minirl.split import actions

@@ -159,15 +159,16 @@ class Learner:
             if a is not None
         ]
         share = self.node.sampled_share
-        kinds: dict[bool, tuple[float, float, float]] = {}  # the part of the loss, and over how many episodes and tokens
+        # Of sampled episodes and of shown ones: their part of the loss, and over how many episodes and tokens it is spread.
+        spread: dict[bool, tuple[float, float, float]] = {}
         for is_sampled in (True, False):
             lengths = [e.trained_tokens for _, e, _, _ in counted if share is None or _is_sampled(e) == is_sampled]
             part = 1.0 if share is None else share if is_sampled else 1.0 - share
             episodes, tokens = self._total([float(len(lengths)), float(sum(lengths))])
-            kinds[is_sampled] = (part, episodes, tokens)
+            spread[is_sampled] = (part, episodes, tokens)
 
         def weight(e: Episode) -> float:
-            part, episodes, tokens = kinds[_is_sampled(e)]
+            part, episodes, tokens = spread[_is_sampled(e)]
             if self.node.aggregate == "token":
                 return part / tokens
             return part / (episodes * (e.trained_tokens if self.node.aggregate == "sequence" else self.limit_tokens))

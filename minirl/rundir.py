@@ -27,13 +27,13 @@ import yaml
 
 import minirl
 from minirl import recipe as recipes
+from minirl.closed_run import noted
 from minirl.episode import Episode
 from minirl.errors import UserError
 from minirl.files import Journal, lock_folder, read_rows, remove_folder, write_file, write_folder, write_rows
 from minirl.recipe import Recipe
 from minirl.state import NAMES, Position, State, append_only, check_files, read_state, restore
 
-LATER = "later_evals.jsonl"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numba")
 
 
@@ -106,7 +106,7 @@ class Run:
         """Note which base weights the run began with, and in which dtype; UserError where it is taken up with others (the hub's, then a
         local copy; on an A100, then on a T4, which has no bf16)."""
         path = self.folder / "model.json"
-        known = {} if self._state == State() else _noted(path, "weights")
+        known = {} if self._state == State() else noted(path, "weights")
         if known.get("dtype", dtype) != dtype:
             raise UserError(
                 f"{self.folder}: this machine computes in {dtype}, expected {known['dtype']}, in which the run began; take it up where "
@@ -123,7 +123,7 @@ class Run:
     def check_task(self, fingerprint: str, train: int, held_out: int) -> None:
         """Note which problems the run began with; UserError where it is taken up with others (a data file that was edited since)."""
         path, now = self.folder / "task.json", {"problems": fingerprint, "train": train, "held_out": held_out}
-        known = {} if self._state == State() else _noted(path, "problems")
+        known = {} if self._state == State() else noted(path, "problems")
         if known.get("problems", fingerprint) != fingerprint:
             raise UserError(
                 f"{self.folder}: the task {self.recipe.task.name} has other problems here (got {train} and {held_out} held out, digest "
@@ -220,56 +220,6 @@ class Run:
         state.sizes = {name: (self.folder / name).stat().st_size for name in append_only(self.folder)}
         self._state = state  # first, so that an interrupt inside the rename cannot leave the file ahead of what we know
         write_file(self.folder / "state.json", state.text())
-
-
-def standing(folder: Path) -> tuple[Position, bool]:
-    """Where a run folder stands, and whether the run is finished, without opening it."""
-    state = read_state(folder)
-    return state.position, state.finished
-
-
-def weights_of(folder: Path) -> str | None:
-    """The fingerprint of the base weights of a run; None where it began with none."""
-    found = _noted(folder / "model.json", "weights").get("weights")
-    return None if found is None else str(found)
-
-
-def problems_of(folder: Path) -> str | None:
-    """The digest of a run's problems; None where it began before any was noted."""
-    found = _noted(folder / "task.json", "problems").get("problems")
-    return None if found is None else str(found)
-
-
-def _noted(path: Path, key: str) -> dict[str, Any]:
-    """What a file checked on resume says; nothing where a run has none yet. Raises UserError for one that holds something else."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); bring it back, or delete it to go on unchecked") from error
-    if not isinstance(found, dict) or not isinstance(found.get(key), str):
-        raise UserError(f"{path}: got {str(found)[:60]!r}, expected an object with {key!r}; bring it back, or delete it to go on unchecked")
-    return found
-
-
-def add_later_eval(folder: Path, row: Mapping[str, Any]) -> None:
-    """Put an evaluation that `minirl eval` made beside the run's own, in place of one of the same kind. Needs no open run.
-
-    row: as for `Run.log_eval`. Its kind is its `label`, `tries`, `samples`, `temperature`, `changed` and number of problems.
-    """
-
-    def kind(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return len(row["problems"]), *(row.get(key) for key in ("label", "tries", "samples", "temperature", "changed"))
-
-    try:
-        with filelock.FileLock(folder / ".evals.lock"):
-            others = [old for old in read_rows(folder / LATER) if kind(old) != kind(row)]
-            write_rows(folder / LATER, [*others, row])
-    except OSError as error:
-        raise UserError(
-            f"{folder / LATER}: cannot be written ({error}); the evaluation was made but not kept, mend that and repeat"
-        ) from error
 
 
 def _refuse_foreign(folder: Path) -> None:

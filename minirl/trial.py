@@ -14,6 +14,7 @@ import torch
 
 from minirl import models, recipe
 from minirl.chat import Chat
+from minirl.closed_run import add_later_eval, problems_of
 from minirl.errors import UserError
 from minirl.evaluate import evaluate
 from minirl.evaluations import COUNTS, pool, summarise
@@ -24,7 +25,6 @@ from minirl.policy import Policy
 from minirl.progress import Progress
 from minirl.recipe.stages import SHOWN
 from minirl.reward import RewardModel
-from minirl.rundir import add_later_eval, problems_of
 from minirl.sampler import LiveSampler, open_sampler
 from minirl.session import eval_settings, texts
 from minirl.speakers import Voices, answer_judge, verdicts_of

@@ -19,7 +19,7 @@ from minirl.endpoint import GIVE_UP, EndpointSampler, Messages
 from minirl.episode import Ask, Episode, Group, Problem, Turn
 from minirl.errors import UserError
 from minirl.files import read_rows
-from minirl.filter_counts import agreement, summary
+from minirl.filter_counts import filter_agreement, summary
 from minirl.filtering import _check_unchanged
 from minirl.filters import Judged, approved, marked, passes, process, tally
 from minirl.judge import MOST_CHARS, MOST_SAID, Asker, Case, Opinion, StepCase, StepJudge, parse_step, step_case, step_prompt
@@ -352,11 +352,11 @@ def test_tally_and_agreement() -> None:
     assert [counts[name] for name in ("process", "outcome", "outcome_unknown", "both", "kept")] == [3, 4, 1, 1, 3]
     assert [counts[f"pairs_{p}"] for p in ("11", "10", "01", "00")] == [9, 2, 0, 2]
     assert [counts[f"ends_{p}"] for p in ("11", "10", "01", "00")] == [3, 1, 0, 1]
-    share, kappa, pairs = agreement(counts, "pairs") or (0, 0, 0)
+    share, kappa, pairs = filter_agreement(counts, "pairs") or (0, 0, 0)
     assert (share, pairs) == (11 / 13, 13)
     assert kappa == pytest.approx((11 / 13 - (11 * 9 + 2 * 4) / 169) / (1 - (11 * 9 + 2 * 4) / 169))
-    assert agreement({}, "pairs") is None
-    assert agreement({"pairs_11": 3}, "pairs") == (1.0, 1.0, 3)
+    assert filter_agreement({}, "pairs") is None
+    assert filter_agreement({"pairs_11": 3}, "pairs") == (1.0, 1.0, 3)
     halves = [tally(ALL[:3], "process", 0.5), tally(ALL[3:], "process", 0.5)]
     assert {name: sum(h[name] for h in halves) for name in counts} == counts
     assert summary(halves, asked=True) == [

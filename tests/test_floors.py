@@ -21,7 +21,7 @@ FLOORS = {
         0: "__init__ errors episode",
         1: "metrics recipe verify retrieve rows hub files statistics evaluations filter_counts "
         "losses optim packed cpu_attention norm allocator calculator compiled kernels bf16_kernels gated",
-        2: "tasks chat rundir state chart batch attention credit head value lora adapter verdicts split",
+        2: "tasks chat rundir closed_run state chart batch attention credit head value lora adapter verdicts split",
         3: "rollout policy models embedded sampling slots report progress",
         4: "methods evaluate judge reward endpoint relay rules filters sampler plain learner agreement decode ppo objective scorer",
         5: "speakers session trajectories filtering step_scores playing collect trial train bench",

@@ -19,6 +19,7 @@ from tiny import byte_tokenizer, save_tiny
 
 from minirl import models, recipe, trial
 from minirl.chat import Chat
+from minirl.closed_run import LATER
 from minirl.endpoint import GIVE_UP, EndpointSampler, Messages
 from minirl.episode import Ask, Completion, Problem
 from minirl.errors import UserError
@@ -28,7 +29,6 @@ from minirl.judge import Case, Judge, parse, prompt
 from minirl.plain import PlainSampler
 from minirl.policy import Policy
 from minirl.progress import Progress
-from minirl.rundir import LATER
 from minirl.speakers import BaseSampler, Voices, bare
 from minirl.tasks.qa import SearchTask
 from minirl.verify.qa import verify

@@ -14,11 +14,12 @@ import pytest
 
 from minirl import recipe as recipes
 from minirl.chart import ticks as _ticks
+from minirl.closed_run import add_later_eval
 from minirl.episode import Episode, Problem, Turn
 from minirl.errors import UserError
 from minirl.evaluations import compare, summarise
 from minirl.report import write_report
-from minirl.rundir import Run, add_later_eval
+from minirl.rundir import Run
 from minirl.state import Position
 
 HOSTILE = "</div><script>alert('x')</script><img src=x onerror=alert(1)> ${title} & \x00\x1b[31m \ud800 \u202e done"

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from minirl import files, rundir, state
+from minirl import closed_run, files, rundir, state
 from minirl import recipe as recipes
 from minirl.episode import Episode, Problem, Turn
 from minirl.errors import UserError
@@ -235,8 +235,8 @@ def test_later_evaluations_replace_their_own_kind_only(tmp_path: Path) -> None:
     Run.open(tmp_path / "run", recipe()).close()
     row = {"label": "adapter", "tries": 2, "samples": 1, "temperature": 0.0, "changed": [], "problems": [1]}
     for change in ({}, {"label": "base"}, {"samples": 8}, {"changed": ["sampling.rows=4"]}, {"problems": [2]}):
-        rundir.add_later_eval(tmp_path / "run", row | change)
-    kept = files.read_rows(tmp_path / "run" / rundir.LATER)
+        closed_run.add_later_eval(tmp_path / "run", row | change)
+    kept = files.read_rows(tmp_path / "run" / closed_run.LATER)
     assert [(r["label"], r["samples"], r["changed"], r["problems"]) for r in kept] == [
         ("base", 1, [], [1]),
         ("adapter", 8, [], [1]),
@@ -244,7 +244,7 @@ def test_later_evaluations_replace_their_own_kind_only(tmp_path: Path) -> None:
         ("adapter", 1, [], [2]),
     ]
     play(tmp_path / "run")  # a run that goes on leaves them alone
-    assert len(files.read_rows(tmp_path / "run" / rundir.LATER)) == 4
+    assert len(files.read_rows(tmp_path / "run" / closed_run.LATER)) == 4
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:

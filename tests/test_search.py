@@ -19,6 +19,7 @@ from torch import Tensor
 from minirl import models, recipe
 from minirl.batch import Batch, collate, collate_plain, pack, pack_plain, row
 from minirl.chat import Chat
+from minirl.closed_run import LATER
 from minirl.episode import Ask, Completion, Episode, Problem, Verdict
 from minirl.errors import UserError
 from minirl.evaluate import evaluate
@@ -33,7 +34,6 @@ from minirl.progress import Progress
 from minirl.recipe import Sampling
 from minirl.retrieve import Passage
 from minirl.rollout import Lookup, Play, Talk, play
-from minirl.rundir import LATER
 from minirl.sampler import LiveSampler
 from minirl.tasks import Task
 from minirl.tasks.qa import Plan, SearchTask, Step

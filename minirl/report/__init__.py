@@ -14,6 +14,7 @@ from typing import Any
 
 from minirl import recipe as recipes
 from minirl.chart import curves, is_number
+from minirl.closed_run import LATER, standing
 from minirl.errors import UserError
 from minirl.files import write_file
 from minirl.report.episodes import episodes_html, one_episode_html
@@ -21,7 +22,6 @@ from minirl.report.evaluations import evaluations_html, later_evaluations_html
 from minirl.report.filters import filters_html
 from minirl.report.html import Rows, table, text
 from minirl.report.shapes import rows_of
-from minirl.rundir import LATER, standing
 
 PAGE, STYLE = (Path(__file__).with_name(name) for name in ("page.html", "page.css"))
 
