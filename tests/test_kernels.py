@@ -295,5 +295,37 @@ def test_kernels_that_would_not_serve_are_left_out(
     assert compiled.kernels(torch.empty(1, 4, device="meta")) is None
 
 
+def _cannot_compile(*_: Any) -> None:
+    raise RuntimeError("Intrinsic has incorrect argument type!\nptr ...")
+
+
+@pytest.mark.skipif(not get_host_cpu_features().get(compiled.PAIRS), reason="this CPU does not multiply bf16 by pairs")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda patch: patch.setattr("llvmlite.binding.get_host_cpu_features", dict), ""),
+        (lambda patch: patch.setattr("numba.config.CPU_NAME", "generic"), ""),
+        (lambda patch: patch.setattr(bf16_kernels, "multiply", lambda x, y, out: out.fill(1.0)), ""),
+        (lambda patch: patch.setattr(bf16_kernels, "multiply", _cannot_compile), "left out (Intrinsic has incorrect argument type!)"),
+    ],
+)
+def test_pairs_that_would_not_serve_are_left_out(
+    change: Any, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches: LLVM asked for an instruction that the machine lacks, which ends the process; kernels that compute something else."""
+    x = torch.ones(1, 4).bfloat16()
+    compiled._pair_kernels.cache_clear()
+    try:
+        with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="minirl"):
+            change(patch)
+            assert compiled.pair_kernels(x) is None
+            assert compiled.kernels(x) is kernels, "the others go on"
+        assert said in caplog.text
+    finally:
+        compiled._pair_kernels.cache_clear()
+    assert compiled.pair_kernels(x) is bf16_kernels
+    assert compiled.pair_kernels(x.float()) is None
+
+
 def _no_layer(*_: Any) -> None:
     raise ValueError("No threading layer could be loaded.\nHINT: ...")
