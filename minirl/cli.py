@@ -67,7 +67,7 @@ def run(
             typer.echo(node.dump() + "\n" + node.plan())
             return
         folder = out or Path("runs") / recipe.stem
-        from minirl.session import Interrupted
+        from minirl.loop.session import Interrupted
         from minirl.train import train
 
         try:
@@ -98,7 +98,7 @@ def eval_(
 ) -> None:
     """Evaluate a run's adapter on its held-out problems; --samples 8 gives pass@k."""
     with _one_line():
-        from minirl import trial
+        from minirl.loop import trial
 
         folder = folders[0]
         if len(folders) > 1 and not table:
@@ -125,7 +125,7 @@ def eval_(
 def report(folder: FolderArgument) -> None:
     """Write report.html again from what the run folder holds; needs no GPU and no torch."""
     with _one_line():
-        from minirl.report import write_report
+        from minirl.record.report import write_report
 
         typer.echo(write_report(folder))
 

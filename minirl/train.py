@@ -18,25 +18,25 @@ from accelerate.tracking import get_available_trackers
 from safetensors.torch import save_file
 
 from minirl import recipe
-from minirl.adapter import adapter_state, check_adapter, save_adapter
-from minirl.collect import collect_stage
+from minirl.engine.learn.learner import Learner
+from minirl.engine.learn.reward_model import RewardModel, Sample
+from minirl.engine.model.adapter import adapter_state, check_adapter, save_adapter
+from minirl.engine.model.policy import Policy, read_tensors
 from minirl.errors import UserError
-from minirl.files import write_folder
-from minirl.filtering import filter_stage, source_of
-from minirl.learner import Learner
+from minirl.io.files import write_folder
+from minirl.loop.collect_stage import collect_stage
+from minirl.loop.filter_stage import filter_stage, source_of
+from minirl.loop.problems import drawn, played, problems_of
+from minirl.loop.session import Interrupted, Session, interruptible, open_session
+from minirl.loop.step_scores import StepScorer, rewarded
 from minirl.methods import method_of
 from minirl.methods.demonstrate import demonstrate
-from minirl.metrics import Facts, means
-from minirl.playing import drawn, played, problems_of
-from minirl.policy import Policy, read_tensors
-from minirl.progress import Progress
-from minirl.report import write_report
-from minirl.reward import RewardModel, Sample
+from minirl.record.metrics import Facts, means
+from minirl.record.progress import Progress
+from minirl.record.report import write_report
+from minirl.record.run import Run
+from minirl.record.state import Position
 from minirl.rollout import seed_of
-from minirl.rundir import Run
-from minirl.session import Interrupted, Session, interruptible, open_session
-from minirl.state import Position
-from minirl.step_scores import StepScorer, rewarded
 from minirl.tasks import Task
 
 LEARNER_TENSORS, LEARNER_STATE = "learner.safetensors", "learner.json"

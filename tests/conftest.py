@@ -28,7 +28,7 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "11",
     "PYTHONWARNINGS": "ignore",
 }
-PRELOAD = ["minirl.cli", "minirl.train", "minirl.tasks.countdown", "minirl.report", "transformers.models.llama.modeling_llama"]
+PRELOAD = ["minirl.cli", "minirl.train", "minirl.tasks.countdown", "minirl.record.report", "transformers.models.llama.modeling_llama"]
 TASK = {"name": "countdown", "numbers": [2], "high": 4, "target_high": 16, "operators": "+*", "train": 10, "held_out": 4}
 TASK["credit"] = {"wrong_numbers": 0.1, "missed_target": 0.3}
 SAMPLING = {"attempt_tokens": 26, "reflection_tokens": 24, "rows": 64}
@@ -96,7 +96,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Reply], Server]]:
-    monkeypatch.setattr("minirl.endpoint.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("minirl.judge.endpoint.FIRST_PAUSE_S", 0.01)
     servers: list[Server] = []
 
     def start(reply: Reply) -> Server:

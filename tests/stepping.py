@@ -18,7 +18,7 @@ from tiny import byte_tokenizer
 from minirl import recipe
 from minirl.chat import Chat
 from minirl.episode import Episode, Problem
-from minirl.methods.stepwise import Tags, stepwise
+from minirl.methods.swirl.stepwise import Tags, stepwise
 from minirl.recipe import Sampling
 from minirl.retrieve import Passage
 from minirl.rollout import Talk, play

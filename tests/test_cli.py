@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from minirl import recipe as recipes
 from minirl.bench import against_trl
 from minirl.cli import app
-from minirl.rundir import Run
+from minirl.record.run import Run
 from minirl.verify import sandbox, symbolic
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,19 +18,20 @@ from tiny import byte_tokenizer, save_tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minirl import models, recipe
-from minirl.attention import Cached
-from minirl.batch import Row, collate, pack
+from minirl import recipe
 from minirl.chat import Chat
-from minirl.decode import Decoder
+from minirl.engine.learn.objective import Sums, objective
+from minirl.engine.model import load as models
+from minirl.engine.model.attention import Cached
+from minirl.engine.model.batch import Row, collate, pack
+from minirl.engine.model.lora import FixedLora
+from minirl.engine.model.policy import Policy
+from minirl.engine.sample.decode import Decoder
+from minirl.engine.sample.draw import pick
+from minirl.engine.sample.slots import Slots
 from minirl.episode import Completion, Problem, Verdict
-from minirl.lora import FixedLora
-from minirl.objective import Sums, objective
-from minirl.policy import Policy
+from minirl.loop.session import Session
 from minirl.rollout import Play, Talk
-from minirl.sampling import pick
-from minirl.session import Session
-from minirl.slots import Slots
 
 META = torch.device("meta")
 VIEWS = (

@@ -18,16 +18,16 @@ from conftest import Cli, Job, Start, minirl, recipe
 from safetensors.torch import load_file, save_file
 
 from minirl import recipe as recipes
-from minirl.chart import CURVES
-from minirl.collect import keep
 from minirl.episode import Episode, Problem, Turn
 from minirl.errors import UserError
-from minirl.evaluations import summarise
-from minirl.files import read_rows
-from minirl.metrics import SCORES
+from minirl.io.files import read_rows
+from minirl.loop.collect_stage import keep
 from minirl.recipe import Collect
-from minirl.rundir import Run
-from minirl.state import Position
+from minirl.record.evals import summarise
+from minirl.record.metrics import SCORES
+from minirl.record.report.chart import CURVES
+from minirl.record.run import Run
+from minirl.record.state import Position
 
 Rows = list[dict[str, Any]]
 SINGLE = {"kind": "train", "method": "single", "steps": 2, "group": 4, "batch": 3, "learner": {"lr": 5e-3}}
@@ -174,8 +174,9 @@ def compare_with_peft(model: Path, folder: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from minirl import models, recipe
-    from minirl.policy import Policy
+    from minirl import recipe
+    from minirl.engine.model import load as models
+    from minirl.engine.model.policy import Policy
 
     loaded = models.load_model(recipe.load(folder / "recipe.yaml").model)
     policy = Policy(loaded.model, loaded.device, loaded.dtype)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from minirl.embedded import EMBEDDED, resolve
+from minirl.engine.model.source import EMBEDDED, resolve
 from minirl.errors import UserError
 
 IM_START, IM_END, PAD = 256, 257, 258

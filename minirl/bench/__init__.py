@@ -18,7 +18,7 @@ from minirl.bench.setup import SECTIONS, Bench, Options, open_bench
 from minirl.bench.steps import measure_steps
 from minirl.bench.table import machine, render
 from minirl.bench.updates import measure_updates
-from minirl.models import describe
+from minirl.engine.model.load import describe
 
 __all__ = ["SECTIONS", "Measurement", "Options", "Report", "bench", "render"]
 

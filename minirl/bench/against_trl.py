@@ -21,11 +21,11 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 
-from minirl import models
 from minirl.bench.generate import Generate
 from minirl.bench.measure import synchronize, timed
 from minirl.bench.setup import Bench
 from minirl.bench.updates import MEGA
+from minirl.engine.model import load as models
 from minirl.episode import Episode
 from minirl.rollout import Sampler
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from minirl.chat import Chat
+from minirl.engine.cpu.norm import lean_norms
+from minirl.engine.model.gated import lean_gates
+from minirl.engine.model.lora import lean_lora
+from minirl.engine.model.policy import Policy
 from minirl.episode import Ask, Completion
-from minirl.gated import lean_gates
-from minirl.lora import lean_lora
-from minirl.norm import lean_norms
-from minirl.policy import Policy
 
 
 class Generate:

@@ -16,10 +16,10 @@ from tokenizers import models as tokenizer_models
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from minirl.adapter import LOAD_ERRORS
-from minirl.embedded import quiet
+from minirl.engine.model.adapter import LOAD_ERRORS
+from minirl.engine.model.source import quiet
 from minirl.errors import UserError
-from minirl.hub import hub_answers
+from minirl.io.hub import hub_answers
 
 PART_BYTES = 2 * 10**9  # of weights in one file, and so in the CPU's memory at once
 CHAT_TEMPLATE = (

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from minirl.bench.measure import Measurement, Spread
+from minirl.bench.retrieval_cost import FOUND, QUERIES, QUERY_WORDS, WORDS, one_round
 from minirl.bench.setup import Bench
 from minirl.retrieve.bm25 import NUMBA
-from minirl.retrieve.cost import FOUND, QUERIES, QUERY_WORDS, WORDS, one_round
 
 PARAGRAPHS, QUICK_PARAGRAPHS = (20_000, 200_000), (300,)
 

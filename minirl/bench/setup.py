@@ -14,15 +14,16 @@ from typing import Any, Literal, Self
 import torch
 from accelerate import Accelerator
 
-from minirl import models, recipe
+from minirl import recipe
 from minirl.bench.random_weights import write_random_model
 from minirl.chat import Chat
+from minirl.engine.learn.learner import Learner
+from minirl.engine.model import load as models
+from minirl.engine.model.policy import Policy
+from minirl.engine.sample.live import LiveSampler, open_sampler
+from minirl.engine.sample.plain import PlainSampler
 from minirl.episode import Problem
 from minirl.errors import UserError
-from minirl.learner import Learner
-from minirl.plain import PlainSampler
-from minirl.policy import Policy
-from minirl.sampler import LiveSampler, open_sampler
 
 SECTIONS = ("rollout", "update", "step", "ceilings", "retrieval")
 WORDS = "river stone cloud paper green house light table water apple night cover seven music plant train story field"

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from minirl.bench.measure import Report, Spread
 from minirl.bench.setup import Bench
-from minirl.compiled import kernels
+from minirl.engine.cpu.compiled import kernels
 
 
 def render(report: Report) -> Table:

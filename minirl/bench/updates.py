@@ -15,12 +15,12 @@ from random import Random
 import torch
 from torch import Tensor
 
-from minirl import losses
-from minirl.batch import Row, row
 from minirl.bench.generate import stock
 from minirl.bench.measure import Measurement, Spread, by_turns, peak_bytes, rates
 from minirl.bench.setup import Bench
-from minirl.credit import Credit, advantages
+from minirl.engine.learn import losses
+from minirl.engine.learn.credit import Credit, advantages
+from minirl.engine.model.batch import Row, row
 from minirl.episode import Episode, Group, Problem, Turn
 
 SIDES = {"padded rows": "same learner, plain rows", "transformers rows": "stock forward, completion logits in full"}

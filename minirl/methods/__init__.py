@@ -7,16 +7,16 @@ from functools import partial
 
 from minirl import recipe
 from minirl.methods.demonstrate import demonstrate
-from minirl.methods.demonstrate_stepwise import demonstrate_stepwise
-from minirl.methods.ircot import ircot
-from minirl.methods.iter_retgen import iter_retgen
-from minirl.methods.naive_rag import naive_rag
-from minirl.methods.no_rag import no_rag
 from minirl.methods.reflect import reflect
-from minirl.methods.search import search
+from minirl.methods.search.ircot import ircot
+from minirl.methods.search.iter_retgen import iter_retgen
+from minirl.methods.search.naive_rag import naive_rag
+from minirl.methods.search.no_rag import no_rag
+from minirl.methods.search.search import search
 from minirl.methods.self_train import self_train
 from minirl.methods.single import single
-from minirl.methods.stepwise import imitate, step, stepwise
+from minirl.methods.swirl.demonstrate import demonstrate_stepwise
+from minirl.methods.swirl.stepwise import imitate, step, stepwise
 from minirl.rollout import Play, Talk
 from minirl.tasks import Task
 from minirl.tasks.qa import SearchTask

@@ -11,8 +11,8 @@ from random import Random
 
 from minirl.episode import Episode, Problem, Turn
 from minirl.errors import UserError
-from minirl.methods.demonstrate_search import demonstrate_search
 from minirl.methods.reflect import REFLECT, RETRY
+from minirl.methods.search.demonstrate import demonstrate_search
 from minirl.rollout import Play, Talk
 from minirl.tasks import Task
 from minirl.tasks.qa import SearchTask

@@ -75,7 +75,7 @@ class Learner(Frozen):
     binds in 2 passes of 1 minibatch: the second update sees values that one update has moved by about 0.1 at most."""
     value_lr: PositiveFloat = 0.05
     """ppo: learning rate of the value head, the same at every step; one update of the head moves a value by about twice as much at most
-    (see minirl/value.py). Its optimizer is AdamW in float32, without weight decay."""
+    (see minirl/engine/model/value_head.py). Its optimizer is AdamW in float32, without weight decay."""
     value_detach: bool = False
     """ppo: keep the value loss out of the trunk, so that the adapter learns from the policy's loss alone."""
     value_warmup: NonNegativeInt = 0

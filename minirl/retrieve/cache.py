@@ -16,7 +16,7 @@ import bm25s
 from filelock import FileLock, Timeout
 
 from minirl.errors import UserError
-from minirl.files import cache_dir, write_folder
+from minirl.io.files import cache_dir, write_folder
 from minirl.recipe.retriever import Bm25Retriever
 from minirl.retrieve import Passage
 from minirl.retrieve.bm25 import WORDS_VERSION, Bm25

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from minirl.errors import UserError
+from minirl.io.rows import SUFFIXES, decode, read_rows
 from minirl.recipe.retriever import Bm25Retriever
 from minirl.retrieve import Passage
-from minirl.rows import SUFFIXES, decode, read_rows
 
 CONTEXT = "context"
 TEXT_SUFFIXES = (".txt", ".md")

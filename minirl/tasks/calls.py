@@ -10,8 +10,8 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from minirl.calculator import CalculatorError, evaluate
 from minirl.verify import numeric
+from minirl.verify.calculator import CalculatorError, evaluate
 
 _MARK = re.compile(r"<<(?P<expression>[^<>=]{1,200})=(?P<value>[^<>]{1,60})>>")
 _ANSWER = re.compile(r"\n?####\s*(?P<answer>.*)\Z", re.DOTALL)

@@ -13,7 +13,7 @@ from random import Random
 from minirl import recipe
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
-from minirl.rows import read_rows
+from minirl.io.rows import read_rows
 from minirl.tasks import Demonstration, Task
 from minirl.verify import countdown as verifier
 

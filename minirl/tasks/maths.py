@@ -17,8 +17,8 @@ from random import Random
 
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
+from minirl.io.rows import SUFFIXES, read_rows
 from minirl.recipe.maths import Gsm8k, Mathqa, Maths, Svamp
-from minirl.rows import SUFFIXES, read_rows
 from minirl.tasks import Demonstration, Task
 from minirl.tasks.calls import confirmed
 from minirl.tasks.maths_rows import Row, read

@@ -14,8 +14,8 @@ from math import isfinite
 
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
-from minirl.evaluations import COUNTS, MOST_COUNTED
-from minirl.metrics import SCORES
+from minirl.record.evals import COUNTS, MOST_COUNTED
+from minirl.record.metrics import SCORES
 from minirl.tasks.task import Task
 
 TAKEN = frozenset({"verdict", "first", "second", "first_error", "second_error"})

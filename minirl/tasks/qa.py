@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
+from minirl.io.rows import SUFFIXES, read_rows
 from minirl.recipe.qa import QA
 from minirl.retrieve import Retriever
-from minirl.rows import SUFFIXES, read_rows
 from minirl.tasks import Task
 from minirl.tasks.corpus import Corpus
 from minirl.tasks.qa_rows import Row, digest

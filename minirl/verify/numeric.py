@@ -11,9 +11,9 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-from minirl.calculator import FRACTIONS
 from minirl.episode import Verdict
 from minirl.recipe.maths import MathsCredit
+from minirl.verify.calculator import FRACTIONS
 from minirl.verify.stated import MAX_STATEMENT, stated
 
 Evaluate = Callable[[str], float | None]

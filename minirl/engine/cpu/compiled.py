@@ -1,0 +1,100 @@
+"""The door to kernels.py and bf16_kernels.py: a CPU's decode step where numba is there (`pip install 'minirl[cpu]'`), and tensors as numba
+takes them.
+
+Invariant: whether the kernels are used depends on the machine and what is installed alone, never on timing: a run that is taken up again
+computes as it did before.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float32)
+PAIRS = "avx512bf16"  # LLVM's name of what multiplies bf16 by pairs
+OPENMP = "omp"  # numba's other pools of threads would contend with torch's own for the cores; this one is the same
+
+
+def kernels(x: Tensor) -> Any:
+    """The module of kernels where it computes on tensors like x, without a gradient; else None."""
+    return _kernels() if x.device.type == "cpu" and x.dtype in DTYPES else None
+
+
+def pair_kernels(x: Tensor) -> Any:
+    """The module of kernels that multiply bf16 by pairs, where it computes on tensors like x, without a gradient; else None."""
+    return _pair_kernels() if x.device.type == "cpu" and x.dtype == torch.bfloat16 and _kernels() is not None else None
+
+
+@cache
+def _kernels() -> Any:
+    """kernels.py, once it has run and its threads are torch's; None where that cannot be had."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    import numba
+
+    said = logging.getLogger("minirl")
+    try:
+        numba.config.THREADING_LAYER = OPENMP
+        from minirl.engine.cpu import kernels as found
+
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        with torch.no_grad():
+            works = _works(found)
+        if not works or numba.config.DISABLE_JIT or numba.threading_layer() != OPENMP:
+            said.info("numba's kernels are left out: they run on other threads than torch, or not as they should")
+            return None
+    except (numba.errors.NumbaError, ImportError, OSError, RuntimeError, ValueError) as error:
+        said.info("numba's kernels are left out (%s)", str(error).split("\n")[0])
+        return None
+    return found
+
+
+@cache
+def _pair_kernels() -> Any:
+    """bf16_kernels.py, once its products were right; None on a machine without them, where LLVM would end the process."""
+    import numba
+    from llvmlite.binding import get_host_cpu_features
+
+    as_the_host = not numba.config.CPU_NAME and not numba.config.CPU_FEATURES
+    try:
+        if not (as_the_host and get_host_cpu_features().get(PAIRS)):
+            return None
+        from minirl.engine.cpu import bf16_kernels as found
+
+        x, out = torch.arange(32.0).bfloat16(), torch.empty(32)
+        found.multiply(array(x), array(x + 1), array(out))
+        return found if torch.equal(out, 2 * x.float() * (x.float() + 1)) else None
+    except (numba.errors.NumbaError, ImportError, RuntimeError) as error:
+        logging.getLogger("minirl").info("numba's bf16 kernels are left out (%s)", str(error).split("\n")[0])
+        return None
+
+
+def _works(found: Any) -> bool:
+    """Whether RMSNorm of one row comes out right; it compiles nothing else."""
+    x, normed, out, scale = torch.tensor([[3.0, 4.0, 0.0, 0.0]]), torch.empty(1, 4), torch.zeros(1, 4), torch.empty(1)
+    found.rms_norm(*map(array, (x, normed, out, torch.full((4,), 2.0))), np.float32(0.0), array(scale))
+    return torch.allclose(out, torch.tensor([[2.4, 3.2, 0.0, 0.0]]))
+
+
+def array(x: Tensor) -> Any:
+    """A contiguous tensor's memory as a numpy array; bf16 by its bits."""
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def flat_rows(x: Tensor) -> tuple[Any, int]:
+    """A tensor's rows (..., N) as one flat array, for kernels that go on along it, and how many numbers there are from one row to the next.
+
+    Rows that do not stand evenly are copied; a part of a wider tensor's columns is not.
+    """
+    size = x.shape[-1]
+    step = x.stride(-2) if x.dim() > 1 else size
+    if x.stride(-1) != 1 or step < size or any(x.stride(i) != x.shape[i + 1] * x.stride(i + 1) for i in range(x.dim() - 2)):
+        x, step = x.contiguous(), size
+    count = x.numel() // max(1, size)
+    return array(x.as_strided(((count - 1) * step + size,), (1,))), step

@@ -1,0 +1,211 @@
+"""Batch: the one door from episodes to tensors.
+
+Episodes that begin alike are bundled: their longest common prefix is computed once. Sharing is discovered from equal token ids, never
+declared. Invariant: after this door the flat (N,) tensors hold one entry a trained token, in the same order, and index t of an episode
+always speaks of its token t. Turns after the last trained one are dropped: their reward is already known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from minirl.engine.model.attention import Bundle, Layout
+from minirl.episode import Episode
+
+MIN_SHARED = 16  # tokens; a shorter common prefix is not worth an attention call of its own
+ROUND = 64  # packed rows are filled up to multiples of this: every new length costs matrix kernels built anew
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An episode on its way into a batch. weight is that of each of its trained tokens in the step's loss.
+
+    advantage: of all its trained tokens, or one for each of them in order.
+    """
+
+    tokens: tuple[int, ...]
+    mask: tuple[bool, ...]
+    old: tuple[float, ...]
+    advantage: float | tuple[float, ...]
+    weight: float
+    episode: int
+    group: int
+
+    @property
+    def length(self) -> int:
+        """Tokens, prompt included."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Rows whose first `prefix` tokens are the same."""
+
+    prefix: int
+    rows: tuple[Row, ...]
+
+    @property
+    def cost(self) -> int:
+        """Tokens that are computed."""
+        return self.prefix + sum(r.length - self.prefix for r in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """N trained tokens and what predicts them. Packed: B is 1 and `layout` says who sees whom. Plain: B rows padded on the right."""
+
+    tokens: Tensor  # (B, T) int64
+    positions: Tensor  # (B, T) int64
+    present: Tensor | None  # (B, T) int64, 0 at padding; None where packed
+    layout: Layout | None
+    seen: Tensor  # (N,) int64, index into the B * T positions of what predicts each trained token: the token before it
+    target: Tensor  # (N,) int64, the trained tokens
+    old: Tensor  # (N,) float32, the sampler's log-probabilities
+    advantages: Tensor  # (N,) float32
+    weights: Tensor  # (N,) float32
+    episode: Tensor  # (N,) int64, the number of each token's episode
+
+
+def row(episode: Episode, *, advantage: float | Sequence[float], weight: float, number: int, group: int = 0) -> Row:
+    """An episode cut after its last trained token. The first token is never trained: nothing predicts it.
+
+    advantage: of the episode, or one for each of its trained turns.
+    """
+    mask = episode.mask
+    end = max((i for i, trained in enumerate(mask) if trained), default=-1) + 1
+    if end == 0 or mask[0]:
+        raise ValueError(f"episode of {episode.problem.id}: expected trained tokens after a prompt, got {end} tokens")
+    if isinstance(advantage, Sequence):
+        lengths = [len(turn.tokens) for turn in episode.turns if turn.trained]
+        advantage = tuple(value for value, length in zip(advantage, lengths, strict=True) for _ in range(length))
+    return Row(episode.tokens[:end], mask[:end], episode.logprobs[:end], advantage, weight, number, group)
+
+
+def pack(rows: Sequence[Row], budget_tokens: int) -> Iterator[list[Shared]]:
+    """Micro-batches of bundles, at most `budget_tokens` computed tokens each (a longer row goes alone)."""
+    bundles: list[Shared] = []
+    loose: list[Row] = []
+    for _, same in groupby(sorted(rows, key=lambda r: (r.group, r.episode)), key=lambda r: r.group):
+        members = tuple(same)
+        prefix = common_prefix([r.tokens for r in members]) if len(members) > 1 else 0
+        if prefix >= MIN_SHARED:
+            bundles += _fit(Shared(prefix, members), budget_tokens)
+        else:
+            loose += members
+    bundles += _fit_loose(loose, budget_tokens)
+    chunk: list[Shared] = []
+    for bundle in bundles:
+        if chunk and sum(b.cost for b in chunk) + bundle.cost > budget_tokens:
+            yield chunk
+            chunk = []
+        chunk.append(bundle)
+    if chunk:
+        yield chunk
+
+
+def pack_plain(rows: Sequence[Row], budget_tokens: int) -> Iterator[list[Row]]:
+    """Micro-batches of rows of like length, at most `budget_tokens` padded tokens each (a longer row goes alone)."""
+    chunk: list[Row] = []
+    for item in sorted(rows, key=lambda r: (r.length, r.episode)):
+        if chunk and (len(chunk) + 1) * item.length > budget_tokens:
+            yield chunk
+            chunk = []
+        chunk.append(item)
+    if chunk:
+        yield chunk
+
+
+def common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
+    """Length of the longest prefix that all share, short of the shortest's last token."""
+    first, last = min(sequences), max(sequences)
+    limit = min(map(len, sequences)) - 1
+    return next((i for i in range(limit) if first[i] != last[i]), limit)
+
+
+def collate(bundles: Sequence[Shared], device: torch.device) -> Batch:
+    """Bundles as one packed row on `device`."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    seen: list[int] = []
+    rows: list[Row] = []
+    for bundle in bundles:
+        start, prefix = len(tokens), bundle.prefix
+        tokens += bundle.rows[0].tokens[:prefix]
+        positions += range(prefix)
+        for r in bundle.rows:
+            shift = len(tokens) - prefix
+            tokens += r.tokens[prefix:]
+            positions += range(prefix, r.length)
+            # Token t is predicted at t - 1, which stands in the prefix for the first token of a completion.
+            seen += [(start if t <= prefix else shift) + t - 1 for t, trained in enumerate(r.mask) if trained]
+            rows.append(r)
+    layout = [Bundle.of(b.prefix, [r.length - b.prefix for r in b.rows], device) for b in bundles]
+    if filler := -len(tokens) % ROUND:
+        layout.append(Bundle.of(0, [filler], device))  # a row of its own that nobody sees and that nothing is read from
+        tokens += [0] * filler
+        positions += range(filler)
+    return _batch(torch.tensor([tokens]), torch.tensor([positions]), None, Layout(tuple(layout)), seen, rows, device)
+
+
+def collate_plain(rows: Sequence[Row], *, pad: int, device: torch.device) -> Batch:
+    """Rows padded on the right, for models whose attention cannot share a prefix."""
+    width = max(r.length for r in rows)
+    tokens, present = torch.full((len(rows), width), pad), torch.zeros((len(rows), width), dtype=torch.int64)
+    for i, r in enumerate(rows):
+        tokens[i, : r.length] = torch.tensor(r.tokens)
+        present[i, : r.length] = 1
+    seen = [i * width + t - 1 for i, r in enumerate(rows) for t, trained in enumerate(r.mask) if trained]
+    return _batch(tokens, torch.arange(width).expand(len(rows), -1), present, None, seen, rows, device)
+
+
+def _batch(
+    tokens: Tensor,
+    positions: Tensor,
+    present: Tensor | None,
+    layout: Layout | None,
+    seen: list[int],
+    rows: Sequence[Row],
+    device: torch.device,
+) -> Batch:
+    trained = [(r, t) for r in rows for t, is_trained in enumerate(r.mask) if is_trained]
+    return Batch(
+        tokens=tokens.to(device),
+        positions=positions.to(device),
+        present=None if present is None else present.to(device),
+        layout=layout,
+        seen=torch.tensor(seen).to(device),
+        target=torch.tensor([r.tokens[t] for r, t in trained]).to(device),
+        old=torch.tensor([r.old[t] for r, t in trained]).to(device),
+        advantages=torch.tensor([a for r in rows for a in _advantages(r)]).to(device),
+        weights=torch.tensor([r.weight for r, _ in trained]).to(device),
+        episode=torch.tensor([r.episode for r, _ in trained]).to(device),
+    )
+
+
+def _advantages(r: Row) -> tuple[float, ...]:
+    return r.advantage if isinstance(r.advantage, tuple) else (r.advantage,) * sum(r.mask)
+
+
+def _fit(bundle: Shared, budget: int) -> list[Shared]:
+    """A bundle cut into ones that fit the budget, the prefix computed again in each."""
+    cut: list[Shared] = []
+    chunk: list[Row] = []
+    for r in bundle.rows:
+        if chunk and Shared(bundle.prefix, (*chunk, r)).cost > budget:
+            cut.append(Shared(bundle.prefix, tuple(chunk)))
+            chunk = []
+        chunk.append(r)
+    return [*cut, Shared(bundle.prefix, tuple(chunk))]
+
+
+def _fit_loose(rows: Sequence[Row], budget: int) -> list[Shared]:
+    """Rows of different problems, those of like length together: their attention is padded to the longest. They may still begin alike,
+    with a system prompt."""
+    chunks = [tuple(chunk) for chunk in pack_plain(rows, budget)]
+    prefixes = [common_prefix([r.tokens for r in chunk]) if len(chunk) > 1 else 0 for chunk in chunks]
+    return [Shared(prefix if prefix >= MIN_SHARED else 0, chunk) for prefix, chunk in zip(prefixes, chunks, strict=True)]

@@ -1,0 +1,74 @@
+"""The safety net: do the sampler and the shared-prefix layout give the log-probabilities that plain rows give?
+
+Asked on a few episodes at the first step of every stage and after every resume. Invariant: what is compared are the same tokens of the
+same episodes, and the plain side is padded rows through the library's own attention, with none of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minirl.engine.model.batch import Row, collate, collate_plain, pack, row
+from minirl.engine.model.policy import Policy
+from minirl.episode import Group
+
+GROUPS, EPISODES = 2, 2  # how many are compared, of how many groups: two of one group share their prefix
+# Mean distance of two log-probabilities that rounding explains, in nats. A wrong mask, position or weight is ten times as far off.
+LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Mean distance from plain rows in nats a token; None where there was nothing to compare."""
+
+    sampler: float | None
+    layout: float | None
+    limit: float
+
+    def holds(self, value: float | None) -> bool:
+        """NaN does not."""
+        return value is None or value <= self.limit
+
+
+@torch.no_grad()
+def agreement(policy: Policy, groups: Sequence[Group], *, temperature: float, pad: int) -> Agreement:
+    """The sampler's and the layout's log-probabilities of trained tokens against those of plain rows; `temperature` is that of sampling."""
+    rows, sampled = _some_rows(groups)
+    limit = LIMITS[policy.dtype]
+    if not rows:
+        return Agreement(None, None, limit)
+    with policy.plain_attention():
+        batch = collate_plain(rows, pad=pad, device=policy.device)
+        plain, _ = policy.logprobs(batch, temperature=temperature)
+    layout = None
+    if policy.shares_prefixes:
+        (bundles,) = pack(rows, budget_tokens=sum(r.length for r in rows))
+        ordered = [r for bundle in bundles for r in bundle.rows]
+        shared, _ = policy.logprobs(collate(bundles, policy.device), temperature=temperature)
+        layout = _distance(_by_episode(shared, ordered), plain)
+    return Agreement(_distance(batch.old, plain) if sampled else None, layout, limit)
+
+
+def _some_rows(groups: Sequence[Group]) -> tuple[list[Row], bool]:
+    """A few rows in the order of their numbers, and whether their trained tokens were sampled."""
+    rows: list[Row] = []
+    sampled = True
+    for number, group in enumerate(groups[:GROUPS]):
+        for episode in [e for e in group.episodes if e.trained_tokens][:EPISODES]:
+            rows.append(row(episode, advantage=0.0, weight=0.0, number=len(rows), group=number))
+            sampled &= all(turn.sampled for turn in episode.turns if turn.trained)
+    return rows, sampled and bool(rows)
+
+
+def _by_episode(values: Tensor, rows: Sequence[Row]) -> Tensor:
+    """One value a trained token of `rows`, put in the order of their numbers."""
+    parts = dict(zip((r.episode for r in rows), torch.split(values, [sum(r.mask) for r in rows]), strict=True))
+    return torch.cat([parts[number] for number in sorted(parts)])
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().mean())

@@ -1,0 +1,380 @@
+"""The live sampler against the plain one, exact sampling, stop strings, and tokens that are never computed twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import ARCHITECTURES, byte_tokenizer, save_tiny
+from torch import Tensor
+
+from minirl import recipe
+from minirl.chat import Chat
+from minirl.engine.model import load as models
+from minirl.engine.model.policy import Policy
+from minirl.engine.sample.decode import GraphDecoder, Step
+from minirl.engine.sample.draw import check_finite, pick, stops, uniforms
+from minirl.engine.sample.live import LiveSampler, open_sampler
+from minirl.engine.sample.plain import PlainSampler
+from minirl.engine.sample.slots import Slots
+from minirl.episode import Ask, Completion
+from minirl.errors import UserError
+
+FOLLOW = 1000
+
+
+def opened(folder: Path, arch: str = "llama") -> tuple[Policy, Chat]:
+    save_tiny(folder, arch)
+    model = models.load_model(recipe.Model(name=str(folder), dtype="fp32"), 0, torch.device("cpu"))
+    return Policy(model.model, model.device, model.dtype), Chat(model.tokenizer)
+
+
+def asks_of(rng: Random, groups: int = 4) -> list[Ask]:
+    """Groups of four: three asks with one prompt, one that goes a token further."""
+    asks = []
+    for _ in range(groups):
+        base = tuple(rng.randrange(256) for _ in range(rng.randrange(5, 40)))
+        for i in range(4):
+            tokens = base if i < 3 else (*base, 7)
+            asks.append(Ask(tokens, rng.randrange(1, 30), rng.choice([1.0, 0.7, 0.0]), ("ab",), rng.randrange(10**9)))
+    return asks
+
+
+def run(sampler: LiveSampler | PlainSampler, asks: list[Ask]) -> dict[int, Completion]:
+    """Every ask, and for each a second one that goes on with its conversation."""
+    done: dict[int, Completion] = {}
+    for key, ask in enumerate(asks):
+        sampler.add(key, ask)
+    while len(done) < 2 * len(asks):
+        for key, completion in sampler.poll():
+            done[key] = completion
+            if key < FOLLOW:
+                sampler.add(key + FOLLOW, Ask(asks[key].tokens + completion.tokens + (1, 2, 3), 10, 1.0, (), key))
+    return done
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("rows", [3, 6, 64])
+def test_live_equals_plain(arch: str, rows: int, tmp_path: Path) -> None:
+    """Catches: slots mixed up when rows leave, a fork of the wrong slot, keys of an evicted conversation, wrong positions, one seed."""
+    policy, chat = opened(tmp_path, arch)
+    asks = asks_of(Random(rows))
+    plain, live = run(PlainSampler(policy, chat, rows=64), asks), run(LiveSampler(policy, chat, rows=rows), asks)
+    whole = 0
+    for key, expected in plain.items():
+        found = live[key]
+        same = next((i for i, (a, b) in enumerate(zip(found.tokens, expected.tokens, strict=False)) if a != b), len(expected.tokens))
+        if key < FOLLOW or live[key - FOLLOW].tokens == plain[key - FOLLOW].tokens:
+            assert found.logprobs[:same] == pytest.approx(expected.logprobs[:same], abs=2e-5)
+        if found.tokens == expected.tokens:
+            assert (found.finish, found.text) == (expected.finish, expected.text)
+            whole += 1
+        elif key < FOLLOW:
+            # A uniform number within rounding of the border between two neighbouring tokens.
+            assert abs(found.tokens[same] - expected.tokens[same]) == 1
+    assert whole >= len(plain) - 4
+
+
+def test_the_sampler_knows_the_log_probabilities_of_the_policy(tmp_path: Path) -> None:
+    """Invariant 4. Catches: log-probabilities before temperature, of another token, of merged or stale weights."""
+    policy, chat = opened(tmp_path)
+    ask = Ask(tuple(range(40, 70)), 20, 0.7, (), 5)
+    sampler = open_sampler(policy, chat, rows=4)
+    sampler.add(0, ask)
+    ((_, completion),) = sampler.poll()
+    ids = torch.tensor([ask.tokens + completion.tokens])
+    logits = policy.model(input_ids=ids).logits[0, len(ask.tokens) - 1 : -1] / 0.7
+    expected = logits.log_softmax(-1).gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
+    assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_every_token_is_computed_once(tmp_path: Path) -> None:
+    """Catches: forks prefilled one by one, a conversation that goes on prefilled from its start."""
+    policy, chat = opened(tmp_path)
+    sampler = LiveSampler(policy, chat, rows=8)
+    prompt = tuple(range(100))
+    for key in range(8):
+        sampler.add(key, Ask(prompt, 12, 1.0, (), key))
+    done: dict[int, Completion] = {}
+    while len(done) < 8:
+        done |= dict(sampler.poll())
+    assert sampler.prefilled == 100
+    for key, completion in done.items():
+        sampler.add(key, Ask((*prompt, *completion.tokens, 1, 2, 3), 4, 1.0, (), key))
+    while len(done) < 16:
+        done |= {FOLLOW + key: completion for key, completion in sampler.poll()}
+    # The last sampled token was never fed; with the three new ones each conversation computes four.
+    assert sampler.prefilled == 100 + 8 * 4
+
+
+def test_few_numbers_of_keys_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number of keys costs a CPU new kernels. Catches: one of its own for every step, keys behind the slots' end, a key too few."""
+    policy, chat = opened(tmp_path)
+    sampler = LiveSampler(policy, chat, rows=4)
+    read: list[tuple[int, int]] = []
+
+    def aim(rows: slice | torch.Tensor, positions: torch.Tensor, width: int) -> None:
+        read.append((int(positions.max()) + 1, width))
+        assert width <= sampler._slots.capacity
+        plain(rows, positions, width)
+
+    plain = sampler._slots.aim
+    monkeypatch.setattr(sampler._slots, "aim", aim)
+    run(sampler, asks_of(Random(1)))
+    assert all(needed <= width < needed + 16 for needed, width in read)
+    assert {width % 16 for _, width in read} == {0}
+    assert len({width for _, width in read}) < len({needed for needed, _ in read}) / 4
+
+
+@pytest.mark.parametrize("budget", [1, 64, 192, 500])
+def test_a_token_budget_bounds_the_slots_and_changes_nothing(budget: int, tmp_path: Path) -> None:
+    """Catches: a live row forgotten when slots grow, the budget passed by, a wait for room that never comes, slots mixed up by eviction."""
+    policy, chat = opened(tmp_path)
+    rng, longest = Random(budget), 0
+    asks = [Ask(tuple(rng.randrange(256) for _ in range(rng.choice([5, 40, 90, 150]))), 12, 1.0, (), n) for n in range(14)]
+    sampler = LiveSampler(policy, chat, rows=8, cache_tokens=budget)
+    reserve = sampler._slots.reserve
+
+    def watched(length: int, live: int) -> None:
+        nonlocal longest
+        reserve(length, live)
+        slots = sampler._slots
+        assert slots.count == len(slots.tokens) == len(slots._used)
+        assert slots.count * slots.capacity <= budget or slots.count == 1  # one conversation is always let in
+        assert live <= slots.count
+        longest = max(longest, slots.capacity)
+
+    sampler._slots.reserve = watched  # type: ignore[method-assign]
+    bounded, free = run(sampler, asks), run(LiveSampler(policy, chat, rows=8), asks)
+    assert longest >= 150
+    assert sampler._slots.count == max(1, budget // longest)
+    assert [bounded[key].tokens for key in sorted(bounded)] == [free[key].tokens for key in sorted(free)]
+    for key, completion in free.items():
+        assert bounded[key].logprobs == pytest.approx(completion.logprobs, abs=2e-5)
+    sampler.reset()
+    assert sampler._slots.count == 8
+
+
+class EagerGraphs(GraphDecoder):
+    """The decoder of captured graphs with the one thing that needs a GPU replaced: a step is replayed by running it again."""
+
+    def capture(self, step: Step) -> Step:
+        return step
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
+def test_padded_steps_change_nothing(arch: str, tmp_path: Path) -> None:
+    """Catches: a padded row that writes over an idle conversation or another row, static tensors not filled, graphs of moved memory."""
+    policy, chat = opened(tmp_path, arch)
+    asks = asks_of(Random(5), groups=6)
+    plain, padded = LiveSampler(policy, chat, rows=7), LiveSampler(policy, chat, rows=7)
+    padded._slots.keeps_memory = True
+    decode = padded._decode = EagerGraphs(policy, padded._slots)
+    for _ in range(2):
+        expected, found = run(plain, asks), run(padded, asks)
+        assert [found[key].tokens for key in sorted(found)] == [expected[key].tokens for key in sorted(expected)]
+        for key, completion in expected.items():
+            assert found[key].logprobs == pytest.approx(completion.logprobs, abs=2e-5)
+        assert padded.prefilled == plain.prefilled, "an idle conversation was lost"
+        plain.reset()
+        padded.reset()
+    assert decode.works
+    assert {rows for rows, _ in decode.graphs} <= {1, 2, 4, 7}
+    kept = dict(decode.graphs)
+    with torch.no_grad():
+        for p in policy.trainable.values():
+            p.add_(0.05)
+    plain.reset()
+    padded.reset()
+    expected, found = run(plain, asks), run(padded, asks)
+    assert [found[key].tokens for key in sorted(found)] == [expected[key].tokens for key in sorted(expected)]
+    assert all(decode.graphs[size] is graph for size, graph in kept.items()), "graphs outlive an update of the weights"
+
+
+def test_a_capture_that_fails_is_told_once_and_decoding_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    policy, chat = opened(tmp_path)
+
+    class Failing(GraphDecoder):
+        def capture(self, step: Step) -> Step:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    sampler = LiveSampler(policy, chat, rows=4)
+    sampler._decode = Failing(policy, sampler._slots)
+    asks = asks_of(Random(6))
+    expected = run(LiveSampler(policy, chat, rows=4), asks)
+    with caplog.at_level("WARNING", logger="minirl"):
+        assert run(sampler, asks) == expected
+    assert [record.message for record in caplog.records] == [
+        "CUDA graphs do not work here (operation not permitted when stream is capturing); decoding goes on without them"
+    ]
+
+
+def test_a_longer_conversation_evicts_the_one_not_used_for_longest() -> None:
+    slots = Slots(1, 4, torch.device("cpu"), budget_tokens=4 * 64)
+    slots.reserve(10, live=0)
+    for row, tokens in enumerate(([1, 2], [3, 4], [5, 6], [7, 8])):
+        slots.aim(torch.tensor([row]), torch.tensor([[0, 1]]), 2)
+        slots.update(torch.full((1, 1, 2, 4), float(row)), torch.full((1, 1, 2, 4), row + 0.5), 0)
+        slots.tokens[row] = tokens
+    slots._used = [9, 3, 8, 7]
+    slots.reserve(100, live=1)  # two slots of 128: the live one, and the idle one used last
+    assert slots.tokens == [[1, 2], [5, 6]]
+    keys, values = slots._blocks
+    assert keys[0, :, 0, 0, 0].tolist() == [0.0, 2.0]
+    assert values[0, :, 0, 1, 3].tolist() == [0.5, 2.5]
+    with pytest.raises(RuntimeError, match=r"2 live slots, expected at most room\(200\) = 1"):
+        slots.reserve(200, live=2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.randoms(use_true_random=False), st.sampled_from([None, 5 * 64, 9 * 64]))
+def test_growing_moves_what_is_held_and_nothing_else(rng: Random, budget: int | None) -> None:
+    """Three layers in one memory, grown and shrunk in place or anew, twice. Catches: a layer laid over one that is still to be moved."""
+    layers, heads, size = 3, 2, 4
+    slots = Slots(layers, 4, torch.device("cpu"), budget_tokens=budget)
+
+    def written(tokens: list[int], layer: int, which: int) -> Tensor:  # (heads, T, size)
+        return torch.tensor(tokens)[None, :, None] + torch.tensor([1000.0, 2000.0])[:, None, None] * (layer + 1) + 0.5 * which
+
+    for _ in range(2):
+        slots.clear()
+        for length in sorted(rng.choices(range(1, 400), k=3)):
+            slots.reserve(length, live=0)
+            for row in rng.sample(range(slots.count), rng.randint(1, slots.count)):
+                slots.tokens[row] = [rng.randrange(900) for _ in range(rng.randint(1, length))]
+                positions = torch.arange(len(slots.tokens[row]))[None]
+                slots.aim(torch.tensor([row]), positions, positions.shape[1])
+                for layer in range(layers):
+                    keys, values = (written(slots.tokens[row], layer, which).expand(heads, -1, size)[None] for which in (0, 1))
+                    slots.update(keys, values, layer)
+            for which, block in enumerate(slots._blocks):
+                for row, tokens in enumerate(slots.tokens):
+                    for layer in range(layers if tokens else 0):
+                        expected = written(tokens, layer, which).expand(heads, -1, size)
+                        assert torch.equal(block[layer, row, :, : len(tokens)], expected)
+
+
+def test_growing_where_there_is_room_takes_no_memory() -> None:
+    """Catches: pages that the kernel clears again, and a second cache, at every longer turn of every rollout."""
+    slots = Slots(2, 4, torch.device("cpu"))
+    places = []
+    for _ in range(2):
+        slots.clear()
+        for length in (50, 100, 300):
+            slots.reserve(length, live=0)
+            slots.aim(torch.tensor([0]), torch.tensor([[0]]), 1)
+            for layer in range(2):
+                slots.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), layer)
+            slots.tokens[0] = [1]
+            places.append(slots.memory[0])
+    assert places[2:] == [places[2]] * 4, "from the longest on it stays where it is"
+
+
+@pytest.mark.parametrize(("budget", "grown"), [(None, 192), (4 * 64, 64)])
+def test_the_cache_grows_once_for_all_that_wait(budget: int | None, grown: int, tmp_path: Path) -> None:
+    """Catches: a growth, which copies the whole cache, at every longer ask; room for them taken from those that a budget still lets in."""
+    policy, chat = opened(tmp_path)
+    sampler = LiveSampler(policy, chat, rows=4, cache_tokens=budget)
+    for key, length in enumerate((10, 10, 10, 10, 150)):
+        sampler.add(key, Ask((key, *range(length)), 20, 1.0))
+    sampler.poll()
+    assert sampler._slots.capacity == grown
+
+
+def test_a_reset_forgets_and_refuses_to_forget_running_asks(tmp_path: Path) -> None:
+    policy, chat = opened(tmp_path)
+    sampler = LiveSampler(policy, chat, rows=2)
+    sampler.add(0, Ask((1, 2, 3), 4, 1.0))
+    with pytest.raises(RuntimeError, match="1 waiting"):
+        sampler.reset()
+    before = sampler.poll()
+    with torch.no_grad():
+        for p in policy.trainable.values():
+            p.add_(0.05)
+    sampler.reset()
+    sampler.add(0, Ask((1, 2, 3), 4, 1.0))
+    assert sampler.poll()[0][1].logprobs != before[0][1].logprobs
+    assert sampler.prefilled == 6
+
+
+def test_pick_is_exact() -> None:
+    """50,000 draws of a known distribution, chi-square on 4 degrees of freedom below its 99.9 % point; catches a warped draw."""
+    logits = torch.tensor([[1.0, 0.0, -1.0, float("-inf"), 2.0, 0.5]]).expand(50_000, -1)
+    uniform = torch.rand(50_000, generator=torch.Generator().manual_seed(0))
+    for temperature in (1.0, 0.5):
+        chosen, logprobs = pick(logits, [temperature] * 50_000, uniform)
+        share = (logits[0] / temperature).softmax(-1)
+        counts = torch.bincount(chosen, minlength=6)
+        assert counts[3] == 0  # never a token of probability zero
+        keep = share > 0
+        assert (((counts - 50_000 * share) ** 2)[keep] / (50_000 * share)[keep]).sum() < 18.47
+        assert torch.allclose(logprobs, share.log()[chosen], atol=1e-5)
+
+
+def test_the_largest_uniform_stays_on_the_distribution() -> None:
+    logits = torch.full((1, 50_000), -40.0)
+    logits[0, 10] = 0.0
+    logits[0, -100:] = float("-inf")
+    chosen, logprobs = pick(logits, [1.0], torch.tensor([1.0 - 2**-24]))
+    assert chosen.item() < 49_900
+    assert torch.isfinite(logprobs).all()
+
+
+def test_logits_that_overflowed_are_told_in_one_line() -> None:
+    """Catches: a NaN drawn as a token, or an index error (on a GPU a lost device) in place of a message."""
+    chosen, logprobs = pick(torch.full((1, 9), float("nan")), [1.0], torch.tensor([0.5]))
+    assert 0 <= chosen.item() < 9
+    with pytest.raises(UserError, match=r"not finite; expected numbers: set model\.dtype=bf16 or fp32"):
+        check_finite(logprobs.tolist())
+    check_finite([-1.0, 0.0])
+
+
+def test_greedy_and_sampled_rows_mix() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0]]).expand(2, -1)
+    chosen, logprobs = pick(logits, [0.0, 1.0], torch.tensor([0.999, 0.999]))
+    assert chosen.tolist() == [1, 2]
+    assert logprobs.tolist() == pytest.approx(torch.tensor([0.0, 3.0, 1.0]).log_softmax(-1)[[1, 2]].tolist())
+
+
+def test_stop_strings_straddle_tokens() -> None:
+    """One token a byte: every stop string straddles tokens. The reply ends with the token that completes it, and ids stay as they were."""
+    chat = Chat(byte_tokenizer())
+    text = list(b"x</answer>y")
+    assert [n for n in range(1, len(text) + 1) if stops(chat, text[:n], ("</answer>",))] == [10]
+    assert not stops(chat, list(b"</answer"), ("</answer>", "zz"))
+    assert stops(chat, list("é!".encode()), ("é!",))
+
+
+def test_uniforms_are_a_function_of_the_seed() -> None:
+    one, two = uniforms(Ask((1,), 5, 1.0, (), 7)), uniforms(Ask((9, 9), 8, 0.5, (), 7))
+    assert one == two[:5]
+    assert uniforms(Ask((1,), 5, 1.0, (), 8)) != one
+
+
+def test_a_family_without_slots_takes_the_plain_sampler_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    policy, chat = opened(tmp_path)
+    with caplog.at_level("INFO", logger="minirl"):
+        assert isinstance(open_sampler(policy, chat, rows=2), LiveSampler)
+        assert caplog.messages == []
+        policy.shares_prefixes = False
+        sampler: Any = open_sampler(policy, chat, rows=2)
+    assert isinstance(sampler, PlainSampler)
+    assert caplog.messages == ["llama models cannot share prefixes here: sampling by `generate`, learning on plain rows"]
+
+
+def test_a_models_own_generation_config_warps_nothing(tmp_path: Path) -> None:
+    """Catches: Qwen's repetition penalty at work in `generate`."""
+    policy, chat = opened(tmp_path)
+    policy.model.get_base_model().generation_config.repetition_penalty = 5.0
+    ask = Ask(tuple(range(40, 60)), 25, 1.0, (), 3)
+    found = []
+    for sampler in (PlainSampler(policy, chat, rows=1), LiveSampler(policy, chat, rows=1)):
+        sampler.add(0, ask)
+        found.append(sampler.poll()[0][1].tokens)
+    assert found[0] == found[1]
+    assert policy.model.get_base_model().generation_config.repetition_penalty == 5.0
