@@ -1,7 +1,8 @@
 """The nouns that both wings share: Problem, Turn, Episode, Group, Ask, Completion, Verdict.
 
-Invariant: the mask is born with the token. Whoever appends a turn says whether it was sampled and whether it is trained, and nothing
-is ever decoded, cut and encoded again. All of these are immutable and go to JSON and back without loss.
+Invariant: the mask is born with the token. Whoever appends a turn says whether it was sampled and
+whether it is trained, and nothing is ever decoded, cut and encoded again. All of these are
+immutable and go to JSON and back without loss.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ Part = float | int | str | bool | None
 class Turn:
     """One author's run of token ids.
 
-    kind: who wrote it ("prompt", "attempt", "request", "reflection", "retry", "demonstration", ...).
-    logprobs: one natural logarithm a token, under the sampling distribution (temperature included); None if nobody sampled it.
+    kind: who wrote it ("prompt", "attempt", "request", "reflection", "retry", "demonstration",
+    ...).
+    logprobs: one natural logarithm a token, under the sampling distribution (temperature included);
+    None if nobody sampled it.
     trained: whether a loss may touch these tokens.
     """
 
@@ -33,7 +36,9 @@ class Turn:
 
     def __post_init__(self) -> None:
         if self.logprobs is not None and len(self.logprobs) != len(self.tokens):
-            raise ValueError(f"turn {self.kind!r}: {len(self.logprobs)} logprobs for {len(self.tokens)} tokens")
+            raise ValueError(
+                f"turn {self.kind!r}: {len(self.logprobs)} logprobs for {len(self.tokens)} tokens"
+            )
 
     @property
     def sampled(self) -> bool:
@@ -43,10 +48,13 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A question, its gold answer, and (where an episode starts in the middle) the turns that came before.
+    """A question, its gold answer, and (where an episode starts in the middle) the turns that came
+    before.
 
-    prompt: the first user message. system: the system message, None for the template's own. tools: JSON schemas for the tool template.
-    answer: any JSON value; only the task's verifier reads it. solution: a worked solution, for demonstrations.
+    prompt: the first user message. system: the system message, None for the template's own. tools:
+    JSON schemas for the tool template.
+    answer: any JSON value; only the task's verifier reads it. solution: a worked solution, for
+    demonstrations.
     context: turns that replace the rendered prompt (R3's failed attempt, SWiRL's stored state).
     """
 
@@ -61,7 +69,8 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a verifier says: score is the reward, passed whether the answer is right, parts what a report counts ("error_kind", ...)."""
+    """What a verifier says: score is the reward, passed whether the answer is right, parts what a
+    report counts ("error_kind", ...)."""
 
     score: float
     passed: bool
@@ -70,11 +79,14 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """One played problem. reward None means "not scored": it is never trained and never counted as zero.
+    """One played problem. reward None means "not scored": it is never trained and never counted as
+    zero.
 
-    parts: what a report counts. "first" and "second" (bool) say whether the first and the second try passed, "first_error" and
-    "second_error" how they failed; a key is absent where there was no such try.
-    step_rewards: where credit is by step, one for each trained turn in place of `reward`; None for one that was not scored.
+    parts: what a report counts. "first" and "second" (bool) say whether the first and the second
+    try passed, "first_error" and "second_error" how they failed; a key is absent where there was no
+    such try.
+    step_rewards: where credit is by step, one for each trained turn in place of `reward`; None for
+    one that was not scored.
     """
 
     problem: Problem
@@ -97,7 +109,7 @@ class Episode:
     @property
     def logprobs(self) -> tuple[float, ...]:
         """The sampler's log-probabilities, 0.0 where nobody sampled; as long as `tokens`."""
-        return tuple(lp for turn in self.turns for lp in (turn.logprobs or (0.0,) * len(turn.tokens)))
+        return tuple(lp for turn in self.turns for lp in turn.logprobs or (0.0,) * len(turn.tokens))
 
     @property
     def trained_tokens(self) -> int:
@@ -106,12 +118,17 @@ class Episode:
 
     @property
     def sampled_tokens(self) -> int:
-        """Tokens sampled in this episode; those of the problem's own context were sampled, and counted, elsewhere."""
-        return sum(len(turn.tokens) for turn in self.turns[len(self.problem.context) :] if turn.sampled)
+        """Tokens sampled in this episode; those of the problem's own context were sampled, and
+        counted, elsewhere."""
+        return sum(
+            len(turn.tokens) for turn in self.turns[len(self.problem.context) :] if turn.sampled
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, one line of a JSONL file; `from_json` reads them."""
-        problem = {k: getattr(self.problem, k) for k in ("id", "prompt", "answer", "solution", "system")}
+        problem = {
+            k: getattr(self.problem, k) for k in ("id", "prompt", "answer", "solution", "system")
+        }
         problem |= {"tools": list(self.problem.tools), "context": len(self.problem.context)}
         return {
             "problem": problem,
@@ -124,11 +141,13 @@ class Episode:
 
     @classmethod
     def from_json(cls, row: dict[str, Any], where: str = "episode") -> Self:
-        """The episode that `to_json` wrote. Raises UserError naming `where` when the row is not one."""
+        """The episode that `to_json` wrote. Raises UserError naming `where` when the row is not
+        one."""
         try:
             turns = tuple(_turn_from_json(turn) for turn in row["turns"])
             fields = dict(row["problem"])
-            # A context is always the head of the turns, so it is stored as a length and never twice.
+            # A context is always the head of the turns, so it is stored as a length and never
+            # twice.
             head = _whole(fields["context"])
             if not 0 <= head <= len(turns):
                 raise ValueError(f"a context of {head} turns among {len(turns)}")
@@ -136,18 +155,35 @@ class Episode:
             fields["tools"] = tuple(dict(tool) for tool in fields["tools"])
             reward = None if row["reward"] is None else float(row["reward"])
             steps = row.get("step_rewards")
-            step_rewards = None if steps is None else tuple(None if step is None else float(step) for step in steps)
-            return cls(Problem(**fields), turns, reward, dict(row["parts"]), str(row["finish"]), step_rewards)
+            step_rewards = (
+                None
+                if steps is None
+                else tuple(None if step is None else float(step) for step in steps)
+            )
+            return cls(
+                Problem(**fields),
+                turns,
+                reward,
+                dict(row["parts"]),
+                str(row["finish"]),
+                step_rewards,
+            )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{where}: not an episode ({type(error).__name__}: {error}); delete the row or collect again") from error
+            raise UserError(
+                f"{where}: not an episode ({type(error).__name__}: {error}); delete the row or"
+                " collect again"
+            ) from error
 
     def show(self, decode: Any) -> str:
-        """The episode as text, trained tokens between ⟦ and ⟧. `decode` turns a sequence of ids into text."""
+        """The episode as text, trained tokens between ⟦ and ⟧. `decode` turns a sequence of ids
+        into text."""
         lines = []
         for turn in self.turns:
             text = decode(list(turn.tokens))
             lines.append(f"[{turn.kind}] " + (f"⟦{text}⟧" if turn.trained else text))
-        return "\n".join([*lines, f"reward {self.reward}  {json.dumps(self.parts)}  finish {self.finish}"])
+        return "\n".join(
+            [*lines, f"reward {self.reward}  {json.dumps(self.parts)}  finish {self.finish}"]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +203,10 @@ class Group:
 class Ask:
     """What a method puts to a sampler: continue these tokens.
 
-    max_tokens: most tokens to sample. temperature: 0 is greedy. stop: the reply ends with the token that completes one of these strings.
-    seed: the reply is a function of the weights, the tokens and this number, whatever else is in the batch.
+    max_tokens: most tokens to sample. temperature: 0 is greedy. stop: the reply ends with the token
+    that completes one of these strings.
+    seed: the reply is a function of the weights, the tokens and this number, whatever else is in
+    the batch.
     """
 
     tokens: tuple[int, ...]
@@ -180,7 +218,8 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A sampler's reply: ids with their log-probabilities, the text they decode to, and why it ended ("failed": no server answered)."""
+    """A sampler's reply: ids with their log-probabilities, the text they decode to, and why it
+    ended ("failed": no server answered)."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -193,7 +232,10 @@ def regroup(episodes: Sequence[Episode], size: int) -> list[Group]:
     groups = [tuple(episodes[i : i + size]) for i in range(0, len(episodes), size)]
     for group in groups:
         if any(episode.problem is not group[0].problem for episode in group) or len(group) != size:
-            raise ValueError(f"expected runs of {size} episodes of one problem, got {[e.problem.id for e in group]}")
+            raise ValueError(
+                f"expected runs of {size} episodes of one problem, got"
+                f" {[e.problem.id for e in group]}"
+            )
     return [Group(group[0].problem, group) for group in groups]
 
 

@@ -1,7 +1,7 @@
 """The one exception a user is meant to see.
 
-Invariant: its text is one line that says what was got, what was expected, where, and what to do next; the command line prints it
-without a traceback and exits with code 2.
+Invariant: its text is one line that says what was got, what was expected, where, and what to do
+next; the command line prints it without a traceback and exits with code 2.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Rollout: a method is a generator written for ONE episode; `play` runs many of them against one sampler.
+"""Rollout: a method is a generator written for ONE episode; `play` runs many of them against one
+sampler.
 
-Invariant: an episode is resumed as soon as its own completion is there, in whatever order the sampler finishes, and what it becomes
-does not depend on the others: each ask carries its own seed, and a search is a function of its query alone.
+Invariant: an episode is resumed as soon as its own completion is there, in whatever order the
+sampler finishes, and what it becomes does not depend on the others: each ask carries its own seed,
+and a search is a function of its query alone.
 """
 
 from __future__ import annotations
@@ -41,9 +43,12 @@ class Sampler(Protocol):
 
 
 class Talk:
-    """One conversation in the making: what a method tells and asks becomes the turns of its episode."""
+    """One conversation in the making: what a method tells and asks becomes the turns of its
+    episode."""
 
-    def __init__(self, problem: Problem, chat: Chat, sampling: Sampling, *, temperature: float, seed: str) -> None:
+    def __init__(
+        self, problem: Problem, chat: Chat, sampling: Sampling, *, temperature: float, seed: str
+    ) -> None:
         self.problem = problem
         self.chat = chat
         self.sampling = sampling
@@ -54,21 +59,35 @@ class Talk:
         self._finish: Finish = "stop"
 
     def begin(self, user: str, *, system: str | None = None) -> None:
-        """Put the problem in a method's own words, or begin again in others: nothing that was said before stays in the conversation."""
+        """Put the problem in a method's own words, or begin again in others: nothing that was said
+        before stays in the conversation."""
         self._dropped += len(self.turns) - 1
-        self.turns = [Turn("prompt", self.chat.prompt(replace(self.problem, prompt=user, system=system)))]
+        self.turns = [
+            Turn("prompt", self.chat.prompt(replace(self.problem, prompt=user, system=system)))
+        ]
 
     def tell(self, kind: str, text: str) -> None:
         """Append a user message."""
         self.turns.append(Turn(kind, self.chat.user(text, after=self.turns[-1].tokens)))
 
-    def ask(self, kind: str, *, max_tokens: int, trained: bool = False, stop: tuple[str, ...] = ()) -> Generator[Ask, Completion, str]:
-        """Let the model speak: appends its turn and returns its text. Use as `text = yield from talk.ask(...)`."""
+    def ask(
+        self, kind: str, *, max_tokens: int, trained: bool = False, stop: tuple[str, ...] = ()
+    ) -> Generator[Ask, Completion, str]:
+        """Let the model speak: appends its turn and returns its text. Use as `text = yield from
+        talk.ask(...)`."""
         tokens = tuple(token for turn in self.turns for token in turn.tokens)
-        completion = yield Ask(tokens, max_tokens, self.temperature, stop, seed_of(self.seed, self._dropped + len(self.turns)))
+        completion = yield Ask(
+            tokens,
+            max_tokens,
+            self.temperature,
+            stop,
+            seed_of(self.seed, self._dropped + len(self.turns)),
+        )
         self.turns.append(Turn(kind, completion.tokens, completion.logprobs, trained))
         if trained or not any(turn.trained for turn in self.turns):
-            self._finish = completion.finish  # that of the trained turn, where there is one: overlong filtering goes by it
+            self._finish = (
+                completion.finish
+            )  # that of the trained turn, where there is one: overlong filtering goes by it
         return completion.text
 
     def reply(self, kind: str, text: str, *, trained: bool) -> None:
@@ -76,13 +95,16 @@ class Talk:
         self.turns.append(Turn(kind, self.chat.reply(text), None, trained))
 
     def insert(self, kind: str, tokens: Sequence[int], *, trained: bool = False) -> None:
-        """Append ids that nobody sampled inside the assistant's turn, which goes on after them; see `Chat.inside`."""
+        """Append ids that nobody sampled inside the assistant's turn, which goes on after them; see
+        `Chat.inside`."""
         self.turns.append(Turn(kind, tuple(tokens), None, trained))
 
     @property
     def replied(self) -> tuple[int, ...]:
         """All tokens after the prompt (or the problem's context), results included."""
-        return tuple(token for turn in self.turns[len(self.problem.context) or 1 :] for token in turn.tokens)
+        return tuple(
+            token for turn in self.turns[len(self.problem.context) or 1 :] for token in turn.tokens
+        )
 
     def cut(self) -> None:
         """There was no room for more, however the last words ended."""
@@ -94,10 +116,13 @@ class Talk:
         return Episode(self.problem, tuple(self.turns), reward, parts, self._finish)
 
 
-def play(plays: Iterable[Play], sampler: Sampler, *, on_done: Callable[[Episode], Any] | None = None) -> list[Episode]:
+def play(
+    plays: Iterable[Play], sampler: Sampler, *, on_done: Callable[[Episode], Any] | None = None
+) -> list[Episode]:
     """Run every episode to its end; the episodes in the order of `plays`.
 
-    Whoever waits for passages is answered before the sampler works on, all of them by one call of their retriever.
+    Whoever waits for passages is answered before the sampler works on, all of them by one call of
+    their retriever.
     """
     running = dict(enumerate(plays))
     lookups: dict[int, Lookup] = {}
@@ -134,10 +159,16 @@ def play(plays: Iterable[Play], sampler: Sampler, *, on_done: Callable[[Episode]
 def look_up(lookups: Mapping[int, Lookup]) -> dict[int, list[Passage]]:
     """The passages of each lookup: one search a retriever, for all that ask it."""
     found: dict[int, list[Passage]] = {}
-    for retriever in {id(lookup.retriever): lookup.retriever for lookup in lookups.values()}.values():
+    for retriever in {
+        id(lookup.retriever): lookup.retriever for lookup in lookups.values()
+    }.values():
         keys = [key for key, lookup in lookups.items() if lookup.retriever is retriever]
-        answers = retriever.search([lookups[key].query for key in keys], max(lookups[key].k for key in keys))
-        found |= {key: passages[: lookups[key].k] for key, passages in zip(keys, answers, strict=True)}
+        answers = retriever.search(
+            [lookups[key].query for key in keys], max(lookups[key].k for key in keys)
+        )
+        found |= {
+            key: passages[: lookups[key].k] for key, passages in zip(keys, answers, strict=True)
+        }
     return found
 
 

@@ -1,7 +1,7 @@
 """The one loop: stages of steps that play, learn, log and save.
 
-Invariant: what a step does is a function of the recipe, the weights and the step's number, so a run that was killed and taken up again
-writes the same bytes as one that was not.
+Invariant: what a step does is a function of the recipe, the weights and the step's number, so a run
+that was killed and taken up again writes the same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -42,19 +42,38 @@ from minirl.tasks import Task
 LEARNER_TENSORS, LEARNER_STATE = "learner.safetensors", "learner.json"
 
 
-def train(node: recipe.Recipe, folder: Path, progress: Progress | None = None, *, task: Task | None = None) -> Path:
-    """Run a recipe in a folder to its end, from wherever that folder stands; the folder of the final adapter.
+def train(
+    node: recipe.Recipe, folder: Path, progress: Progress | None = None, *, task: Task | None = None
+) -> Path:
+    """Run a recipe in a folder to its end, from wherever that folder stands; the folder of the
+    final adapter.
 
-    task: your own problems and verifier, for a recipe with `task: {name: own}`; the same again when the run is taken up again.
+    task: your own problems and verifier, for a recipe with `task: {name: own}`; the same again when
+    the run is taken up again.
 
-    Raises UserError for what the user can mend, Interrupted after a Ctrl-C once the step in hand is saved.
+    Raises UserError for what the user can mend, Interrupted after a Ctrl-C once the step in hand is
+    saved.
     """
-    if missing := sorted(set(node.track) - {str(name) for name in get_available_trackers()}):  # accelerate would leave it out silently
-        raise UserError(f"track: got {missing[0]!r}, which is not installed; `pip install {missing[0]}` or take it out of the list")
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=list(node.track) or None, project_dir=str(folder))
-    alone = [index for index, stage in enumerate(node.stages) if isinstance(stage, recipe.RewardModel)]
+    if missing := sorted(
+        set(node.track) - {str(name) for name in get_available_trackers()}
+    ):  # accelerate would leave it out silently
+        raise UserError(
+            f"track: got {missing[0]!r}, which is not installed; `pip install {missing[0]}` or take"
+            " it out of the list"
+        )
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        log_with=list(node.track) or None,
+        project_dir=str(folder),
+    )
+    alone = [
+        index for index, stage in enumerate(node.stages) if isinstance(stage, recipe.RewardModel)
+    ]
     if alone and accelerator.num_processes > 1:
-        raise UserError(f"stages[{alone[0]}]: a reward model is trained by one process; run the recipe without `accelerate launch`")
+        raise UserError(
+            f"stages[{alone[0]}]: a reward model is trained by one process; run the recipe without"
+            " `accelerate launch`"
+        )
     if accelerator.is_main_process:
         run = Run.open(folder, node)
     accelerator.wait_for_everyone()
@@ -76,7 +95,8 @@ def train(node: recipe.Recipe, folder: Path, progress: Progress | None = None, *
 
 
 def _check_paths(node: recipe.Recipe, stage: int) -> None:
-    """Raises UserError for what the stages from `stage` on will need of other runs and is not there; before any model is loaded."""
+    """Raises UserError for what the stages from `stage` on will need of other runs and is not
+    there; before any model is loaded."""
     check_adapter(node.model)
     for index in range(stage, len(node.stages)):
         one = node.stages[index]
@@ -106,34 +126,71 @@ def _run_stages(s: Session) -> None:
 
 def _train(s: Session, index: int, stage: recipe.Train) -> None:
     """A stage's steps, with its evaluations and checkpoints."""
-    if index and isinstance(s.recipe.stages[index - 1], recipe.Filter) and not s.run.kept(index - 1):
-        s.progress.say(f"WARNING: stages[{index}]: the filter before it kept nothing; nothing is trained")
+    if (
+        index
+        and isinstance(s.recipe.stages[index - 1], recipe.Filter)
+        and not s.run.kept(index - 1)
+    ):
+        s.progress.say(
+            f"WARNING: stages[{index}]: the filter before it kept nothing; nothing is trained"
+        )
         s.run.advance(Position(index + 1, 0))
         return
     learner = _learner(s, index, stage)
     problems = problems_of(s, index, stage)
-    method, judge = method_of(stage), None if stage.judge is None else StepScorer(s, stage.judge, stage.method)
+    method, judge = (
+        method_of(stage),
+        None if stage.judge is None else StepScorer(s, stage.judge, stage.method),
+    )
     label = f"{index}-{stage.method}"
-    s.progress.stage(f"{index} train {stage.method} ({stage.learner.loss})", stage.steps, s.run.position.step)
+    s.progress.stage(
+        f"{index} train {stage.method} ({stage.learner.loss})", stage.steps, s.run.position.step
+    )
     began_at = s.run.position.step
     for step in range(began_at, stage.steps):
         torch.manual_seed(seed_of(s.recipe.seed, index, step))
         began, before = time.monotonic(), s.sampler.tokens
         now, tried = drawn(s, index, step, stage, problems)
-        groups = played(s, f"{index}/{step}", method, now, stage.group, check=step == began_at, temperature=s.recipe.sampling.temperature)
+        groups = played(
+            s,
+            f"{index}/{step}",
+            method,
+            now,
+            stage.group,
+            check=step == began_at,
+            temperature=s.recipe.sampling.temperature,
+        )
         tries = len(groups)
         if stage.method == "self_train":
-            groups += played(s, f"{index}/{step}/shown", partial(demonstrate, share=0.0), now, 1, check=False, temperature=1.0)
+            groups += played(
+                s,
+                f"{index}/{step}/shown",
+                partial(demonstrate, share=0.0),
+                now,
+                1,
+                check=False,
+                temperature=1.0,
+            )
         if judge is not None:
             groups, opinions = rewarded(s, stage, groups, judge)
             tried |= opinions
         sampled = time.monotonic()
         stats = learner.update(groups)
         learned = time.monotonic()
-        facts = s.gather([[Facts.of(e) for e in group.episodes] for group in groups[:tries]])  # not of what was only shown
-        row = {"stage": index, "step": step} | means([f for group in facts for f in group]) | tried | stats
+        facts = s.gather(
+            [[Facts.of(e) for e in group.episodes] for group in groups[:tries]]
+        )  # not of what was only shown
+        row = (
+            {"stage": index, "step": step}
+            | means([f for group in facts for f in group])
+            | tried
+            | stats
+        )
         times = {"sample_s": sampled - began, "learn_s": learned - sampled}
-        times |= {"sample_tps": (s.sampler.tokens - before) / times["sample_s"], "learn_tps": stats["trained_tokens"] / times["learn_s"]}
+        times |= {
+            "sample_tps": (s.sampler.tokens - before) / times["sample_s"],
+            "learn_tps": stats["trained_tokens"] / times["learn_s"],
+        }
         s.log(row, times, [e for group in groups for e in group.episodes][: s.recipe.save.episodes])
         last = step + 1 == stage.steps
         score = None
@@ -143,20 +200,32 @@ def _train(s: Session, index: int, stage: recipe.Train) -> None:
         if last:
             s.run.checkpoint(Position(index + 1, 0), s.policy.save, score=score)
         elif stop or score is not None or (step + 1) % s.recipe.save.every == 0:
-            s.run.checkpoint(Position(index, step + 1), lambda folder: _save(s.policy, learner, folder), score=score)
+            s.run.checkpoint(
+                Position(index, step + 1),
+                lambda folder: _save(s.policy, learner, folder),
+                score=score,
+            )
         if stop:
             raise Interrupted
 
 
 def _train_reward_model(s: Session, index: int, stage: recipe.RewardModel) -> None:
-    """Train a reward model on what the collect stage before has kept, to the run's folder reward_model; all of it or nothing is done."""
+    """Train a reward model on what the collect stage before has kept, to the run's folder
+    reward_model; all of it or nothing is done."""
     s.progress.stage(f"{index} reward model", stage.epochs)
-    problems = sorted({e.problem.id for e in s.run.kept(index - 1)}, key=lambda name: seed_of(s.recipe.seed, index, name))
+    problems = sorted(
+        {e.problem.id for e in s.run.kept(index - 1)},
+        key=lambda name: seed_of(s.recipe.seed, index, name),
+    )
     held_out = set(problems[: round(stage.held_out * len(problems))])
     parts: tuple[list[Sample], list[Sample]] = ([], [])
     for episode in s.run.kept(index - 1):
-        parts[episode.problem.id in held_out].append(Sample(episode.tokens, bool(episode.parts["first"])))
-    model = RewardModel.fresh(s.recipe.model, adapter_state(s.policy.model), s.recipe.seed, s.policy.device)
+        parts[episode.problem.id in held_out].append(
+            Sample(episode.tokens, bool(episode.parts["first"]))
+        )
+    model = RewardModel.fresh(
+        s.recipe.model, adapter_state(s.policy.model), s.recipe.seed, s.policy.device
+    )
     began = time.monotonic()
 
     def log(row: dict[str, float]) -> None:
@@ -171,9 +240,14 @@ def _train_reward_model(s: Session, index: int, stage: recipe.RewardModel) -> No
 
 
 def _learner(s: Session, index: int, stage: recipe.Train) -> Learner:
-    """The stage's learner, with the optimizer's state and the KL reference as a resumed run left them."""
+    """The stage's learner, with the optimizer's state and the KL reference as a resumed run left
+    them."""
     sampling = s.recipe.sampling
-    limit = sampling.reflection_tokens + sampling.attempt_tokens * stage.train_all if stage.method == "reflect" else sampling.attempt_tokens
+    limit = (
+        sampling.reflection_tokens + sampling.attempt_tokens * stage.train_all
+        if stage.method == "reflect"
+        else sampling.attempt_tokens
+    )
     limit *= sampling.stepwise.steps if stage.method == "stepwise" else 1
     learner = Learner(
         s.policy,
@@ -194,7 +268,9 @@ def _learner(s: Session, index: int, stage: recipe.Train) -> Learner:
         s.policy.load(reference)
         s.policy.freeze_reference()
         s.policy.load(weights)
-        learner.load_state(read_tensors(weights / LEARNER_TENSORS), _read_json(weights / LEARNER_STATE))
+        learner.load_state(
+            read_tensors(weights / LEARNER_TENSORS), _read_json(weights / LEARNER_STATE)
+        )
     return learner
 
 
@@ -202,7 +278,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); bring it back, or start again with another --out") from error
+        raise UserError(
+            f"{path}: cannot be read ({error}); bring it back, or start again with another --out"
+        ) from error
 
 
 def _save(policy: Policy, learner: Learner, folder: Path) -> None:
@@ -219,9 +297,12 @@ def _export(policy: Policy, folder: Path) -> None:
 
 
 def _finish(s: Session) -> None:
-    """The adapter for plain peft (with the value head beside it, where there is one), the mark that all is done, and the report."""
+    """The adapter for plain peft (with the value head beside it, where there is one), the mark that
+    all is done, and the report."""
     if s.accelerator.is_main_process:
         write_folder(s.run.folder / "adapter", lambda folder: _export(s.policy, folder))
     s.run.advance(Position(len(s.recipe.stages), 0), finished=True)
-    if s.accelerator.is_main_process:  # a report that cannot be written is told, and leaves the run finished
+    if (
+        s.accelerator.is_main_process
+    ):  # a report that cannot be written is told, and leaves the run finished
         s.progress.say(f"report: {write_report(s.run.folder)}")

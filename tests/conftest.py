@@ -1,7 +1,9 @@
-"""What the tests of whole runs share: a tiny model that answers in form, small recipes, and processes forked from a warm one.
+"""What the tests of whole runs share: a tiny model that answers in form, small recipes, and
+processes forked from a warm one.
 
-Invariant: every run here is on the CPU, on one thread and without a hub, whatever the machine has, so its numbers can be compared bit for
-bit. A fork costs a fraction of a second where a fresh interpreter spends five on imports.
+Invariant: every run here is on the CPU, on one thread and without a hub, whatever the machine has,
+so its numbers can be compared bit for bit. A fork costs a fraction of a second where a fresh
+interpreter spends five on imports.
 """
 
 from __future__ import annotations
@@ -28,14 +30,29 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "11",
     "PYTHONWARNINGS": "ignore",
 }
-PRELOAD = ["minirl.cli", "minirl.train", "minirl.tasks.countdown", "minirl.record.report", "transformers.models.llama.modeling_llama"]
-TASK = {"name": "countdown", "numbers": [2], "high": 4, "target_high": 16, "operators": "+*", "train": 10, "held_out": 4}
+PRELOAD = [
+    "minirl.cli",
+    "minirl.train",
+    "minirl.tasks.countdown",
+    "minirl.record.report",
+    "transformers.models.llama.modeling_llama",
+]
+TASK = {
+    "name": "countdown",
+    "numbers": [2],
+    "high": 4,
+    "target_high": 16,
+    "operators": "+*",
+    "train": 10,
+    "held_out": 4,
+}
 TASK["credit"] = {"wrong_numbers": 0.1, "missed_target": 0.3}
 SAMPLING = {"attempt_tokens": 26, "reflection_tokens": 24, "rows": 64}
 
 
 class Outcome(NamedTuple):
-    """How a process ended: exit code (negative for a signal) and all that it wrote, libraries included."""
+    """How a process ended: exit code (negative for a signal) and all that it wrote, libraries
+    included."""
 
     code: int
     out: str
@@ -50,7 +67,9 @@ class Job:
         self.streams = folder / "stdout", folder / "stderr"
         for stream in self.streams:
             stream.write_text("")
-        self.process = multiprocessing.get_context("forkserver").Process(target=_inside, args=(self.streams, function, args))
+        self.process = multiprocessing.get_context("forkserver").Process(
+            target=_inside, args=(self.streams, function, args)
+        )
         self.process.start()
 
     @property
@@ -66,7 +85,9 @@ class Job:
         self.process.join(timeout_s)
         if self.process.exitcode is None:
             self.process.kill()
-            pytest.fail(f"still running after {timeout_s} s:\n{self.out}{self.streams[1].read_text()}")
+            pytest.fail(
+                f"still running after {timeout_s} s:\n{self.out}{self.streams[1].read_text()}"
+            )
         return Outcome(self.process.exitcode, self.out, self.streams[1].read_text())
 
 
@@ -117,7 +138,8 @@ def cli(start: Start) -> Cli:
 
 @pytest.fixture(scope="session")
 def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny model that answers `<answer>2 + 3</answer>` with random digits: right at times, and wrong in several ways."""
+    """The folder of a tiny model that answers `<answer>2 + 3</answer>` with random digits: right at
+    times, and wrong in several ways."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     outcome = start(teach, folder).wait()
     assert outcome.code == 0, outcome.err
@@ -147,8 +169,11 @@ def minirl(*argv: str) -> None:
     app(argv)
 
 
-def teach(folder: Path, steps: int = 60, replies: tuple[str, ...] = ("<answer>{a} {sign} {b}</answer>",)) -> None:
-    """Train all of a tiny model to say one of `replies` after every opening of an assistant's turn."""
+def teach(
+    folder: Path, steps: int = 60, replies: tuple[str, ...] = ("<answer>{a} {sign} {b}</answer>",)
+) -> None:
+    """Train all of a tiny model to say one of `replies` after every opening of an assistant's
+    turn."""
     import torch
     from tiny import byte_tokenizer, tiny_model
 
@@ -167,7 +192,9 @@ def teach(folder: Path, steps: int = 60, replies: tuple[str, ...] = ("<answer>{a
         mask = [False] * len(tokens)
         for request in (REFLECT, RETRY, None):
             numbers = {"a": rng.randint(1, 4), "sign": rng.choice("+*"), "b": rng.randint(1, 4)}
-            reply = chat.reply((rng.choice(replies) if len(replies) > 1 else replies[0]).format(**numbers))
+            reply = chat.reply(
+                (rng.choice(replies) if len(replies) > 1 else replies[0]).format(**numbers)
+            )
             after = chat.user(request, after=reply) if request else ()
             tokens += [*reply, *after]
             mask += [True] * len(reply) + [False] * len(after)
@@ -188,7 +215,9 @@ def teach(folder: Path, steps: int = 60, replies: tuple[str, ...] = ("<answer>{a
     byte_tokenizer().save_pretrained(folder)
 
 
-def _inside(streams: tuple[Path, Path], function: Callable[..., object], args: tuple[Any, ...]) -> None:
+def _inside(
+    streams: tuple[Path, Path], function: Callable[..., object], args: tuple[Any, ...]
+) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     for number, stream in enumerate(streams, start=1):

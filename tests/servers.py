@@ -56,9 +56,11 @@ class Server:
 
 
 class Hanging:
-    """Begins an answer to whoever connects and never ends it: a byte of a header now and then, so that no socket's time-out ends it either.
+    """Begins an answer to whoever connects and never ends it: a byte of a header now and then, so
+    that no socket's time-out ends it either.
 
-    seen: connections; most: how many were open at once, those that the client has closed not among them.
+    seen: connections; most: how many were open at once, those that the client has closed not among
+    them.
     """
 
     def __init__(self) -> None:
@@ -114,8 +116,13 @@ def _hung_up(client: socket.socket) -> bool:
 
 
 def completion(text: str, finish: str = "stop") -> tuple[int, bytes]:
-    return 200, json.dumps({"choices": [{"message": {"content": text}, "finish_reason": finish}]}).encode()
+    return (
+        200,
+        json.dumps({"choices": [{"message": {"content": text}, "finish_reason": finish}]}).encode(),
+    )
 
 
 def node(url: str, **more: Any) -> recipe.Judge:
-    return recipe.Judge(kind="endpoint", url=url, model="judge-1", **({"retries": 1, "timeout_s": 5} | more))
+    return recipe.Judge(
+        kind="endpoint", url=url, model="judge-1", **({"retries": 1, "timeout_s": 5} | more)
+    )

@@ -1,4 +1,5 @@
-"""The command line: what a mistake says, in one line and with exit code 2, and that it costs nobody any data."""
+"""The command line: what a mistake says, in one line and with exit code 2, and that it costs nobody
+any data."""
 
 from __future__ import annotations
 
@@ -39,7 +40,11 @@ def refused(outcome: Outcome, *said: object) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +61,14 @@ def finished(cli: Cli, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     ("change", "said"),
     [
         ({"sede": 1}, "unknown key 'sede'; the nearest known key is 'seed'"),
-        ({"sampling": {"temprature": 1}}, "sampling: unknown key 'temprature'; the nearest known key is 'temperature'"),
-        ({"stages": [SINGLE | {"learner": {"learning_rate": 1}}]}, "stages[0].learner: unknown key 'learning_rate'"),
+        (
+            {"sampling": {"temprature": 1}},
+            "sampling: unknown key 'temprature'; the nearest known key is 'temperature'",
+        ),
+        (
+            {"stages": [SINGLE | {"learner": {"learning_rate": 1}}]},
+            "stages[0].learner: unknown key 'learning_rate'",
+        ),
         ({"seed": "twelve"}, "seed: "),
         ({"model": {"lora": {"rank": 1.5}}}, "model.lora.rank: "),
         ({"stages": []}, "stages: "),
@@ -84,7 +95,9 @@ def test_faulty_recipes(cli: Cli, tmp_path: Path, change: dict[str, Any], said: 
         (None, "No such file or directory"),
     ],
 )
-def test_files_that_are_no_recipe(cli: Cli, tmp_path: Path, text: str | bytes | None, said: str) -> None:
+def test_files_that_are_no_recipe(
+    cli: Cli, tmp_path: Path, text: str | bytes | None, said: str
+) -> None:
     path = tmp_path / "r.yaml"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -105,21 +118,37 @@ def test_files_that_are_no_recipe(cli: Cli, tmp_path: Path, text: str | bytes | 
     ],
 )
 def test_faulty_overrides(cli: Cli, tmp_path: Path, text: str, said: str) -> None:
-    refused(cli("run", recipe(tmp_path / "r.yaml", tmp_path, [SINGLE]), "--set", text, "--dry"), said)
+    refused(
+        cli("run", recipe(tmp_path / "r.yaml", tmp_path, [SINGLE]), "--set", text, "--dry"), said
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("rows.jsonl", '{"nums": [1, 2], "target": 3}\n{"nums": [1, 2], "target"\n', "rows.jsonl, line 2: not valid JSON"),
-        ("rows.jsonl", '{"nums": [1, 2], "target": 3}\n\n{"nums": [1, 2]}\n', "rows.jsonl, line 3: no column 'target'"),
+        (
+            "rows.jsonl",
+            '{"nums": [1, 2], "target": 3}\n{"nums": [1, 2], "target"\n',
+            "rows.jsonl, line 2: not valid JSON",
+        ),
+        (
+            "rows.jsonl",
+            '{"nums": [1, 2], "target": 3}\n\n{"nums": [1, 2]}\n',
+            "rows.jsonl, line 3: no column 'target'",
+        ),
         ("rows.jsonl", '{"nums": ["1", 2], "target": 3}\n', "rows.jsonl, line 1: "),
-        ("rows.json", '[{"nums": [1, 2], "target": 3}, 7]', "rows.json, row 2: got a number, expected an object"),
+        (
+            "rows.json",
+            '[{"nums": [1, 2], "target": 3}, 7]',
+            "rows.json, row 2: got a number, expected an object",
+        ),
         ("rows.parquet", "no parquet at all", "rows.parquet, row 1: not readable as Parquet"),
         ("rows.jsonl", None, "rows.jsonl: no such file"),
     ],
 )
-def test_malformed_data(cli: Cli, tiny: Path, tmp_path: Path, name: str, text: str | None, said: str) -> None:
+def test_malformed_data(
+    cli: Cli, tiny: Path, tmp_path: Path, name: str, text: str | None, said: str
+) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
     path = recipe(tmp_path / "r.yaml", tiny, [SINGLE], task=TASK | {"source": str(tmp_path / name)})
@@ -153,10 +182,19 @@ def test_models_that_cannot_be_had(cli: Cli, tiny: Path, tmp_path: Path) -> None
 
 
 def test_what_this_machine_cannot_do(cli: Cli, tiny: Path, tmp_path: Path) -> None:
-    path = recipe(tmp_path / "r.yaml", tiny, [SINGLE | {"learner": {"optimizer": "paged_adamw_8bit"}}])
-    refused(cli("run", path, "--out", tmp_path / "run"), "learner.optimizer: got 'paged_adamw_8bit', which needs a CUDA GPU")
+    path = recipe(
+        tmp_path / "r.yaml", tiny, [SINGLE | {"learner": {"optimizer": "paged_adamw_8bit"}}]
+    )
+    refused(
+        cli("run", path, "--out", tmp_path / "run"),
+        "learner.optimizer: got 'paged_adamw_8bit', which needs a CUDA GPU",
+    )
     path = recipe(tmp_path / "r.yaml", tiny, [SINGLE], model={"adapter": str(tmp_path)})
-    refused(cli("run", path, "--out", tmp_path / "other"), "model.adapter: ", "has no adapter_config.json")
+    refused(
+        cli("run", path, "--out", tmp_path / "other"),
+        "model.adapter: ",
+        "has no adapter_config.json",
+    )
 
 
 def test_run_folders_that_cannot_be_used(cli: Cli, tiny: Path, tmp_path: Path) -> None:
@@ -178,7 +216,12 @@ def test_recipe_changed_under_a_run(cli: Cli, finished: tuple[Path, Path]) -> No
     path, folder = finished
     before = contents(folder)
     outcome = cli("run", path, "--out", folder, "--set", "stages.1.steps=9", "--set", "seed=4")
-    refused(outcome, folder, "holds a run of another recipe: seed: 0 -> 4, stages.1.steps: 1 -> 9; name another folder with --out")
+    refused(
+        outcome,
+        folder,
+        "holds a run of another recipe: seed: 0 -> 4, stages.1.steps: 1 -> 9; name another folder"
+        " with --out",
+    )
     assert contents(folder) == before
 
 
@@ -200,7 +243,9 @@ def test_run_folder_in_use(cli: Cli, finished: tuple[Path, Path]) -> None:
         ("recipe.yaml", None, "but no recipe.yaml, so it is not a run"),
     ],
 )
-def test_damaged_run_folders(cli: Cli, finished: tuple[Path, Path], tmp_path: Path, name: str, text: str | None, said: str) -> None:
+def test_damaged_run_folders(
+    cli: Cli, finished: tuple[Path, Path], tmp_path: Path, name: str, text: str | None, said: str
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished[1], folder)
     (folder / name).unlink()
@@ -211,12 +256,21 @@ def test_damaged_run_folders(cli: Cli, finished: tuple[Path, Path], tmp_path: Pa
     assert contents(folder) == before
 
 
-def test_damaged_row_of_a_collect_stage(cli: Cli, finished: tuple[Path, Path], tmp_path: Path) -> None:
-    """Taken up just after collecting, with one row of what was kept spoilt but as long as before."""
+def test_damaged_row_of_a_collect_stage(
+    cli: Cli, finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Taken up just after collecting, with one row of what was kept spoilt but as long as
+    before."""
     folder = tmp_path / "run"
     shutil.copytree(finished[1], folder)
     state = json.loads((folder / "state.json").read_text())
-    state |= {"position": {"stage": 1, "step": 0}, "finished": False, "weights": None, "checkpoints": [], "best": None}
+    state |= {
+        "position": {"stage": 1, "step": 0},
+        "finished": False,
+        "weights": None,
+        "checkpoints": [],
+        "best": None,
+    }
     (folder / "state.json").write_text(json.dumps(state))
     rows = (folder / "kept/0.jsonl").read_text().splitlines()
     (folder / "kept/0.jsonl").write_text("\n".join([rows[0], "?" * len(rows[1]), *rows[2:], ""]))
@@ -230,17 +284,25 @@ def test_folders_that_hold_no_run(cli: Cli, tmp_path: Path, command: str) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_evaluating_a_run_that_is_not_finished(cli: Cli, finished: tuple[Path, Path], tmp_path: Path) -> None:
+def test_evaluating_a_run_that_is_not_finished(
+    cli: Cli, finished: tuple[Path, Path], tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished[1], folder)
     shutil.rmtree(folder / "adapter")
     refused(cli("eval", folder), folder, "no adapter yet", "--base")
-    refused(cli("eval", folder, "--set", "eval.tires=2"), "eval: unknown key 'tires'; the nearest known key is 'tries'")
+    refused(
+        cli("eval", folder, "--set", "eval.tires=2"),
+        "eval: unknown key 'tires'; the nearest known key is 'tries'",
+    )
     assert cli("eval", folder, "--base").code == 0
 
 
-def test_evaluating_on_other_problems_is_said(cli: Cli, finished: tuple[Path, Path], tmp_path: Path) -> None:
-    """Catches: data that was edited after a run, so that problems it was trained on pass for held-out ones."""
+def test_evaluating_on_other_problems_is_said(
+    cli: Cli, finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Catches: data that was edited after a run, so that problems it was trained on pass for
+    held-out ones."""
     folder = tmp_path / "run"
     shutil.copytree(finished[1], folder)
     said = "WARNING: the task countdown has other problems here than the run had (digest "
@@ -250,7 +312,9 @@ def test_evaluating_on_other_problems_is_said(cli: Cli, finished: tuple[Path, Pa
     outcome = cli("eval", folder)
     assert outcome.code == 0, outcome.err
     assert f"{said}{noted['problems'][:8]}, the run's 00000000)" in " ".join(outcome.out.split())
-    assert said not in " ".join(cli("eval", folder, "--set", "task.held_out=2").out.split()), "asked for"
+    assert said not in " ".join(cli("eval", folder, "--set", "task.held_out=2").out.split()), (
+        "asked for"
+    )
 
 
 def within(folder: Path, *argv: str) -> None:
@@ -259,15 +323,24 @@ def within(folder: Path, *argv: str) -> None:
 
 
 def test_dry_run_prints_and_touches_nothing(start: Start, tmp_path: Path) -> None:
-    path = recipe(tmp_path / "r.yaml", Path("some/model"), [COLLECT, SINGLE], on_cpu={"model": {"name": "tiny"}, "seed": 3})
-    outcome = start(within, tmp_path, "run", str(path), "--dry", "--set", "model.lora.rank=7").wait()
+    path = recipe(
+        tmp_path / "r.yaml",
+        Path("some/model"),
+        [COLLECT, SINGLE],
+        on_cpu={"model": {"name": "tiny"}, "seed": 3},
+    )
+    outcome = start(
+        within, tmp_path, "run", str(path), "--dry", "--set", "model.lora.rank=7"
+    ).wait()
     assert (outcome.code, outcome.err) == (0, "")
     resolved, plan = outcome.out.split("\nplan: ")
     node = recipes.parse(yaml.safe_load(resolved), "printed")
     assert (node.model.name, node.seed, node.model.lora.rank) == ("tiny", 3, 7)
     assert node == recipes.load(path, ["model.lora.rank=7"], on_cpu=True)
     assert "on_cpu part" in resolved  # said so
-    assert plan.startswith("tiny on countdown, seed 3\n  0  collect  single: 4 problems x 1 attempts")
+    assert plan.startswith(
+        "tiny on countdown, seed 3\n  0  collect  single: 4 problems x 1 attempts"
+    )
     assert "\n  1  train    single: 1 steps of 2 groups x 2 episodes, loss grpo" in plan
     assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
 
@@ -299,7 +372,9 @@ def test_python_dash_m(start: Start, tmp_path: Path) -> None:
     refused(start(as_module, "report", str(tmp_path)).wait(), "no recipe.yaml")
 
 
-def test_either_part_of_a_recipe_can_be_had_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_either_part_of_a_recipe_can_be_had_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = recipe(tmp_path / "r.yaml", Path("some/model"), [SINGLE], on_cpu={"seed": 3})
     for has_gpu in (False, True):
         monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
@@ -312,18 +387,40 @@ def test_either_part_of_a_recipe_can_be_had_anywhere(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("visible", "cuda", "said"),
     [
-        (None, "13.0", "# WARNING: an NVIDIA driver (550.54.15) is here, but torch 9.9, built for CUDA 13.0, sees no GPU"),
-        ("0", None, "# WARNING: an NVIDIA driver (550.54.15) is here, but torch 9.9, built without CUDA, sees no GPU"),
+        (
+            None,
+            "13.0",
+            (
+                "# WARNING: an NVIDIA driver (550.54.15) is here, but torch 9.9, built for CUDA"
+                " 13.0, sees no GPU"
+            ),
+        ),
+        (
+            "0",
+            None,
+            (
+                "# WARNING: an NVIDIA driver (550.54.15) is here, but torch 9.9, built without"
+                " CUDA, sees no GPU"
+            ),
+        ),
         ("", "13.0", ""),
         ("-1", "13.0", ""),
     ],
 )
 def test_a_gpu_that_torch_does_not_see(
-    visible: str | None, cuda: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    visible: str | None,
+    cuda: str | None,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Catches: hours on a CPU beside an idle GPU and nothing said; a warning to somebody who hides the GPU on purpose."""
+    """Catches: hours on a CPU beside an idle GPU and nothing said; a warning to somebody who hides
+    the GPU on purpose."""
     driver = tmp_path / "version"
-    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version:  12.2.0\n")
+    driver.write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC"
+        " 2024\nGCC version:  12.2.0\n"
+    )
     monkeypatch.setattr("minirl.cli.DRIVER", driver)
     monkeypatch.setattr("torch.version.cuda", cuda)
     monkeypatch.setattr("torch.__version__", "9.9")
@@ -331,7 +428,9 @@ def test_a_gpu_that_torch_does_not_see(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found = CliRunner().invoke(app, ["run", str(recipe(tmp_path / "r.yaml", Path("some/model"), [SINGLE])), "--dry"])
+    found = CliRunner().invoke(
+        app, ["run", str(recipe(tmp_path / "r.yaml", Path("some/model"), [SINGLE])), "--dry"]
+    )
     assert found.exit_code == 0
     assert found.stderr.startswith(said)
     assert found.stderr.count("\n") == bool(said)
@@ -345,12 +444,21 @@ def test_out_of_memory_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.M
     path = recipe(tmp_path / "r.yaml", Path("some/model"), [SINGLE])
     found = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "run")])
     refused(
-        Outcome(found.exit_code, found.stdout, found.stderr), "lower sampling.rows", "(CUDA out of memory. Tried to allocate 2.00 GiB.)"
+        Outcome(found.exit_code, found.stdout, found.stderr),
+        "lower sampling.rows",
+        "(CUDA out of memory. Tried to allocate 2.00 GiB.)",
     )
 
 
 def test_what_an_error_says_to_install_is_what_the_project_wants() -> None:
-    """By the dependency's own name: `minirl` on the package index is another project. Catches: a version that was raised in one place."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for text, extra in ((sandbox.INSTALL, "programs"), (symbolic.INSTALL, "maths"), (against_trl.INSTALL, "trl")):
+    """By the dependency's own name: `minirl` on the package index is another project. Catches: a
+    version that was raised in one place."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for text, extra in (
+        (sandbox.INSTALL, "programs"),
+        (symbolic.INSTALL, "maths"),
+        (against_trl.INSTALL, "trl"),
+    ):
         assert f"pip install '{extras[extra][0]}'" in text

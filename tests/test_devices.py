@@ -1,6 +1,7 @@
 """What a GPU would refuse or wait for, found without one: the engine on torch's `meta` device.
 
-A tensor of another device raises there as it does on a GPU, and so does reading a value back, which on a GPU waits for all that was asked.
+A tensor of another device raises there as it does on a GPU, and so does reading a value back, which
+on a GPU waits for all that was asked.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Kernels(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
         self.count += not any(name in function.name() for name in VIEWS)
         return function(*args, **(kwargs or {}))
 
@@ -76,12 +79,20 @@ def slots_of(policy: Policy, count: int, budget_tokens: int | None = None) -> Sl
 def prefill(policy: Policy, slots: Slots, rows: int, length: int) -> Tensor:
     positions = torch.arange(length, device=META).expand(rows, -1).clone()
     slots.aim(torch.arange(rows, device=META), positions, length)
-    return policy.hidden(torch.zeros(rows, length, dtype=torch.int64, device=META), positions, Cached(positions, length), cache=slots)
+    return policy.hidden(
+        torch.zeros(rows, length, dtype=torch.int64, device=META),
+        positions,
+        Cached(positions, length),
+        cache=slots,
+    )
 
 
 def rows_of_a_group() -> list[Row]:
     shared, mask = tuple(range(20)), (False,) * 20
-    return [Row((*shared, *range(i, 2 * i)), (*mask, *(True,) * i), (0.0,) * (20 + i), 1.0, 0.1, i, 0) for i in (5, 6, 9)]
+    return [
+        Row((*shared, *range(i, 2 * i)), (*mask, *(True,) * i), (0.0,) * (20 + i), 1.0, 0.1, i, 0)
+        for i in (5, 6, 9)
+    ]
 
 
 @torch.no_grad()
@@ -97,14 +108,23 @@ def test_sampling_stays_on_its_device(tmp_path: Path) -> None:
         slots.copy(0, 3, 9)
         slots.swap(0, 3)
         slots.reserve(100, 4)
-        assert Decoder(policy, slots)([1] * 4, [90, 91, 92, 93]).shape == logits[:1].expand(4, -1).shape
-    assert {chosen.device, logprobs.device, logits.device, *(block.device for block in slots._blocks)} == {META}
+        assert (
+            Decoder(policy, slots)([1] * 4, [90, 91, 92, 93]).shape
+            == logits[:1].expand(4, -1).shape
+        )
+    assert {
+        chosen.device,
+        logprobs.device,
+        logits.device,
+        *(block.device for block in slots._blocks),
+    } == {META}
 
 
 @torch.no_grad()
 def test_a_step_of_decoding_is_few_kernels(tmp_path: Path) -> None:
-    """A GPU waits for its host while these are launched, in every layer, for every token. Counted with a CPU's norms and attention spelled
-    out. Catches: masks made again in every layer, factors cast again at every token."""
+    """A GPU waits for its host while these are launched, in every layer, for every token. Counted
+    with a CPU's norms and attention spelled out. Catches: masks made again in every layer, factors
+    cast again at every token."""
     counts = []
     for layers in (2, 3):
         policy = policy_on_meta(tmp_path / str(layers), num_hidden_layers=layers)
@@ -118,7 +138,9 @@ def test_a_step_of_decoding_is_few_kernels(tmp_path: Path) -> None:
     assert counts[1] - counts[0] <= 66
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dapo"])  # what gspo needs (unique) has no shape before it is computed
+@pytest.mark.parametrize(
+    "loss", ["grpo", "dapo"]
+)  # what gspo needs (unique) has no shape before it is computed
 def test_learning_stays_on_its_device(loss: str, tmp_path: Path) -> None:
     policy = policy_on_meta(tmp_path)
     node = recipe.Learner.model_validate({"loss": loss, "entropy": 0.01})
@@ -126,13 +148,26 @@ def test_learning_stays_on_its_device(loss: str, tmp_path: Path) -> None:
     policy.freeze_reference()
     policy.model.train()
     batch = collate(bundles, META)
-    objective(policy, node, batch, Sums.zero(META), temperature=0.9, experience=None, measure_mismatch=True).backward()
-    assert {(p.grad.device, p.grad.dtype) for p in policy.trainable.values() if p.grad is not None} == {(META, torch.float32)}
+    objective(
+        policy,
+        node,
+        batch,
+        Sums.zero(META),
+        temperature=0.9,
+        experience=None,
+        measure_mismatch=True,
+    ).backward()
+    assert {
+        (p.grad.device, p.grad.dtype) for p in policy.trainable.values() if p.grad is not None
+    } == {(META, torch.float32)}
 
 
 @torch.no_grad()
-def test_a_growing_cache_is_never_there_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Old keys are let go before new values are made. Catches: a T4 that runs out of memory when a longer prompt comes."""
+def test_a_growing_cache_is_never_there_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old keys are let go before new values are made. Catches: a T4 that runs out of memory when a
+    longer prompt comes."""
     policy = policy_on_meta(tmp_path)
     slots = slots_of(policy, 6, budget_tokens=1500)
     slots.reserve(100, 0)
@@ -151,7 +186,8 @@ def test_a_growing_cache_is_never_there_twice(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_cache_is_given_back_before_anybody_learns() -> None:
-    """Catches: keys and values of a finished rollout that stay on a GPU through the update, gigabytes of them."""
+    """Catches: keys and values of a finished rollout that stay on a GPU through the update,
+    gigabytes of them."""
     chat, said = Chat(byte_tokenizer()), list[str]()
 
     def answer(talk: Talk) -> Play:
@@ -167,7 +203,10 @@ def test_the_cache_is_given_back_before_anybody_learns() -> None:
             said.append("reset")
 
     parts: dict[str, Any] = dict.fromkeys(Session.__dataclass_fields__)
-    parts |= {"sampler": Watched(chat, lambda text, ask: "yes"), "progress": SimpleNamespace(sampling=lambda done, of: None)}
+    parts |= {
+        "sampler": Watched(chat, lambda text, ask: "yes"),
+        "progress": SimpleNamespace(sampling=lambda done, of: None),
+    }
     talks = [talk_of(Problem(f"p{i}", "Why?", None), chat) for i in range(3)]
     assert len(Session(**parts).play([answer(talk) for talk in talks])) == 3
     assert said == ["reset", *["poll"] * (len(said) - 2), "reset"]

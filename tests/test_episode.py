@@ -24,7 +24,12 @@ RETRY = Turn("retry", (10,), (-4.0,))
 def r3_episode(reward: float | None = 1.0) -> Episode:
     """An R3 episode on a stored failure."""
     problem = Problem("p", "make 3", {"numbers": [1, 2], "target": 3}, context=(PROMPT, ATTEMPT))
-    return Episode(problem, (PROMPT, ATTEMPT, REQUEST, REFLECTION, RETRY), reward, {"first": False, "second": True})
+    return Episode(
+        problem,
+        (PROMPT, ATTEMPT, REQUEST, REFLECTION, RETRY),
+        reward,
+        {"first": False, "second": True},
+    )
 
 
 def test_tokens_mask_and_logprobs_are_concatenations_of_one_length() -> None:
@@ -39,7 +44,8 @@ def test_tokens_mask_and_logprobs_are_concatenations_of_one_length() -> None:
 
 
 def test_a_turn_is_trained_only_where_it_says_so() -> None:
-    # Sampled is not trained, and the mask covers a turn whole: there is no other way to set it than at the turn's birth.
+    # Sampled is not trained, and the mask covers a turn whole: there is no other way to set it than
+    # at the turn's birth.
     assert not Turn("attempt", (1, 2), (-1.0, -1.0)).trained
     assert Episode(Problem("p", "", None), (ATTEMPT,)).mask == (False, False)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -65,10 +71,15 @@ def test_context_is_stored_once() -> None:
 TOKENS = st.lists(st.integers(0, 2**31), max_size=6)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=8,
 )
-PARTS = st.dictionaries(st.text(max_size=8), st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8))
+PARTS = st.dictionaries(
+    st.text(max_size=8),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+)
 
 
 @st.composite
@@ -92,7 +103,13 @@ def episodes(draw: st.DrawFn) -> Episode:
         tuple(draw(st.lists(st.dictionaries(text, JSON, max_size=2), max_size=2))),
         said[: draw(st.integers(0, len(said)))],
     )
-    return Episode(problem, said, draw(st.none() | st.floats(allow_nan=False)), draw(PARTS), draw(st.sampled_from(["stop", "length"])))
+    return Episode(
+        problem,
+        said,
+        draw(st.none() | st.floats(allow_nan=False)),
+        draw(PARTS),
+        draw(st.sampled_from(["stop", "length"])),
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -167,7 +184,9 @@ def test_a_malformed_row_is_named(name: str) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(episodes(), st.randoms(use_true_random=False), JSON)
-def test_a_spoilt_row_is_an_episode_or_a_user_error(episode: Episode, rng: random.Random, value: Any) -> None:
+def test_a_spoilt_row_is_an_episode_or_a_user_error(
+    episode: Episode, rng: random.Random, value: Any
+) -> None:
     row = json.loads(json.dumps(episode.to_json()))
     node: Any = row
     while isinstance(node, dict | list) and node:
@@ -192,7 +211,9 @@ def test_regroup() -> None:
     assert regroup([], 2) == []
 
 
-@pytest.mark.parametrize(("ids", "size"), [("abab", 2), ("aab", 2), ("aaab", 4), ("aaa", 2), ("ab", 2)])
+@pytest.mark.parametrize(
+    ("ids", "size"), [("abab", 2), ("aab", 2), ("aaab", 4), ("aaa", 2), ("ab", 2)]
+)
 def test_regroup_refuses_mixed_and_broken_groups(ids: str, size: int) -> None:
     problems = {name: Problem(name, "", None) for name in "ab"}
     with pytest.raises(ValueError, match=f"expected runs of {size} episodes of one problem"):
@@ -200,7 +221,8 @@ def test_regroup_refuses_mixed_and_broken_groups(ids: str, size: int) -> None:
 
 
 def test_regroup_tells_equal_prompts_of_two_failures_apart() -> None:
-    # Two stored failures of one problem are two groups, whatever their text: a group is an object, never found by comparing.
+    # Two stored failures of one problem are two groups, whatever their text: a group is an object,
+    # never found by comparing.
     first, second = (Problem("a", "same", None, context=(PROMPT, ATTEMPT)) for _ in range(2))
     with pytest.raises(ValueError, match="of one problem"):
         regroup([Episode(first, (PROMPT, ATTEMPT)), Episode(second, (PROMPT, ATTEMPT))], 2)
@@ -208,8 +230,9 @@ def test_regroup_tells_equal_prompts_of_two_failures_apart() -> None:
 
 def test_show() -> None:
     words = dict(enumerate(["·", "make", "three", "!", "1", "+", "why", "not", "add", "3", "2"]))
-    assert r3_episode(0.5).show(lambda ids: " ".join(words[i] for i in ids)) == (
-        "[prompt] make three !\n"
+    assert (
+        r3_episode(0.5).show(lambda ids: " ".join(words[i] for i in ids))
+        == "[prompt] make three !\n"
         "[attempt] 1 +\n"
         "[request] why\n"
         "[reflection] ⟦not add 3⟧\n"

@@ -36,7 +36,8 @@ FILES = {_module(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
 def _imports(path: Path) -> list[Import]:
-    """All imports of a file; `from minirl.tasks import qa` counts as an import of minirl.tasks.qa."""
+    """All imports of a file; `from minirl.tasks import qa` counts as an import of
+    minirl.tasks.qa."""
     found: list[Import] = []
 
     def visit(node: ast.AST, is_lazy: bool) -> None:
@@ -70,9 +71,14 @@ def _folder(name: str) -> str:
 
 
 def _graph(*, with_lazy: bool) -> dict[str, set[str]]:
-    """Which of our files each of our files imports. `minirl` itself is left out: it has only lazy re-exports."""
+    """Which of our files each of our files imports. `minirl` itself is left out: it has only lazy
+    re-exports."""
     return {
-        name: {i.module for i in found if i.module in FILES and i.module != "minirl" and (with_lazy or not i.is_lazy)}
+        name: {
+            i.module
+            for i in found
+            if i.module in FILES and i.module != "minirl" and (with_lazy or not i.is_lazy)
+        }
         for name, found in IMPORTS.items()
         if name != "minirl"
     }
@@ -91,10 +97,16 @@ def test_the_engine_knows_nothing_of_the_play_wing() -> None:
     graph = _graph(with_lazy=True)
     engine = [name for name in graph if _room(name) == "engine"]
     assert len(engine) > 10
-    assert {name: bad for name in engine if (bad := [n for n in _reached(graph, name) if _room(n) in PLAY])} == {}
+    assert {
+        name: bad
+        for name in engine
+        if (bad := [n for n in _reached(graph, name) if _room(n) in PLAY])
+    } == {}
 
 
-@pytest.mark.parametrize("name", sorted(name for name in FILES if _room(name) not in MAY_IMPORT_TORCH))
+@pytest.mark.parametrize(
+    "name", sorted(name for name in FILES if _room(name) not in MAY_IMPORT_TORCH)
+)
 def test_only_the_learn_wing_and_the_loop_import_torch(name: str) -> None:
     allowed_lazily = ("torch",) if name == "minirl.cli" else ()
     heavy = [i for i in IMPORTS[name] if i.module.split(".")[0] in HEAVY]
@@ -102,8 +114,15 @@ def test_only_the_learn_wing_and_the_loop_import_torch(name: str) -> None:
 
 
 def test_only_chat_imports_transformers_outside_the_engine() -> None:
-    found = {(name, i.is_lazy) for name, imports in IMPORTS.items() for i in imports if i.module.split(".")[0] == "transformers"}
-    assert {(name, is_lazy) for name, is_lazy in found if _room(name) not in MAY_IMPORT_TORCH} == {("minirl.chat", True)}
+    found = {
+        (name, i.is_lazy)
+        for name, imports in IMPORTS.items()
+        for i in imports
+        if i.module.split(".")[0] == "transformers"
+    }
+    assert {(name, is_lazy) for name, is_lazy in found if _room(name) not in MAY_IMPORT_TORCH} == {
+        ("minirl.chat", True)
+    }
 
 
 def test_no_file_imports_itself_through_others() -> None:
@@ -119,21 +138,30 @@ def test_no_two_folders_import_each_other(place: object) -> None:
 
 
 def _python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_the_light_modules_load_without_torch() -> None:
-    light = sorted(name for name in FILES if _room(name) not in MAY_IMPORT_TORCH and name != "minirl.__main__")
+    light = sorted(
+        name for name in FILES if _room(name) not in MAY_IMPORT_TORCH and name != "minirl.__main__"
+    )
     code = f"import sys, importlib; [importlib.import_module(n) for n in {light}]; "
     heavy = "{'torch', 'transformers', 'accelerate', 'peft', 'datasets'}"
-    assert _python(code + "print({m.split('.')[0] for m in sys.modules} & " + heavy + ")").strip() == "set()"
+    assert (
+        _python(code + "print({m.split('.')[0] for m in sys.modules} & " + heavy + ")").strip()
+        == "set()"
+    )
 
 
 def test_help_answers_at_once() -> None:
     walls = []
     for _ in range(3):
         began = time.perf_counter()
-        answer = subprocess.run([sys.executable, "-m", "minirl", "--help"], capture_output=True, text=True, check=True).stdout
+        answer = subprocess.run(
+            [sys.executable, "-m", "minirl", "--help"], capture_output=True, text=True, check=True
+        ).stdout
         walls.append(time.perf_counter() - began)
         assert "run" in answer
         if walls[-1] < 0.5:

@@ -18,9 +18,16 @@ def test_the_first_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MINIRL_QUICK", "1")
     monkeypatch.setenv("MINIRL_RUNS", str(tmp_path))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}}
+    ).execute()
     cells = {i: cell for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"}
-    shown = [out["data"].get("text/html", "") for cell in cells.values() for out in cell.outputs if "data" in out]
+    shown = [
+        out["data"].get("text/html", "")
+        for cell in cells.values()
+        for out in cell.outputs
+        if "data" in out
+    ]
     episode, curves, tried = (html for html in shown if "<iframe" in html)
     assert episode.count("turn trained") == 1  # the reflection, and nothing else
     assert "reflection" in episode.split("turn trained")[1].split("turn ")[0]

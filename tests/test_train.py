@@ -1,4 +1,5 @@
-"""Whole runs on a tiny model: what they leave behind, what their numbers say, and how they are stopped and taken up again."""
+"""Whole runs on a tiny model: what they leave behind, what their numbers say, and how they are
+stopped and taken up again."""
 
 from __future__ import annotations
 
@@ -30,12 +31,40 @@ from minirl.record.run import Run
 from minirl.record.state import Position
 
 Rows = list[dict[str, Any]]
-SINGLE = {"kind": "train", "method": "single", "steps": 2, "group": 4, "batch": 3, "learner": {"lr": 5e-3}}
-REFLECT = {"kind": "train", "method": "reflect", "steps": 4, "group": 4, "batch": 3, "learner": {"lr": 5e-3, "beta": 0.01}}
-WARM_UP = {"kind": "train", "method": "demonstrate", "steps": 3, "group": 1, "batch": 4, "reflections": 0.5}
+SINGLE = {
+    "kind": "train",
+    "method": "single",
+    "steps": 2,
+    "group": 4,
+    "batch": 3,
+    "learner": {"lr": 5e-3},
+}
+REFLECT = {
+    "kind": "train",
+    "method": "reflect",
+    "steps": 4,
+    "group": 4,
+    "batch": 3,
+    "learner": {"lr": 5e-3, "beta": 0.01},
+}
+WARM_UP = {
+    "kind": "train",
+    "method": "demonstrate",
+    "steps": 3,
+    "group": 1,
+    "batch": 4,
+    "reflections": 0.5,
+}
 STAGES = [
     WARM_UP | {"learner": {"loss": "nll", "lr": 1e-3}},
-    {"kind": "collect", "problems": 8, "samples": 3, "batch": 3, "keep_each": 2, "temperature": 0.9},
+    {
+        "kind": "collect",
+        "problems": 8,
+        "samples": 3,
+        "batch": 3,
+        "keep_each": 2,
+        "temperature": 0.9,
+    },
     REFLECT,
 ]
 
@@ -64,18 +93,28 @@ def rows(folder: Path, name: str) -> Rows:
 
 def test_whole_run_leaves_all_it_promises(whole: Path) -> None:
     names = {path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()}
-    expected = {"recipe.yaml", "state.json", "versions.jsonl", "report.html", "kept/1.jsonl", "adapter/adapter_model.safetensors"}
+    expected = {
+        "recipe.yaml",
+        "state.json",
+        "versions.jsonl",
+        "report.html",
+        "kept/1.jsonl",
+        "adapter/adapter_model.safetensors",
+    }
     expected |= {f"{name}.jsonl" for name in ("metrics", "timings", "episodes", "evals")}
     assert names >= expected
     state = json.loads((whole / "state.json").read_text())
     assert state["finished"]
     assert state["position"] == {"stage": 3, "step": 0}
-    assert [(row["stage"], row["step"]) for row in rows(whole, "metrics")] == [(0, s) for s in range(3)] + [(1, s) for s in range(3)] + [
-        (2, s) for s in range(4)
-    ]
+    assert [(row["stage"], row["step"]) for row in rows(whole, "metrics")] == [
+        (0, s) for s in range(3)
+    ] + [(1, s) for s in range(3)] + [(2, s) for s in range(4)]
     labels = [row["label"] for row in rows(whole, "evals")]
     assert labels == ["start", "0-demonstrate@2", "0-demonstrate", "2-reflect@2", "2-reflect"]
-    assert len({tuple(problem["id"] for problem in row["problems"]) for row in rows(whole, "evals")}) == 1
+    assert (
+        len({tuple(problem["id"] for problem in row["problems"]) for row in rows(whole, "evals")})
+        == 1
+    )
     report = (whole / "report.html").read_text()
     assert all(label in report for label in labels)
     assert "all stages done" in report
@@ -86,9 +125,15 @@ def test_metrics_are_those_of_the_logged_episodes(whole: Path) -> None:
     for row in rows(whole, "metrics"):
         if row["stage"] != 2:
             continue
-        played = [e for e in episodes if e["label"] == "train" and (e["stage"], e["step"]) == (row["stage"], row["step"])]
+        played = [
+            e
+            for e in episodes
+            if e["label"] == "train" and (e["stage"], e["step"]) == (row["stage"], row["step"])
+        ]
         assert len(played) == 12
-        trained = [sum(len(turn["tokens"]) for turn in e["turns"] if turn["trained"]) for e in played]
+        trained = [
+            sum(len(turn["tokens"]) for turn in e["turns"] if turn["trained"]) for e in played
+        ]
         groups = [played[i : i + 4] for i in range(0, 12, 4)]
         dead = [len({e["reward"] for e in group}) == 1 for group in groups]
         assert row["reward"] == pytest.approx(sum(e["reward"] for e in played) / 12)
@@ -97,42 +142,86 @@ def test_metrics_are_those_of_the_logged_episodes(whole: Path) -> None:
         assert row["overlong"] == sum(e["finish"] == "length" for e in played) / 12
         assert row["length"] == pytest.approx(sum(trained) / 12)
         assert (row["groups"], row["dead"]) == (3, sum(dead))
-        assert row["trained_tokens"] == sum(sum(trained[4 * i : 4 * i + 4]) for i in range(3) if not dead[i])
-        new = [turn for e in played for turn in e["turns"][e["problem"]["context"] :] if turn["logprobs"] is not None]
+        assert row["trained_tokens"] == sum(
+            sum(trained[4 * i : 4 * i + 4]) for i in range(3) if not dead[i]
+        )
+        new = [
+            turn
+            for e in played
+            for turn in e["turns"][e["problem"]["context"] :]
+            if turn["logprobs"] is not None
+        ]
         assert row["sampled"] == sum(len(turn["tokens"]) for turn in new)
 
 
 def test_metrics_of_every_stage(whole: Path) -> None:
     metrics = rows(whole, "metrics")
-    learnt = {"loss", "grad_norm", "lr", "trained_tokens", "skipped", "overlong", "length", "sampled", "stage", "step"}
+    learnt = {
+        "loss",
+        "grad_norm",
+        "lr",
+        "trained_tokens",
+        "skipped",
+        "overlong",
+        "length",
+        "sampled",
+        "stage",
+        "step",
+    }
     scored = {"entropy", "clip", "mismatch_kl", "kl", "reward", "first", "second", "groups", "dead"}
     assert all(set(row) == learnt for row in metrics[:3])
-    assert all(set(row) == {"stage", "step", "kept", "reward", "first", "overlong", "length", "sampled"} for row in metrics[3:6])
+    assert all(
+        set(row) == {"stage", "step", "kept", "reward", "first", "overlong", "length", "sampled"}
+        for row in metrics[3:6]
+    )
     assert all(set(row) == learnt | scored for row in metrics[6:])
-    assert [row["lr"] for row in metrics[6:]] == pytest.approx([5e-3, 5e-3, 3.75e-3, 1.25e-3])  # one step up, then a cosine over three
-    assert metrics[6]["kl"] == 0.0  # the anchor is the adapter as the stage found it, not "adapter off"
+    assert [row["lr"] for row in metrics[6:]] == pytest.approx(
+        [5e-3, 5e-3, 3.75e-3, 1.25e-3]
+    )  # one step up, then a cosine over three
+    assert (
+        metrics[6]["kl"] == 0.0
+    )  # the anchor is the adapter as the stage found it, not "adapter off"
     assert max(row["kl"] for row in metrics[7:]) > 1e-7
     assert all(row["mismatch_kl"] < 1e-9 for row in metrics[6:])
-    assert all(0 < row["grad_norm"] < 10 and row["skipped"] == 0 for row in metrics if row["stage"] != 1 and row.get("dead", 0) < 3)
+    assert all(
+        0 < row["grad_norm"] < 10 and row["skipped"] == 0
+        for row in metrics
+        if row["stage"] != 1 and row.get("dead", 0) < 3
+    )
     keys = {key for row in [*metrics, *rows(whole, "timings")] for key in row}
     drawn = {key for _, _, columns in CURVES for key, _ in columns} - {"dead_share"}
-    assert drawn - set(SCORES) - {"accuracy", "auc", "approved"} <= keys, "every curve of the report has its numbers"
+    assert drawn - set(SCORES) - {"accuracy", "auc", "approved"} <= keys, (
+        "every curve of the report has its numbers"
+    )
     assert not any(key.endswith(("_s", "_tps")) for row in metrics for key in row)
 
 
-def test_a_report_that_cannot_be_written_leaves_the_run_finished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Catches: the report written first, so that one odd row keeps a trained run from ever being finished."""
+def test_a_report_that_cannot_be_written_leaves_the_run_finished(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Catches: the report written first, so that one odd row keeps a trained run from ever being
+    finished."""
     from minirl import train
 
     def fail(folder: Path) -> Path:
         raise UserError(f"{folder}: odd")
 
     marks: list[tuple[Any, bool]] = []
-    run = SimpleNamespace(folder=tmp_path, advance=lambda position, *, finished: marks.append((position, finished)))
+    run = SimpleNamespace(
+        folder=tmp_path, advance=lambda position, *, finished: marks.append((position, finished))
+    )
     main, shown = SimpleNamespace(is_main_process=True), SimpleNamespace(say=print)
-    session = SimpleNamespace(accelerator=main, run=run, recipe=SimpleNamespace(stages=[1, 2]), policy=None, progress=shown)
+    session = SimpleNamespace(
+        accelerator=main,
+        run=run,
+        recipe=SimpleNamespace(stages=[1, 2]),
+        policy=None,
+        progress=shown,
+    )
     monkeypatch.setattr(train, "write_report", fail)
-    monkeypatch.setattr(train, "_export", lambda policy, folder: (folder / "adapter_config.json").write_text("{}"))
+    monkeypatch.setattr(
+        train, "_export", lambda policy, folder: (folder / "adapter_config.json").write_text("{}")
+    )
     with pytest.raises(UserError, match="odd"):
         train._finish(session)  # type: ignore[arg-type]
     assert marks == [(Position(2, 0), True)]
@@ -145,12 +234,25 @@ def test_failures_collected_are_what_reflect_starts_from(whole: Path) -> None:
     assert all(row["parts"]["first"] is False for row in kept)
     contexts = [tuple(token for turn in row["turns"] for token in turn["tokens"]) for row in kept]
     assert len(set(contexts)) == len(contexts)
-    assert max(sum(row["problem"]["id"] == other["problem"]["id"] for other in kept) for row in kept) <= 2  # keep_each
+    assert (
+        max(sum(row["problem"]["id"] == other["problem"]["id"] for other in kept) for row in kept)
+        <= 2
+    )  # keep_each
     for episode in rows(whole, "episodes"):
         if (episode["label"], episode["stage"]) == ("train", 2):
             turns = episode["turns"]
-            assert tuple(t for turn in turns[: episode["problem"]["context"]] for t in turn["tokens"]) in contexts
-            assert [turn["kind"] for turn in turns] == ["prompt", "attempt", "request", "reflection", "request", "retry"]
+            assert (
+                tuple(t for turn in turns[: episode["problem"]["context"]] for t in turn["tokens"])
+                in contexts
+            )
+            assert [turn["kind"] for turn in turns] == [
+                "prompt",
+                "attempt",
+                "request",
+                "reflection",
+                "request",
+                "retry",
+            ]
             assert [turn["trained"] for turn in turns] == [False, False, False, True, False, False]
 
 
@@ -158,8 +260,15 @@ def test_best_checkpoint_stays(whole: Path) -> None:
     scores = [summarise(row)["second"].value for row in rows(whole, "evals")]
     names = ["00-000000", "00-000002", "01-000000", "02-000002", "03-000000"]
     best = json.loads((whole / "state.json").read_text())["best"]
-    assert best == {"checkpoint": names[scores.index(max(scores))], "score": max(scores)}  # the first of equals
-    there = {path.name for path in (whole / "checkpoints").iterdir() if not path.name.startswith("reference")}
+    assert best == {
+        "checkpoint": names[scores.index(max(scores))],
+        "score": max(scores),
+    }  # the first of equals
+    there = {
+        path.name
+        for path in (whole / "checkpoints").iterdir()
+        if not path.name.startswith("reference")
+    }
     assert there == {best["checkpoint"], "03-000000"}
 
 
@@ -192,10 +301,15 @@ def compare_with_peft(model: Path, folder: Path) -> None:
 
 
 def test_evaluating_afterwards_finds_the_same(cli: Cli, whole: Path, tmp_path: Path) -> None:
-    """`minirl eval` with the run's own settings is the run's own evaluation: same weights, same seeds, same problems."""
+    """`minirl eval` with the run's own settings is the run's own evaluation: same weights, same
+    seeds, same problems."""
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    for options, label in (([], "adapter"), (["--base"], "base"), (["--set", "eval.temperature=0", "--set", "eval.samples=1"], "adapter")):
+    for options, label in (
+        ([], "adapter"),
+        (["--base"], "base"),
+        (["--set", "eval.temperature=0", "--set", "eval.samples=1"], "adapter"),
+    ):
         outcome = cli("eval", folder, *options)
         assert outcome.code == 0, outcome.err
         assert f"evaluation {label} on 4 problems: 1st try" in outcome.out
@@ -204,14 +318,23 @@ def test_evaluating_afterwards_finds_the_same(cli: Cli, whole: Path, tmp_path: P
     adapter, base, greedy = rows(folder, "later_evals")
     assert adapter["problems"] == rows(whole, "evals")[-1]["problems"]
     assert base["problems"] == rows(whole, "evals")[0]["problems"]
-    assert (greedy["temperature"], greedy["samples"], len(greedy["problems"][0]["first"])) == (0.0, 1, 1)
+    assert (greedy["temperature"], greedy["samples"], len(greedy["problems"][0]["first"])) == (
+        0.0,
+        1,
+        1,
+    )
     assert cli("report", folder).code == 0
     text = (folder / "report.html").read_text().split("Evaluated afterwards")[1]
     assert text.count("adapter against base") == 1  # the greedy one has no partner
 
 
 def test_reflect_on_line_draws_its_failures(cli: Cli, tiny: Path, tmp_path: Path) -> None:
-    path = recipe(tmp_path / "r.yaml", tiny, [REFLECT | {"attempts": 3, "train_all": True}], save={"episodes": 12})
+    path = recipe(
+        tmp_path / "r.yaml",
+        tiny,
+        [REFLECT | {"attempts": 3, "train_all": True}],
+        save={"episodes": 12},
+    )
     assert cli("run", path, "--out", tmp_path / "run").code == 0
     for row in rows(tmp_path / "run", "metrics"):
         assert 3 <= row["tried"] <= 9
@@ -219,11 +342,16 @@ def test_reflect_on_line_draws_its_failures(cli: Cli, tiny: Path, tmp_path: Path
         assert row["groups"] == min(3, failures)
         assert row["sampled"] > 0
     episodes = [row for row in rows(tmp_path / "run", "episodes") if row["label"] == "train"]
-    assert all([t["trained"] for t in e["turns"]] == [False, False, False, True, False, True] for e in episodes)
+    assert all(
+        [t["trained"] for t in e["turns"]] == [False, False, False, True, False, True]
+        for e in episodes
+    )
     first = {}
     for e in episodes:
         first.setdefault((e["step"], e["problem"]["id"]), []).append(e["turns"][1]["tokens"])
-    assert all(tokens == attempts[0] for attempts in first.values() for tokens in attempts)  # a group shares one failed attempt
+    assert all(
+        tokens == attempts[0] for attempts in first.values() for tokens in attempts
+    )  # a group shares one failed attempt
 
 
 def test_reflect_on_line_where_nothing_fails(start: Start, tiny: Path, tmp_path: Path) -> None:
@@ -231,7 +359,12 @@ def test_reflect_on_line_where_nothing_fails(start: Start, tiny: Path, tmp_path:
     outcome = start(run_with_verdict, True, "run", str(path), "--out", str(tmp_path / "run")).wait()
     assert outcome.code == 0, outcome.err
     for row in rows(tmp_path / "run", "metrics"):
-        assert (row["first"], row["tried"], row["grad_norm"], row["trained_tokens"]) == (1.0, 6.0, 0.0, 0.0)
+        assert (row["first"], row["tried"], row["grad_norm"], row["trained_tokens"]) == (
+            1.0,
+            6.0,
+            0.0,
+            0.0,
+        )
         assert "reward" not in row
 
 
@@ -240,13 +373,21 @@ def run_with_verdict(passed: bool, *argv: str) -> None:
     from minirl.episode import Verdict
     from minirl.verify import countdown
 
-    countdown.verify = lambda *_, **__: Verdict(float(passed), passed, {"error_kind": None if passed else "missed_target"})
+    countdown.verify = lambda *_, **__: Verdict(
+        float(passed), passed, {"error_kind": None if passed else "missed_target"}
+    )
     minirl(*argv)
 
 
-@pytest.mark.parametrize(("keep", "said"), [("failed", "kept nothing"), ("all", "needs failed attempts")])
-def test_collecting_the_wrong_thing_is_one_line(start: Start, tiny: Path, tmp_path: Path, keep: str, said: str) -> None:
-    path = recipe(tmp_path / "r.yaml", tiny, [{"kind": "collect", "problems": 3, "keep": keep}, REFLECT])
+@pytest.mark.parametrize(
+    ("keep", "said"), [("failed", "kept nothing"), ("all", "needs failed attempts")]
+)
+def test_collecting_the_wrong_thing_is_one_line(
+    start: Start, tiny: Path, tmp_path: Path, keep: str, said: str
+) -> None:
+    path = recipe(
+        tmp_path / "r.yaml", tiny, [{"kind": "collect", "problems": 3, "keep": keep}, REFLECT]
+    )
     outcome = start(run_with_verdict, True, "run", str(path), "--out", str(tmp_path / "run")).wait()
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
@@ -255,42 +396,90 @@ def test_collecting_the_wrong_thing_is_one_line(start: Start, tiny: Path, tmp_pa
 
 
 def test_self_training(cli: Cli, tiny: Path, tmp_path: Path) -> None:
-    """Offline: what was kept is trained id by id, beside the demonstrations. Online: right attempts, and as many demonstrations."""
-    sft = {"kind": "train", "method": "demonstrate", "group": 1, "batch": 8, "learner": {"loss": "nll", "lr": 1e-3}}
+    """Offline: what was kept is trained id by id, beside the demonstrations. Online: right
+    attempts, and as many demonstrations."""
+    sft = {
+        "kind": "train",
+        "method": "demonstrate",
+        "group": 1,
+        "batch": 8,
+        "learner": {"loss": "nll", "lr": 1e-3},
+    }
     stages = [
         sft | {"steps": 0},
-        {"kind": "collect", "problems": 10, "samples": 20, "batch": 5, "keep": "passed", "keep_each": 2},
+        {
+            "kind": "collect",
+            "problems": 10,
+            "samples": 20,
+            "batch": 5,
+            "keep": "passed",
+            "keep_each": 2,
+        },
         sft | {"steps": 4, "examples": "both"},
-        sft | {"method": "self_train", "steps": 2, "group": 12, "batch": 10, "learner": {"loss": "nll", "sampled_share": 0.5, "lr": 1e-3}},
+        sft
+        | {
+            "method": "self_train",
+            "steps": 2,
+            "group": 12,
+            "batch": 10,
+            "learner": {"loss": "nll", "sampled_share": 0.5, "lr": 1e-3},
+        },
     ]
     path = recipe(tmp_path / "r.yaml", tiny, stages, save={"episodes": 130})
     outcome = cli("run", path, "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err
-    assert [row["stage"] for row in rows(tmp_path / "run", "metrics")] == [1, 1, 2, 2, 2, 2, 3, 3], "a stage without steps is left out"
-    kept = [tuple(tuple(turn["tokens"]) for turn in row["turns"]) for row in rows(tmp_path / "run", "kept/1")]
+    assert [row["stage"] for row in rows(tmp_path / "run", "metrics")] == [
+        1,
+        1,
+        2,
+        2,
+        2,
+        2,
+        3,
+        3,
+    ], "a stage without steps is left out"
+    kept = [
+        tuple(tuple(turn["tokens"]) for turn in row["turns"])
+        for row in rows(tmp_path / "run", "kept/1")
+    ]
     assert len(kept) >= 3
     assert all(row["parts"]["first"] for row in rows(tmp_path / "run", "kept/1"))
     episodes = [row for row in rows(tmp_path / "run", "episodes") if row["label"] == "train"]
     offline = [row for row in episodes if row["stage"] == 2]
-    replayed = [tuple(tuple(turn["tokens"]) for turn in row["turns"]) for row in offline if row["problem"]["context"]]
+    replayed = [
+        tuple(tuple(turn["tokens"]) for turn in row["turns"])
+        for row in offline
+        if row["problem"]["context"]
+    ]
     assert set(replayed) <= set(kept)
     assert 0 < len(replayed) < len(offline) == 32
-    assert len({row["problem"]["id"] for row in offline if not row["problem"]["context"]}) > 3, "and demonstrations of all problems"
+    assert len({row["problem"]["id"] for row in offline if not row["problem"]["context"]}) > 3, (
+        "and demonstrations of all problems"
+    )
     assert all([turn["trained"] for turn in row["turns"]] == [False, True] for row in offline)
     online = [row for row in episodes if (row["stage"], row["step"]) == (3, 0)]
     attempts, shown = online[:120], online[120:]
-    assert [row["parts"]["first"] for row in attempts] == [row["turns"][1]["trained"] for row in attempts]
+    assert [row["parts"]["first"] for row in attempts] == [
+        row["turns"][1]["trained"] for row in attempts
+    ]
     assert any(row["turns"][1]["trained"] for row in attempts)
-    assert [row["problem"]["id"] for row in shown] == [row["problem"]["id"] for row in attempts[::12]]
+    assert [row["problem"]["id"] for row in shown] == [
+        row["problem"]["id"] for row in attempts[::12]
+    ]
     assert all(row["turns"][1]["trained"] and row["turns"][1]["logprobs"] is None for row in shown)
     metrics = rows(tmp_path / "run", "metrics")[6]
     assert metrics["first"] == sum(row["parts"]["first"] for row in attempts) / 120
-    assert metrics["overlong"] == sum(row["finish"] == "length" for row in attempts) / 120, "of what was sampled alone"
-    assert metrics["trained_tokens"] == sum(len(turn["tokens"]) for row in online for turn in row["turns"] if turn["trained"])
+    assert metrics["overlong"] == sum(row["finish"] == "length" for row in attempts) / 120, (
+        "of what was sampled alone"
+    )
+    assert metrics["trained_tokens"] == sum(
+        len(turn["tokens"]) for row in online for turn in row["turns"] if turn["trained"]
+    )
 
 
 def test_what_was_cut_is_not_kept_as_right() -> None:
-    """Catches: self-training on right programs that the token limit cut while the model wrote on: they have no end to learn."""
+    """Catches: self-training on right programs that the token limit cut while the model wrote on:
+    they have no end to learn."""
     problem = Problem("p", "?", None)
 
     def played(token: int, passed: bool, finish: str) -> Episode:
@@ -306,7 +495,9 @@ def test_what_was_cut_is_not_kept_as_right() -> None:
     ]
 
     def kept(which: Any, each: int = 9) -> list[int]:
-        return [e.tokens[1] for e in keep(episodes, Collect(kind="collect", keep=which, keep_each=each))]
+        return [
+            e.tokens[1] for e in keep(episodes, Collect(kind="collect", keep=which, keep_each=each))
+        ]
 
     assert kept("passed") == [3, 5]
     assert kept("passed", 1) == [3]
@@ -314,8 +505,11 @@ def test_what_was_cut_is_not_kept_as_right() -> None:
     assert kept("all") == [2, 3, 4, 5]
 
 
-def test_a_run_is_not_taken_up_with_other_weights(start: Start, cli: Cli, tiny: Path, tmp_path: Path) -> None:
-    """The same name, and another copy of the model under it: the hub answers again, or a folder was written over."""
+def test_a_run_is_not_taken_up_with_other_weights(
+    start: Start, cli: Cli, tiny: Path, tmp_path: Path
+) -> None:
+    """The same name, and another copy of the model under it: the hub answers again, or a folder was
+    written over."""
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
     path = recipe(tmp_path / "r.yaml", model, [SINGLE | {"steps": 400}], save={"every": 1})
@@ -326,7 +520,11 @@ def test_a_run_is_not_taken_up_with_other_weights(start: Start, cli: Cli, tiny: 
     job.process.join()
     weights = load_file(model / "model.safetensors")
     name = next(iter(weights))
-    save_file(weights | {name: weights[name] + 0.01}, model / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        weights | {name: weights[name] + 0.01},
+        model / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     before = metrics.read_text()
     outcome = cli("run", path, "--out", tmp_path / "run")
     assert outcome.code == 2
@@ -337,59 +535,96 @@ def test_a_run_is_not_taken_up_with_other_weights(start: Start, cli: Cli, tiny: 
 
 
 def test_a_run_is_not_taken_up_in_another_dtype(cli: Cli, tiny: Path, tmp_path: Path) -> None:
-    """What `auto` finds differs from GPU to GPU. Catches: weights that differ by rounding alone told as other weights."""
+    """What `auto` finds differs from GPU to GPU. Catches: weights that differ by rounding alone
+    told as other weights."""
     path, folder = recipe(tmp_path / "r.yaml", tiny, [SINGLE | {"steps": 1}]), tmp_path / "run"
     assert cli("run", path, "--out", folder).code == 0
     known = json.loads((folder / "model.json").read_text())
     run = Run.open(folder, recipes.load(path))
     with run:
         run.check_model(known["weights"], known["dtype"])
-        with pytest.raises(UserError, match=rf"computes in other, expected {known['dtype']}, in which the run began"):
+        with pytest.raises(
+            UserError,
+            match=rf"computes in other, expected {known['dtype']}, in which the run began",
+        ):
             run.check_model("digest of the same weights, rounded otherwise", "other")
         with pytest.raises(UserError, match="has other weights here"):
             run.check_model("digest of others", known["dtype"])
     assert json.loads((folder / "model.json").read_text()) == known
 
 
-def test_a_run_is_not_taken_up_with_other_problems(start: Start, cli: Cli, tiny: Path, tmp_path: Path) -> None:
-    """A data file that was edited while the run lay still. Catches: a run whose steps are of two data sets."""
+def test_a_run_is_not_taken_up_with_other_problems(
+    start: Start, cli: Cli, tiny: Path, tmp_path: Path
+) -> None:
+    """A data file that was edited while the run lay still. Catches: a run whose steps are of two
+    data sets."""
     asked, held = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
-    rows = [{"question": f"What is {n} plus 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(9)]
+    rows = [
+        {"question": f"What is {n} plus 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"}
+        for n in range(9)
+    ]
     asked.write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
     held.write_text("".join(json.dumps(row) + "\n" for row in rows[6:]))
-    path, folder = recipe(tmp_path / "r.yaml", tiny, [SINGLE | {"steps": 400}], save={"every": 1}), tmp_path / "run"
+    path, folder = (
+        recipe(tmp_path / "r.yaml", tiny, [SINGLE | {"steps": 400}], save={"every": 1}),
+        tmp_path / "run",
+    )
     task = {"name": "gsm8k", "source": str(asked), "test_source": str(held), "held_out": 3}
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"task": task}))
     job = start(minirl, "run", str(path), "--out", str(folder))
-    until(job, lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text().count("\n") >= 3)
+    until(
+        job,
+        lambda: (
+            (folder / "metrics.jsonl").exists()
+            and (folder / "metrics.jsonl").read_text().count("\n") >= 3
+        ),
+    )
     job.process.kill()
     job.process.join()
-    noted, before = json.loads((folder / "task.json").read_text()), (folder / "metrics.jsonl").read_text()
+    noted, before = (
+        json.loads((folder / "task.json").read_text()),
+        (folder / "metrics.jsonl").read_text(),
+    )
     assert (noted["train"], noted["held_out"]) == (6, 3)
     asked.write_text(asked.read_text().replace("#### 4", "#### 5"))
     outcome = cli("run", path, "--out", folder)
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
-    assert f"{folder}: the task gsm8k has other problems here (got 6 and 3 held out, digest " in outcome.err
+    assert (
+        f"{folder}: the task gsm8k has other problems here (got 6 and 3 held out, digest "
+        in outcome.err
+    )
     assert before.startswith((folder / "metrics.jsonl").read_text()), "what was saved is kept"
     assert json.loads((folder / "task.json").read_text()) == noted
 
 
 @pytest.mark.parametrize("held", ["", "[]", '{"problems": 3}', "[" * 100_000])
-def test_a_damaged_note_of_the_problems_is_named(held: str, tiny: Path, tmp_path: Path, cli: Cli) -> None:
+def test_a_damaged_note_of_the_problems_is_named(
+    held: str, tiny: Path, tmp_path: Path, cli: Cli
+) -> None:
     """What a run is checked against is data too. Catches: a traceback in place of a line."""
     path, folder = recipe(tmp_path / "r.yaml", tiny, [SINGLE | {"steps": 1}]), tmp_path / "run"
     assert cli("run", path, "--out", folder).code == 0
     (folder / "task.json").write_text(held)
-    with Run.open(folder, recipes.load(path)) as run, pytest.raises(UserError, match=r"task\.json: .*delete it to go on unchecked"):
+    with (
+        Run.open(folder, recipes.load(path)) as run,
+        pytest.raises(UserError, match=r"task\.json: .*delete it to go on unchecked"),
+    ):
         run.check_task("digest", 1, 1)
 
 
 @pytest.mark.parametrize("name", ["policy.safetensors", "learner.safetensors", "learner.json"])
 @pytest.mark.parametrize("held", [None, b"", b"{"])
-def test_a_torn_checkpoint_is_named(name: str, held: bytes | None, cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_a_torn_checkpoint_is_named(
+    name: str, held: bytes | None, cli: Cli, tiny: Path, tmp_path: Path
+) -> None:
     """A file that a copy left out or cut. Catches: a traceback on resume."""
-    path, folder = recipe(tmp_path / "r.yaml", tiny, [SINGLE | {"steps": 2}], save={"every": 1, "keep_last": 9}), tmp_path / "run"
+    path, folder = (
+        recipe(
+            tmp_path / "r.yaml", tiny, [SINGLE | {"steps": 2}], save={"every": 1, "keep_last": 9}
+        ),
+        tmp_path / "run",
+    )
     assert cli("run", path, "--out", folder).code == 0
     state = json.loads((folder / "state.json").read_text())
     state |= {"finished": False, "position": {"stage": 0, "step": 1}, "weights": "00-000001"}
@@ -405,7 +640,10 @@ def test_a_torn_checkpoint_is_named(name: str, held: bytes | None, cli: Cli, tin
 def test_every_loss_trains(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     """One run of plain single-attempt stages, one for each preset of the loss."""
     losses = ["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce"]
-    stages = [SINGLE | {"learner": {"loss": loss, "lr": 5e-3, "schedule": "constant", "warmup": 0.0}} for loss in losses]
+    stages = [
+        SINGLE | {"learner": {"loss": loss, "lr": 5e-3, "schedule": "constant", "warmup": 0.0}}
+        for loss in losses
+    ]
     path = recipe(tmp_path / "r.yaml", tiny, stages, save={"episodes": 0})
     outcome = cli("run", path, "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err
@@ -459,7 +697,13 @@ def test_ctrl_c_saves_and_resuming_gives_the_same(
     resumed = cli("run", path, "--out", folder)
     assert resumed.code == 0
     assert f"resuming at stage {stage}, step {position['step']}\n" in resumed.out
-    for name in ("metrics.jsonl", "evals.jsonl", "episodes.jsonl", "kept/1.jsonl", "adapter/adapter_model.safetensors"):
+    for name in (
+        "metrics.jsonl",
+        "evals.jsonl",
+        "episodes.jsonl",
+        "kept/1.jsonl",
+        "adapter/adapter_model.safetensors",
+    ):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
 
 
@@ -476,20 +720,31 @@ def test_second_ctrl_c_stops_at_once(start: Start, tiny: Path, tmp_path: Path) -
 
 
 def test_missing_tracker_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:
-    missing = next((name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is None), None)
+    missing = next(
+        (name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is None), None
+    )
     if missing is None:
         pytest.skip("wandb and trackio are both installed, so no tracker is missing")
     path = recipe(tmp_path / "r.yaml", tiny, [SINGLE], track=[missing])
     outcome = cli("run", path, "--out", tmp_path / "run")
     assert outcome.code == 2
-    assert outcome.err == f"minirl: track: got '{missing}', which is not installed; `pip install {missing}` or take it out of the list\n"
+    assert (
+        outcome.err
+        == f"minirl: track: got '{missing}', which is not installed; `pip install {missing}` or"
+        " take it out of the list\n"
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_tensorboard_gets_the_metrics(start: Start, cli: Cli, tiny: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("tensorboard") is None:
         pytest.skip("tensorboard is not installed; it comes with the extra tensorboard")
-    path = recipe(tmp_path / "r.yaml", tiny, [SINGLE, SINGLE | {"learner": {"loss": "rloo"}}], track=["tensorboard"])
+    path = recipe(
+        tmp_path / "r.yaml",
+        tiny,
+        [SINGLE, SINGLE | {"learner": {"loss": "rloo"}}],
+        track=["tensorboard"],
+    )
     outcome = cli("run", path, "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     read = start(read_events, tmp_path / "run").wait()
@@ -497,7 +752,10 @@ def test_tensorboard_gets_the_metrics(start: Start, cli: Cli, tiny: Path, tmp_pa
     logged = yaml.safe_load(read.out)
     rewards = [row["reward"] for row in rows(tmp_path / "run", "metrics")]
     assert logged["0/reward"] == [[0, pytest.approx(rewards[0])], [1, pytest.approx(rewards[1])]]
-    assert logged["1/reward"] == [[2, pytest.approx(rewards[2])], [3, pytest.approx(rewards[3])]]  # steps are counted on over stages
+    assert logged["1/reward"] == [
+        [2, pytest.approx(rewards[2])],
+        [3, pytest.approx(rewards[3])],
+    ]  # steps are counted on over stages
     assert [step for step, _ in logged["1/sample_s"]] == [2, 3]
     first = [summarise(row)["first"].value for row in rows(tmp_path / "run", "evals")]
     assert logged["eval/first"] == [[2, first[0]], [4, first[1]]]
@@ -512,5 +770,7 @@ def read_events(folder: Path) -> None:
         events = EventAccumulator(str(path))
         events.Reload()
         for tag in events.Tags()["scalars"]:
-            found.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
+            found.setdefault(tag, []).extend(
+                (event.step, event.value) for event in events.Scalars(tag)
+            )
     print(json.dumps(found))

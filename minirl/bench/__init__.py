@@ -1,6 +1,8 @@
-"""`minirl bench`: what the engine is worth on the user's own machine, beside transformers' `generate`, padded rows and TRL.
+"""`minirl bench`: what the engine is worth on the user's own machine, beside transformers'
+`generate`, padded rows and TRL.
 
-Invariant: what is compared ran in this process by turns, on the same model, prompts and lengths; nothing here is looked up or assumed.
+Invariant: what is compared ran in this process by turns, on the same model, prompts and lengths;
+nothing here is looked up or assumed.
 """
 
 from __future__ import annotations
@@ -31,16 +33,22 @@ MEASURES: dict[str, Callable[[Bench], list[Measurement]]] = {
 }
 
 
-def bench(options: Options, say: Callable[[str], None] = print, keep: Callable[[Report], object] = lambda report: None) -> Report:
+def bench(
+    options: Options,
+    say: Callable[[str], None] = print,
+    keep: Callable[[Report], object] = lambda report: None,
+) -> Report:
     """Measure the sections that the options name, in the order of SECTIONS.
 
-    say: gets a line as each begins. keep: gets the report after each, so that a later one's failure loses nothing.
-    Raises UserError for a model that cannot be had.
+    say: gets a line as each begins. keep: gets the report after each, so that a later one's failure
+    loses nothing. Raises UserError for a model that cannot be had.
     """
     with tempfile.TemporaryDirectory() as folder:
         opened = open_bench(options, Path(folder))
         model = describe(opened.loaded)
-        if options.random_weights is not None:  # the folder that they were written to is nobody's concern
+        if (
+            options.random_weights is not None
+        ):  # the folder that they were written to is nobody's concern
             model = f"random weights of {options.random_weights} · {model.split(' · ', 1)[1]}"
         report = Report(machine(opened), model, asdict(options))
         say(f"{report.model}\n{', '.join(report.machine.values())}")

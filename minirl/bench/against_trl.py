@@ -1,7 +1,8 @@
 """TRL's GRPOTrainer, one whole step at a time, by turns with ours.
 
-TRL gets what it does best here: its own sampling (`generate` over all completions of a step) for GRPO, `rollout_func` over the same for
-R3, its fused head, no KL term, one micro-batch a group. Invariant: every completion has exactly the length that ours has.
+TRL gets what it does best here: its own sampling (`generate` over all completions of a step) for
+GRPO, `rollout_func` over the same for R3, its fused head, no KL term, one micro-batch a group.
+Invariant: every completion has exactly the length that ours has.
 """
 
 from __future__ import annotations
@@ -47,15 +48,20 @@ def missing() -> str:
     found = version()
     if found is None:
         return f"not installed: {INSTALL}"
-    return "" if found.startswith(WANTED) else f"TRL {found} installed, expected {WANTED}*: {INSTALL}"
+    return (
+        "" if found.startswith(WANTED) else f"TRL {found} installed, expected {WANTED}*: {INSTALL}"
+    )
 
 
 def by_turns_with_trl(
-    bench: Bench, ours: Callable[[], float], rollout: Callable[[Bench, Sampler], list[Episode]] | None
+    bench: Bench,
+    ours: Callable[[], float],
+    rollout: Callable[[Bench, Sampler], list[Episode]] | None,
 ) -> tuple[Runs, Runs, float | None]:
     """(seconds, completions) of our steps and of TRL's, and TRL's peak memory in MB on CUDA.
 
-    rollout: plays a step's episodes against a sampler and goes through `rollout_func`; None lets TRL sample by itself.
+    rollout: plays a step's episodes against a sampler and goes through `rollout_func`; None lets
+    TRL sample by itself.
     """
     turns = Turns(bench, ours)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
@@ -80,7 +86,9 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         self.theirs_runs: Runs = []
         self.peak_mb: float | None = None
         self._is_cuda = bench.device.type == "cuda"
-        self._held_before = torch.cuda.memory_allocated(bench.device) if self._is_cuda else 0  # by our model
+        self._held_before = (
+            torch.cuda.memory_allocated(bench.device) if self._is_cuda else 0
+        )  # by our model
         self._warm = False
         self._began_s = 0.0
 
@@ -96,7 +104,9 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         synchronize(self.bench.device)
         theirs = time.perf_counter() - self._began_s, float(self.bench.sizes.rows)
         if self._is_cuda and not self._warm:
-            self.peak_mb = (torch.cuda.max_memory_allocated(self.bench.device) - self._held_before) / MEGA
+            self.peak_mb = (
+                torch.cuda.max_memory_allocated(self.bench.device) - self._held_before
+            ) / MEGA
         ours = timed(self.ours, self.bench.device)
         if self._warm:
             self.theirs_runs.append(theirs)
@@ -104,7 +114,9 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         self._warm = True
 
 
-def _trainer(bench: Bench, folder: Path, rollout: Callable[[Bench, Sampler], list[Episode]] | None) -> Any:
+def _trainer(
+    bench: Bench, folder: Path, rollout: Callable[[Bench, Sampler], list[Episode]] | None
+) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
     sizes, lora, tokenizer = bench.sizes, bench.node.lora, copy.deepcopy(bench.loaded.tokenizer)
@@ -135,35 +147,61 @@ def _trainer(bench: Bench, folder: Path, rollout: Callable[[Bench, Sampler], lis
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         lengths = {len(ids) for ids in completion_ids}
         if lengths != {sizes.new_tokens}:
-            raise RuntimeError(f"expected TRL's completions to have {sizes.new_tokens} tokens, got {sorted(lengths)}")
+            raise RuntimeError(
+                f"expected TRL's completions to have {sizes.new_tokens} tokens, got"
+                f" {sorted(lengths)}"
+            )
         return [float(number % 2) for number in range(len(completion_ids))]
 
     return GRPOTrainer(
         model=models.load_model(bench.node).model.unload(),
         reward_funcs=reward,
         args=settings,
-        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": p.prompt}]} for p in bench.problems]),
+        train_dataset=Dataset.from_list(
+            [{"prompt": [{"role": "user", "content": p.prompt}]} for p in bench.problems]
+        ),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0, task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules=lora.targets,
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        ),
         rollout_func=None if rollout is None else _rollout_func(bench, rollout),
     )
 
 
-def _rollout_func(bench: Bench, rollout: Callable[[Bench, Sampler], list[Episode]]) -> Callable[[Any, Any], dict[str, Any]]:
-    """An R3 rollout for TRL: all before the reflection is the prompt, the reflection the completion, and the retry for the reward alone."""
+def _rollout_func(
+    bench: Bench, rollout: Callable[[Bench, Sampler], list[Episode]]
+) -> Callable[[Any, Any], dict[str, Any]]:
+    """An R3 rollout for TRL: all before the reflection is the prompt, the reflection the
+    completion, and the retry for the reward alone."""
 
     def run(prompts: list[Any], trainer: Any) -> dict[str, Any]:
         from trl.models import unwrap_model_for_generation
 
         with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-            episodes = rollout(bench, Generate(model.get_base_model(), bench.chat, bench.device, rows=bench.sizes.rows))
+            episodes = rollout(
+                bench,
+                Generate(model.get_base_model(), bench.chat, bench.device, rows=bench.sizes.rows),
+            )
         if len(episodes) != len(prompts):
-            raise RuntimeError(f"expected TRL to ask for {len(episodes)} completions, got {len(prompts)} prompts")
-        trained = [next(i for i, turn in enumerate(episode.turns) if turn.trained) for episode in episodes]
-        before = [[t for turn in e.turns[:i] for t in turn.tokens] for e, i in zip(episodes, trained, strict=True)]
+            raise RuntimeError(
+                f"expected TRL to ask for {len(episodes)} completions, got {len(prompts)} prompts"
+            )
+        trained = [
+            next(i for i, turn in enumerate(episode.turns) if turn.trained) for episode in episodes
+        ]
+        before = [
+            [t for turn in e.turns[:i] for t in turn.tokens]
+            for e, i in zip(episodes, trained, strict=True)
+        ]
         return {
             "prompt_ids": before,
-            "completion_ids": [list(e.turns[i].tokens) for e, i in zip(episodes, trained, strict=True)],
+            "completion_ids": [
+                list(e.turns[i].tokens) for e, i in zip(episodes, trained, strict=True)
+            ],
             "logprobs": None,
             "retry": [list(e.turns[-1].tokens) for e in episodes],
         }

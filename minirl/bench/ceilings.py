@@ -1,6 +1,7 @@
 """Ceilings: what the machine does at best, and how much of it the decode step and the update reach.
 
-Invariant: a ceiling is measured in the same run, by turns with what is held against it, on the model's own matrices.
+Invariant: a ceiling is measured in the same run, by turns with what is held against it, on the
+model's own matrices.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ FEW = 8  # new tokens of the shorter of the two rollouts whose difference is the
 
 
 def measure_ceilings(bench: Bench) -> list[Measurement]:
-    """Bandwidth; the decode step against its bandwidth and matmul floors; the update against the matmul ceiling."""
+    """Bandwidth; the decode step against its bandwidth and matmul floors; the update against the
+    matmul ceiling."""
     read, copy = bandwidths(bench)
     best = max(read.median, copy.median)
     found = [
         Measurement("ceilings", "memory, reading", "GB/s", read, None, "", "a sum over float32"),
-        Measurement("ceilings", "memory, copying", "GB/s", copy, None, "", "bytes read and bytes written"),
+        Measurement(
+            "ceilings", "memory, copying", "GB/s", copy, None, "", "bytes read and bytes written"
+        ),
     ]
     return [*found, *decode(bench, best), *update(bench)]
 
@@ -50,7 +54,8 @@ def bandwidths(bench: Bench) -> tuple[Spread, Spread]:
 
 
 def decode(bench: Bench, gigabytes_per_s: float) -> list[Measurement]:
-    """Milliseconds of one decode step of all rows, from two rollouts that differ in nothing but the number of steps."""
+    """Milliseconds of one decode step of all rows, from two rollouts that differ in nothing but the
+    number of steps."""
     rows, new = bench.sizes.rows, bench.sizes.new_tokens
     few = min(FEW, max(1, new // 2))
     live = bench.sampler()
@@ -73,18 +78,34 @@ def decode(bench: Bench, gigabytes_per_s: float) -> list[Measurement]:
     held = weight_bytes(bench), kv_bytes(bench, rows, length)
     bandwidth = Spread((sum(held) / gigabytes_per_s / GIGA * 1e3,))
     what = f"decode step, {rows} rows"
-    note = f"weights {held[0] / 1e6:,.0f} MB + keys and values {held[1] / 1e6:,.0f} MB at {gigabytes_per_s:.1f} GB/s"
+    note = (
+        f"weights {held[0] / 1e6:,.0f} MB + keys and values {held[1] / 1e6:,.0f} MB at"
+        f" {gigabytes_per_s:.1f} GB/s"
+    )
     return [
         Measurement("ceilings", what, "ms", step, bandwidth, "bandwidth floor", note),
-        Measurement("ceilings", what, "ms", step, floor, "matmul floor", "the model's matrices alone, without attention and adapter"),
+        Measurement(
+            "ceilings",
+            what,
+            "ms",
+            step,
+            floor,
+            "matmul floor",
+            "the model's matrices alone, without attention and adapter",
+        ),
     ]
 
 
 def update(bench: Bench) -> list[Measurement]:
-    """TFLOP/s of an update (forward and backward through the frozen matrices; adapters and attention not counted) against matmuls alone."""
+    """TFLOP/s of an update (forward and backward through the frozen matrices; adapters and
+    attention not counted) against matmuls alone."""
     prompt, completion = bench.sizes.grid[min(2, len(bench.sizes.grid) - 1)]
     trained = bench.sizes.group * completion
-    tokens = prompt + trained if bench.policy.shares_prefixes else bench.sizes.group * (prompt + completion)
+    tokens = (
+        prompt + trained
+        if bench.policy.shares_prefixes
+        else bench.sizes.group * (prompt + completion)
+    )
     body = sum(m.in_features * m.out_features for m in matrices_of(bench)[:-1])
     head = matrices_of(bench)[-1]
     flops = 4.0 * tokens * body + 4.0 * trained * head.in_features * head.out_features
@@ -94,7 +115,9 @@ def update(bench: Bench) -> list[Measurement]:
         ours()
         return flops / 1e12
 
-    runs = by_turns({"ours": work, "matrices": products(bench, tokens)}, bench.options.repeats, bench.device)
+    runs = by_turns(
+        {"ours": work, "matrices": products(bench, tokens)}, bench.options.repeats, bench.device
+    )
     return [
         Measurement(
             "ceilings",
@@ -109,10 +132,12 @@ def update(bench: Bench) -> list[Measurement]:
 
 
 def products(bench: Bench, rows: int) -> Callable[[], float]:
-    """One forward product of `rows` rows with every matrix of the model and its head, in the model's order; returns TFLOP."""
+    """One forward product of `rows` rows with every matrix of the model and its head, in the
+    model's order; returns TFLOP."""
     matrices = matrices_of(bench)
     inputs: dict[int, Tensor] = {
-        width: torch.randn(rows, width, device=bench.device).to(bench.policy.dtype) for width in {m.in_features for m in matrices}
+        width: torch.randn(rows, width, device=bench.device).to(bench.policy.dtype)
+        for width in {m.in_features for m in matrices}
     }
 
     @torch.no_grad()
@@ -128,14 +153,21 @@ def matrices_of(bench: Bench) -> list[nn.Linear]:
     """The base model's linear layers, the output head last."""
     base = bench.policy.model.get_base_model()
     head = base.get_output_embeddings()
-    inner = [m for name, m in base.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name and m is not head]
+    inner = [
+        m
+        for name, m in base.named_modules()
+        if isinstance(m, nn.Linear) and "lora_" not in name and m is not head
+    ]
     return [*inner, head]
 
 
 def weight_bytes(bench: Bench) -> float:
-    """Bytes of all weights that a decode step reads: the matrices, and the adapter in the compute dtype."""
+    """Bytes of all weights that a decode step reads: the matrices, and the adapter in the compute
+    dtype."""
     base = sum(p.numel() * p.element_size() for m in matrices_of(bench) for p in m.parameters())
-    return float(base + sum(p.numel() for p in bench.policy.trainable.values()) * bench.policy.dtype.itemsize)
+    return float(
+        base + sum(p.numel() for p in bench.policy.trainable.values()) * bench.policy.dtype.itemsize
+    )
 
 
 def kv_bytes(bench: Bench, rows: int, length: float) -> float:
@@ -143,4 +175,6 @@ def kv_bytes(bench: Bench, rows: int, length: float) -> float:
     text = bench.policy.model.get_base_model().config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return float(2 * rows * length * text.num_hidden_layers * heads * size * bench.policy.dtype.itemsize)
+    return float(
+        2 * rows * length * text.num_hidden_layers * heads * size * bench.policy.dtype.itemsize
+    )

@@ -1,6 +1,8 @@
-"""transformers' `generate` as a sampler: called directly and well, as what the live sampler is measured against.
+"""transformers' `generate` as a sampler: called directly and well, as what the live sampler is
+measured against.
 
-Invariant: it does nothing that it need not: left-padded lock-step batches, exact sampling at temperature 1, no log-probabilities.
+Invariant: it does nothing that it need not: left-padded lock-step batches, exact sampling at
+temperature 1, no log-probabilities.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from minirl.episode import Ask, Completion
 
 
 class Generate:
-    """Decodes all waiting asks together, up to `rows`, and gives them back when the longest has ended. Lengths alone end a completion.
+    """Decodes all waiting asks together, up to `rows`, and gives them back when the longest has
+    ended. Lengths alone end a completion.
 
     model: a transformers model, LoRA layers inside or not.
     """
@@ -48,13 +51,26 @@ class Generate:
     @torch.no_grad()
     def _generate(self, asks: Sequence[Ask]) -> list[Completion]:
         longest, pad = max(len(ask.tokens) for ask in asks), self.chat.tokenizer.pad_token_id
-        tokens = torch.tensor([[pad] * (longest - len(ask.tokens)) + list(ask.tokens) for ask in asks], device=self.device)
-        present = torch.tensor([[0] * (longest - len(ask.tokens)) + [1] * len(ask.tokens) for ask in asks], device=self.device)
+        tokens = torch.tensor(
+            [[pad] * (longest - len(ask.tokens)) + list(ask.tokens) for ask in asks],
+            device=self.device,
+        )
+        present = torch.tensor(
+            [[0] * (longest - len(ask.tokens)) + [1] * len(ask.tokens) for ask in asks],
+            device=self.device,
+        )
         limits = torch.tensor([ask.max_tokens for ask in asks], device=self.device)
         settings = GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=int(limits.max()), pad_token_id=pad, disable_compile=True
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=int(limits.max()),
+            pad_token_id=pad,
+            disable_compile=True,
         )
-        # What the model's own generation config sets (an end token, top-k, penalties) would be taken wherever ours is silent.
+        # What the model's own generation config sets (an end token, top-k, penalties) would be
+        # taken wherever ours is silent.
         kept, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
             out = self.model.generate(
@@ -65,8 +81,13 @@ class Generate:
             )
         finally:
             self.model.generation_config = kept
-        sampled = [row[: ask.max_tokens] for row, ask in zip(out[:, longest:].tolist(), asks, strict=True)]
-        return [Completion(tuple(row), (0.0,) * len(row), self.chat.text(row), "length") for row in sampled]
+        sampled = [
+            row[: ask.max_tokens] for row, ask in zip(out[:, longest:].tolist(), asks, strict=True)
+        ]
+        return [
+            Completion(tuple(row), (0.0,) * len(row), self.chat.text(row), "length")
+            for row in sampled
+        ]
 
 
 class Limits(StoppingCriteria):  # type: ignore[misc]
@@ -81,13 +102,17 @@ class Limits(StoppingCriteria):  # type: ignore[misc]
 
 @contextmanager
 def stock(policy: Policy, attention: str, adapter: torch.dtype = torch.float32) -> Iterator[Any]:
-    """The policy's transformers model as transformers and peft ship it: their attention, their LoRA, norms and MLPs, nothing of ours.
+    """The policy's transformers model as transformers and peft ship it: their attention, their
+    LoRA, norms and MLPs, nothing of ours.
 
-    attention: the implementation it was loaded with. adapter: what the adapter's weights are held in; in the model's own type `generate`
-    need not cast anything.
+    attention: the implementation it was loaded with. adapter: what the adapter's weights are held
+    in; in the model's own type `generate` need not cast anything.
     """
     base = policy.model.get_base_model()
-    ours, masters = base.config._attn_implementation, {name: p.data for name, p in policy.trainable.items()}
+    ours, masters = (
+        base.config._attn_implementation,
+        {name: p.data for name, p in policy.trainable.items()},
+    )
     ours_too = [module for module in policy.model.modules() if "forward" in vars(module)]
     try:
         base.set_attn_implementation(attention)

@@ -1,4 +1,5 @@
-"""The retriever: seconds and memory of indexing, opening again and searching. How each is measured: minirl/retrieve/cost.py."""
+"""The retriever: seconds and memory of indexing, opening again and searching. How each is measured:
+minirl/retrieve/cost.py."""
 
 from __future__ import annotations
 
@@ -22,13 +23,33 @@ def measured(count: int, repeats: int) -> list[Measurement]:
     scored = "with numba" if NUMBA else "numpy alone; pip install numba for more"
     lines = {
         "index": ("s", [built.seconds for built, _ in rounds], f"{WORDS} words each"),
-        "memory while indexing": ("MB", [built.mb for built, _ in rounds], "at most, above the paragraphs themselves"),
+        "memory while indexing": (
+            "MB",
+            [built.mb for built, _ in rounds],
+            "at most, above the paragraphs themselves",
+        ),
         "on the disk": ("MB", [built.disk_mb for built, _ in rounds], "index and passages"),
         "open again": ("s", [searched.open_seconds for _, searched in rounds], "mapped, not read"),
-        "search": ("queries/s", [searched.queries_per_s for _, searched in rounds], f"{QUERY_WORDS} words, top {FOUND}, {scored}"),
-        "memory after searches": ("MB", [searched.mb for _, searched in rounds], f"{QUERIES} queries; with what was read of mapped files"),
+        "search": (
+            "queries/s",
+            [searched.queries_per_s for _, searched in rounds],
+            f"{QUERY_WORDS} words, top {FOUND}, {scored}",
+        ),
+        "memory after searches": (
+            "MB",
+            [searched.mb for _, searched in rounds],
+            f"{QUERIES} queries; with what was read of mapped files",
+        ),
     }
     return [
-        Measurement("retrieval", f"BM25, {count:,} paragraphs: {what}", unit, Spread(tuple(values)), None, "", note)
+        Measurement(
+            "retrieval",
+            f"BM25, {count:,} paragraphs: {what}",
+            unit,
+            Spread(tuple(values)),
+            None,
+            "",
+            note,
+        )
         for what, (unit, values, note) in lines.items()
     ]

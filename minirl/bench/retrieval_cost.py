@@ -1,7 +1,9 @@
-"""What an index costs: seconds and memory of indexing, of opening again and of searching, over synthetic paragraphs.
+"""What an index costs: seconds and memory of indexing, of opening again and of searching, over
+synthetic paragraphs.
 
-Invariant: each figure comes from a fresh process that loads the retriever alone, so that memory is the index's and no timing inherits
-another's caches. Word counts follow Zipf's law, as those of text do; the words are no language's.
+Invariant: each figure comes from a fresh process that loads the retriever alone, so that memory is
+the index's and no timing inherits another's caches. Word counts follow Zipf's law, as those of text
+do; the words are no language's.
 """
 
 from __future__ import annotations
@@ -25,13 +27,16 @@ from minirl.retrieve.bm25 import Bm25
 WORDS = 80  # a paragraph
 VOCABULARY = 200_000
 QUERIES, QUERY_WORDS, FOUND = 500, 8, 5
-STOP_WORDS = 100  # the most frequent words, of which no query is made, as none is made of "the" and "of"
+STOP_WORDS = (
+    100  # the most frequent words, of which no query is made, as none is made of "the" and "of"
+)
 MEGA = 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """Indexing. seconds: without making the paragraphs. mb: resident at most, above what the process and the paragraphs held before."""
+    """Indexing. seconds: without making the paragraphs. mb: resident at most, above what the
+    process and the paragraphs held before."""
 
     seconds: float
     mb: float
@@ -40,7 +45,8 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """An index opened again. mb: resident after the searches, above what the process held before; mapped files count, as far as read."""
+    """An index opened again. mb: resident after the searches, above what the process held before;
+    mapped files count, as far as read."""
 
     open_seconds: float
     queries_per_s: float
@@ -49,7 +55,10 @@ class Searched:
 
 def one_round(count: int) -> tuple[Built, Searched]:
     """Index, then open and search, each in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as alone:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as alone,
+    ):
         built = alone.submit(build, count, folder).result()
         return built, alone.submit(search, count, folder).result()
 
@@ -61,11 +70,14 @@ def build(count: int, folder: str) -> Built:
     index = Bm25.build(passages, Bm25Retriever(kind="bm25"))
     seconds, most = time.perf_counter() - began, peak_mb()
     index.save(Path(folder))
-    return Built(seconds, most - before, sum(file.stat().st_size for file in Path(folder).iterdir()) / MEGA)
+    return Built(
+        seconds, most - before, sum(file.stat().st_size for file in Path(folder).iterdir()) / MEGA
+    )
 
 
 def search(count: int, folder: str) -> Searched:
-    """Open what `build` wrote and search it, after a query that is not counted (numba compiles at the first)."""
+    """Open what `build` wrote and search it, after a query that is not counted (numba compiles at
+    the first)."""
     asked = list(queries(count))
     before, began = peak_mb(), time.perf_counter()
     index = Bm25.load(Path(folder), Bm25Retriever(kind="bm25"))
@@ -77,7 +89,8 @@ def search(count: int, folder: str) -> Searched:
 
 
 def paragraphs(count: int) -> Iterator[Passage]:
-    """The same `count` paragraphs every time: word number r is drawn with a probability proportional to 1/r."""
+    """The same `count` paragraphs every time: word number r is drawn with a probability
+    proportional to 1/r."""
     ranks = 1.0 / np.arange(1, VOCABULARY + 1)
     law, random = np.cumsum(ranks / ranks.sum()), np.random.default_rng(0)
     for number in range(count):
@@ -86,7 +99,8 @@ def paragraphs(count: int) -> Iterator[Passage]:
 
 
 def queries(count: int) -> Iterator[str]:
-    """QUERIES queries, each of the first QUERY_WORDS words of a paragraph that are not among the most frequent."""
+    """QUERIES queries, each of the first QUERY_WORDS words of a paragraph that are not among the
+    most frequent."""
     for passage in paragraphs(min(count, QUERIES)):
         rare = [word for word in passage.text.split() if int(word[1:]) >= STOP_WORDS]
         yield " ".join(rare[:QUERY_WORDS])
@@ -98,4 +112,8 @@ def peak_mb() -> float:
     if status.is_file():  # Linux's getrusage starts a child at what its parent held
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024 / MEGA
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / MEGA
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+        / MEGA
+    )

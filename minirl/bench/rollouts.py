@@ -1,8 +1,8 @@
 """Rollouts: the live sampler beside `generate`, on the same episodes.
 
-`generate` twice, where the model computes in half precision: at its best, with the adapter cast to the model's type; and on the model as
-peft trains it, with a float32 adapter. Invariant: all sides sample exactly the same number of tokens, turn by turn, because every length
-is decided beforehand.
+`generate` twice, where the model computes in half precision: at its best, with the adapter cast to
+the model's type; and on the model as peft trains it, with a float32 adapter. Invariant: all sides
+sample exactly the same number of tokens, turn by turn, because every length is decided beforehand.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def measure_rollouts(bench: Bench) -> list[Measurement]:
         f"R3, 3 turns of {new}": partial(r3_from_scratch, bench),
         "search-like, 1-4 uneven turns": partial(planned, bench, search_plans(bench)),
     }
-    adapters = {GENERATE: bench.policy.dtype} | ({AS_TRAINED: torch.float32} if bench.policy.dtype != torch.float32 else {})
+    adapters = {GENERATE: bench.policy.dtype} | (
+        {AS_TRAINED: torch.float32} if bench.policy.dtype != torch.float32 else {}
+    )
     found = []
     for what, episodes in kinds.items():
 
@@ -49,7 +51,9 @@ def measure_rollouts(bench: Bench) -> list[Measurement]:
             live.reset()
             return sampled(episodes(live))
 
-        def theirs(dtype: torch.dtype, episodes: Callable[[Sampler], list[Episode]] = episodes) -> float:
+        def theirs(
+            dtype: torch.dtype, episodes: Callable[[Sampler], list[Episode]] = episodes
+        ) -> float:
             with stock(bench.policy, bench.stock_attention, adapter=dtype):
                 return sampled(episodes(generate))
 
@@ -57,10 +61,17 @@ def measure_rollouts(bench: Bench) -> list[Measurement]:
         runs = by_turns(sides, bench.options.repeats, bench.device)
         counts = {done for side in runs.values() for _, done in side}
         if len(counts) != 1:
-            raise RuntimeError(f"{what}: expected all sides to sample the same number of tokens, got {sorted(counts)}")
+            raise RuntimeError(
+                f"{what}: expected all sides to sample the same number of tokens, got"
+                f" {sorted(counts)}"
+            )
         note = f"{rows} episodes of {bench.sizes.prompts} prompts, {counts.pop():.0f} tokens"
         for name in adapters:
-            found.append(Measurement("rollout", what, "tokens/s", rates(runs["ours"]), rates(runs[name]), name, note))
+            found.append(
+                Measurement(
+                    "rollout", what, "tokens/s", rates(runs["ours"]), rates(runs[name]), name, note
+                )
+            )
     live.reset()
     return found
 
@@ -106,31 +117,48 @@ def uneven_plans(bench: Bench) -> list[Plan]:
 
 
 def search_plans(bench: Bench) -> list[Plan]:
-    """1 to 4 turns of a sixth to two thirds of the new tokens each, with results of some 40 to 120 words between them."""
+    """1 to 4 turns of a sixth to two thirds of the new tokens each, with results of some 40 to 120
+    words between them."""
     rng, new = Random(1), bench.sizes.new_tokens
     lengths, words = range(max(1, new // 6), max(2, 2 * new // 3)), WORDS.split()
 
     def told() -> str:
-        return " ".join(rng.choices(words, k=rng.randint(max(1, 5 * new // 12), max(2, 5 * new // 4))))
+        return " ".join(
+            rng.choices(words, k=rng.randint(max(1, 5 * new // 12), max(2, 5 * new // 4)))
+        )
 
-    return [[(rng.choice(lengths), told()) for _ in range(rng.randint(1, 4))] for _ in range(bench.sizes.rows)]
+    return [
+        [(rng.choice(lengths), told()) for _ in range(rng.randint(1, 4))]
+        for _ in range(bench.sizes.rows)
+    ]
 
 
 def r3_from_scratch(bench: Bench, sampler: Sampler) -> list[Episode]:
     """Attempt, reflection, retry, from every prompt and every member of its group."""
-    return play([reflect(talk, FAIL) for talk in talks(bench, bench.problems, bench.sizes.group)], sampler)
+    return play(
+        [reflect(talk, FAIL) for talk in talks(bench, bench.problems, bench.sizes.group)], sampler
+    )
 
 
 def grpo_step(bench: Bench, sampler: Sampler) -> list[Episode]:
-    """The episodes of a GRPO step: a group of attempts on each prompt, with rewards that differ within every group."""
-    return rewarded(play([single(talk, FAIL) for talk in talks(bench, bench.problems, bench.sizes.group)], sampler))
+    """The episodes of a GRPO step: a group of attempts on each prompt, with rewards that differ
+    within every group."""
+    return rewarded(
+        play(
+            [single(talk, FAIL) for talk in talks(bench, bench.problems, bench.sizes.group)],
+            sampler,
+        )
+    )
 
 
 def r3_step(bench: Bench, sampler: Sampler) -> list[Episode]:
-    """The episodes of an R3 step: one failed attempt on each prompt, then a group of reflections and retries on each failure."""
+    """The episodes of an R3 step: one failed attempt on each prompt, then a group of reflections
+    and retries on each failure."""
     attempts = play([single(talk, FAIL) for talk in talks(bench, bench.problems, 1)], sampler)
     failures = [failed(episode.problem, episode.turns) for episode in attempts]
-    return rewarded(play([reflect(talk, FAIL) for talk in talks(bench, failures, bench.sizes.group)], sampler))
+    return rewarded(
+        play([reflect(talk, FAIL) for talk in talks(bench, failures, bench.sizes.group)], sampler)
+    )
 
 
 def rewarded(episodes: Sequence[Episode]) -> list[Episode]:

@@ -1,6 +1,7 @@
 """What a bench is run on: the options, the sizes, and the model that both sides share.
 
-Invariant: both sides get the same prompts, the same lengths and the same weights. Completions have forced lengths: no token ends one.
+Invariant: both sides get the same prompts, the same lengths and the same weights. Completions have
+forced lengths: no token ends one.
 """
 
 from __future__ import annotations
@@ -26,18 +27,29 @@ from minirl.episode import Problem
 from minirl.errors import UserError
 
 SECTIONS = ("rollout", "update", "step", "ceilings", "retrieval")
-WORDS = "river stone cloud paper green house light table water apple night cover seven music plant train story field"
+WORDS = (
+    "river stone cloud paper green house light table water apple night cover seven music plant"
+    " train story field"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What is sampled and trained. prompt_tokens: of the shortest and the longest prompt. grid: prompt and completion tokens of updates."""
+    """What is sampled and trained. prompt_tokens: of the shortest and the longest prompt. grid:
+    prompt and completion tokens of updates."""
 
     prompts: int = 8
     group: int = 8
     prompt_tokens: tuple[int, int] = (110, 150)
     new_tokens: int = 96
-    grid: tuple[tuple[int, int], ...] = ((64, 256), (128, 128), (256, 64), (512, 64), (256, 256), (1024, 128))
+    grid: tuple[tuple[int, int], ...] = (
+        (64, 256),
+        (128, 128),
+        (256, 64),
+        (512, 64),
+        (256, 256),
+        (1024, 128),
+    )
 
     @property
     def rows(self) -> int:
@@ -52,7 +64,8 @@ QUICK = Sizes(prompts=2, group=4, prompt_tokens=(70, 90), new_tokens=8, grid=((2
 class Options:
     """What to measure.
 
-    random_weights: a hub id, a config.json or its folder, in place of `model`. step_tokens: prompt and new tokens of whole steps.
+    random_weights: a hub id, a config.json or its folder, in place of `model`. step_tokens: prompt
+    and new tokens of whole steps.
     cuda_graphs: as in recipe.Sampling.
     """
 
@@ -70,7 +83,11 @@ class Options:
     @classmethod
     def parse(cls, *, sections: str, step_tokens: str | None, **others: Any) -> Self:
         """Options as the command line has them. Raises UserError for what cannot be run."""
-        options = cls(sections=tuple(part.strip() for part in sections.split(",")), step_tokens=_pair(step_tokens), **others)
+        options = cls(
+            sections=tuple(part.strip() for part in sections.split(",")),
+            step_tokens=_pair(step_tokens),
+            **others,
+        )
         for name, value, known in (
             *(("--sections", section, SECTIONS) for section in options.sections),
             ("--quantize", options.quantize, ("none", "nf4", "int8")),
@@ -85,7 +102,8 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """The opened model and what is asked of it. stock_attention: the implementation that transformers chose for it."""
+    """The opened model and what is asked of it. stock_attention: the implementation that
+    transformers chose for it."""
 
     options: Options
     sizes: Sizes
@@ -108,15 +126,28 @@ class Bench:
 
     def sampling(self) -> recipe.Sampling:
         """The recipe's numbers that fit these sizes."""
-        return recipe.Sampling(attempt_tokens=self.sizes.new_tokens, reflection_tokens=self.sizes.new_tokens, rows=self.sizes.rows)
+        return recipe.Sampling(
+            attempt_tokens=self.sizes.new_tokens,
+            reflection_tokens=self.sizes.new_tokens,
+            rows=self.sizes.rows,
+        )
 
     def sampler(self) -> LiveSampler | PlainSampler:
         """A live sampler of as many rows as one step has."""
-        return open_sampler(self.policy, self.chat, rows=self.sizes.rows, cuda_graphs=self.options.cuda_graphs)
+        return open_sampler(
+            self.policy, self.chat, rows=self.sizes.rows, cuda_graphs=self.options.cuda_graphs
+        )
 
     def learner(self, micro_tokens: int | None = None) -> Learner:
-        """GRPO without a KL term and with a learning rate too small to change what is measured next; no clipping of the gradient."""
-        settings = {"beta": 0.0, "lr": 1e-12, "grad_clip": 1e9, "schedule": "constant", "warmup": 0.0}
+        """GRPO without a KL term and with a learning rate too small to change what is measured
+        next; no clipping of the gradient."""
+        settings = {
+            "beta": 0.0,
+            "lr": 1e-12,
+            "grad_clip": 1e9,
+            "schedule": "constant",
+            "warmup": 0.0,
+        }
         if micro_tokens is not None:
             settings["micro_tokens"] = micro_tokens
         return Learner(
@@ -131,12 +162,25 @@ class Bench:
 
 
 def open_bench(options: Options, folder: Path) -> Bench:
-    """The model of the options, with a fresh adapter; `folder` takes random weights. Raises UserError for what cannot be had."""
+    """The model of the options, with a fresh adapter; `folder` takes random weights. Raises
+    UserError for what cannot be had."""
     name = options.model
     if options.random_weights is not None:
         device = models.pick_device()
-        name = str(write_random_model(options.random_weights, folder / "model", models.pick_dtype(options.dtype, device), device))
-    node = recipe.Model(name=name, quantize=options.quantize, dtype=options.dtype, gradient_checkpointing=options.gradient_checkpointing)
+        name = str(
+            write_random_model(
+                options.random_weights,
+                folder / "model",
+                models.pick_dtype(options.dtype, device),
+                device,
+            )
+        )
+    node = recipe.Model(
+        name=name,
+        quantize=options.quantize,
+        dtype=options.dtype,
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
     loaded = models.load_model(node)
     stock_attention = loaded.model.get_base_model().config._attn_implementation
     chat = Chat(loaded.tokenizer)
@@ -144,17 +188,31 @@ def open_bench(options: Options, folder: Path) -> Bench:
     policy = Policy(loaded.model, loaded.device, loaded.dtype)
     accelerator = Accelerator(cpu=loaded.device.type == "cpu")
     sizes = QUICK if options.quick else Sizes()
-    return Bench(options, sizes, node, loaded, policy, chat, accelerator, str(stock_attention), problems_of(chat, sizes))
+    return Bench(
+        options,
+        sizes,
+        node,
+        loaded,
+        policy,
+        chat,
+        accelerator,
+        str(stock_attention),
+        problems_of(chat, sizes),
+    )
 
 
 def problems_of(chat: Chat, sizes: Sizes) -> tuple[Problem, ...]:
     """Prompts of evenly spread lengths."""
     low, high = sizes.prompt_tokens
-    return tuple(prompt_of(chat, i, low + (high - low) * i // max(1, sizes.prompts - 1)) for i in range(sizes.prompts))
+    return tuple(
+        prompt_of(chat, i, low + (high - low) * i // max(1, sizes.prompts - 1))
+        for i in range(sizes.prompts)
+    )
 
 
 def prompt_of(chat: Chat, seed: int, tokens: int) -> Problem:
-    """A problem whose rendered prompt has `tokens` tokens or a word's more (or the bare template's, where that is longer)."""
+    """A problem whose rendered prompt has `tokens` tokens or a word's more (or the bare template's,
+    where that is longer)."""
     words = Random(seed).choices(WORDS.split(), k=tokens)
 
     def problem(count: int) -> Problem:
@@ -176,5 +234,7 @@ def _pair(text: str | None) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", text.strip())
     if found is None:
-        raise UserError(f"--step-tokens: got {text!r}, expected prompt and new tokens, e.g. 512/128")
+        raise UserError(
+            f"--step-tokens: got {text!r}, expected prompt and new tokens, e.g. 512/128"
+        )
     return int(found[1]), int(found[2])

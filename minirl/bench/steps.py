@@ -1,6 +1,7 @@
 """Whole steps: sample, score, learn. Ours beside TRL's GRPOTrainer.
 
-Invariant: both sides train a model of their own, loaded alike, on the same prompts, groups and lengths, with the same rewards.
+Invariant: both sides train a model of their own, loaded alike, on the same prompts, groups and
+lengths, with the same rewards.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from minirl.bench.updates import MEGA
 from minirl.episode import Episode, regroup
 from minirl.rollout import Sampler
 
-STEPS: dict[str, Callable[[Bench, Sampler], list[Episode]]] = {"GRPO step": grpo_step, "R3 step": r3_step}
+STEPS: dict[str, Callable[[Bench, Sampler], list[Episode]]] = {
+    "GRPO step": grpo_step,
+    "R3 step": r3_step,
+}
 
 
 def measure_steps(bench: Bench) -> list[Measurement]:
-    """Completions a second of a whole step; on CUDA its peak memory too. Without TRL: ours alone, and why."""
+    """Completions a second of a whole step; on CUDA its peak memory too. Without TRL: ours alone,
+    and why."""
     if bench.options.step_tokens is not None:
         prompt, new = bench.options.step_tokens
         bench = bench.resized(replace(bench.sizes, prompt_tokens=(prompt, prompt), new_tokens=new))
@@ -40,15 +45,23 @@ def measure_steps(bench: Bench) -> list[Measurement]:
             rollout = episodes if episodes is r3_step else None
             runs, others, theirs_peak = by_turns_with_trl(bench, step, rollout)
             theirs, against = rates(others), f"TRL {version()}"
-        note = f"{rows} completions in {rows / rates(runs).median:.3g} s" + (f", TRL in {rows / theirs.median:.3g} s" if theirs else "")
+        note = f"{rows} completions in {rows / rates(runs).median:.3g} s" + (
+            f", TRL in {rows / theirs.median:.3g} s" if theirs else ""
+        )
         found.append(Measurement("step", what, "completions/s", rates(runs), theirs, against, note))
         if ours_peak is not None:
             trl_peak = None if theirs_peak is None else Spread((theirs_peak,))
-            found.append(Measurement("step", f"{what}, peak memory", "MB", Spread((ours_peak,)), trl_peak, against))
+            found.append(
+                Measurement(
+                    "step", f"{what}, peak memory", "MB", Spread((ours_peak,)), trl_peak, against
+                )
+            )
     return found
 
 
-def our_step(bench: Bench, episodes: Callable[[Bench, Sampler], list[Episode]]) -> Callable[[], float]:
+def our_step(
+    bench: Bench, episodes: Callable[[Bench, Sampler], list[Episode]]
+) -> Callable[[], float]:
     """One step as the loop makes it; returns how many completions it trained on."""
     sampler, learner = bench.sampler(), bench.learner()
 
@@ -58,7 +71,10 @@ def our_step(bench: Bench, episodes: Callable[[Bench, Sampler], list[Episode]]) 
         sampler.reset()  # as a session does: on a GPU the cache's memory is the learner's now
         stats = learner.update(groups)
         if stats["dead"] or stats["trained_tokens"] != bench.sizes.rows * bench.sizes.new_tokens:
-            raise RuntimeError(f"expected {bench.sizes.rows} completions of {bench.sizes.new_tokens} trained tokens, got {stats}")
+            raise RuntimeError(
+                f"expected {bench.sizes.rows} completions of {bench.sizes.new_tokens} trained"
+                f" tokens, got {stats}"
+            )
         return float(bench.sizes.rows)
 
     return step
@@ -70,5 +86,10 @@ def _forget_peak(bench: Bench) -> None:
 
 
 def _peak_mb(bench: Bench) -> float | None:
-    """Most megabytes of tensors since `_forget_peak`, weights included; None on a CPU, where nobody counts along."""
-    return torch.cuda.max_memory_allocated(bench.device) / MEGA if bench.device.type == "cuda" else None
+    """Most megabytes of tensors since `_forget_peak`, weights included; None on a CPU, where nobody
+    counts along."""
+    return (
+        torch.cuda.max_memory_allocated(bench.device) / MEGA
+        if bench.device.type == "cuda"
+        else None
+    )

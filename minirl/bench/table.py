@@ -18,7 +18,12 @@ from minirl.engine.cpu.compiled import kernels
 
 def render(report: Report) -> Table:
     """One line a measurement; the ratio is ours over theirs, medians."""
-    table = Table(title=report.model, caption=", ".join(report.machine.values()), caption_justify="left", title_justify="left")
+    table = Table(
+        title=report.model,
+        caption=", ".join(report.machine.values()),
+        caption_justify="left",
+        title_justify="left",
+    )
     for name in ("what", "ours", "theirs", "against"):
         table.add_column(name, justify="right" if name in ("ours", "theirs") else "left")
     table.add_column("ratio", justify="right")
@@ -31,8 +36,17 @@ def render(report: Report) -> Table:
         ratio = "" if line.ratio is None else f"{line.ratio:.2f}x"
         theirs = "" if line.theirs is None else number(line.theirs.median)
         spreads = (line.ours, line.theirs, line.ratios)
-        spread = " | ".join(text for side in spreads if side is not None and (text := between(side)))
-        table.add_row(line.what, f"{number(line.ours.median)} {line.unit}", theirs, line.against, ratio, spread)
+        spread = " | ".join(
+            text for side in spreads if side is not None and (text := between(side))
+        )
+        table.add_row(
+            line.what,
+            f"{number(line.ours.median)} {line.unit}",
+            theirs,
+            line.against,
+            ratio,
+            spread,
+        )
     return table
 
 
@@ -43,17 +57,25 @@ def number(value: float) -> str:
 
 def between(spread: Spread) -> str:
     """Smallest and largest of several; empty for one."""
-    return "" if len(spread.values) < 2 else f"{number(min(spread.values))}-{number(max(spread.values))}"
+    return (
+        ""
+        if len(spread.values) < 2
+        else f"{number(min(spread.values))}-{number(max(spread.values))}"
+    )
 
 
 def machine(bench: Bench) -> dict[str, str]:
-    """Processor, accelerator, threads, versions, dtype and the load when the bench began: what a figure is worth nothing without."""
+    """Processor, accelerator, threads, versions, dtype and the load when the bench began: what a
+    figure is worth nothing without."""
     device, options = bench.device, bench.options
     found = {"processor": _processor(), "threads": f"{torch.get_num_threads()} threads"}
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         found["accelerator"] = f"{torch.cuda.get_device_name(device)} ({memory / 2**30:.0f} GiB)"
-    found["versions"] = f"torch {torch.__version__}, transformers {transformers.__version__}, python {platform.python_version()}"
+    found["versions"] = (
+        f"torch {torch.__version__}, transformers {transformers.__version__}, python"
+        f" {platform.python_version()}"
+    )
     if kernels(torch.empty(0, dtype=bench.policy.dtype, device=device)) is not None:
         found["versions"] += f", numba {importlib.metadata.version('numba')}"
     base = "" if options.quantize == "none" else f" over {options.quantize}"
@@ -66,7 +88,20 @@ def machine(bench: Bench) -> dict[str, str]:
 def _processor() -> str:
     info, names = Path("/proc/cpuinfo"), list[str]()
     if info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
     has = torch.cpu.get_capabilities()
-    wide = [name.upper().replace("_", "-") for name in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2") if has.get(name)][:1]
-    return " ".join([names[0] if names else platform.processor() or platform.machine(), *(f"with {name}" for name in wide)])
+    wide = [
+        name.upper().replace("_", "-")
+        for name in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2")
+        if has.get(name)
+    ][:1]
+    return " ".join(
+        [
+            names[0] if names else platform.processor() or platform.machine(),
+            *(f"with {name}" for name in wide),
+        ]
+    )

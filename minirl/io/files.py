@@ -1,7 +1,8 @@
-"""Files that survive a kill: replaced in one rename or only ever appended to, JSONL rows, and the lock of a folder.
+"""Files that survive a kill: replaced in one rename or only ever appended to, JSONL rows, and the
+lock of a folder.
 
-Invariant: `write_file` and `write_folder` leave the old or the new thing, whole and on the disk, never half of either; a torn end of an
-append-only file is told from its rows and left out.
+Invariant: `write_file` and `write_folder` leave the old or the new thing, whole and on the disk,
+never half of either; a torn end of an append-only file is told from its rows and left out.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def write_file(path: Path, text: str) -> None:
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Put a folder at `path` by a rename: it is there whole, filled by `write` and on the disk, or not at all."""
+    """Put a folder at `path` by a rename: it is there whole, filled by `write` and on the disk, or
+    not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = _temp(path)
     if temp.exists():
@@ -64,13 +66,17 @@ def remove_folder(path: Path) -> None:
 
 
 def lock_folder(folder: Path) -> filelock.BaseFileLock:
-    """Make the folder and take its lock: the operating system's, so that it ends with the process however that ends."""
+    """Make the folder and take its lock: the operating system's, so that it ends with the process
+    however that ends."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise UserError(f"{folder}: another process is running in it; wait for it, stop it, or name another folder with --out") from error
+        raise UserError(
+            f"{folder}: another process is running in it; wait for it, stop it, or name another"
+            " folder with --out"
+        ) from error
     return lock
 
 
@@ -92,7 +98,8 @@ class Journal:
         file.flush()
 
     def sync(self) -> None:
-        """All rows so far are on the disk when this returns, and so are the names of their files."""
+        """All rows so far are on the disk when this returns, and so are the names of their
+        files."""
         for file in self._files.values():
             os.fsync(file.fileno())
         _sync(*{self.folder, *((self.folder / name).parent for name in self._files)})
@@ -105,7 +112,8 @@ class Journal:
 
 
 def compact(row: Mapping[str, Any]) -> bytes:
-    """One line of JSON: floats by repr, so equal numbers are equal bytes; NaN and infinities, which JSON lacks, become null."""
+    """One line of JSON: floats by repr, so equal numbers are equal bytes; NaN and infinities, which
+    JSON lacks, become null."""
     try:
         return json.dumps(row, allow_nan=False, separators=(",", ":")).encode()
     except ValueError:
@@ -118,7 +126,8 @@ def write_rows(path: Path, rows: list[Mapping[str, Any]]) -> None:
 
 
 def read_rows(path: Path, *, growing: bool = True) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, none if it is absent. UserError names file and line of a row that is not a JSON object.
+    """The rows of a JSONL file, none if it is absent. UserError names file and line of a row that
+    is not a JSON object.
 
     growing: another process may be writing, so an unfinished last line is left out.
     """
@@ -133,9 +142,14 @@ def read_rows(path: Path, *, growing: bool = True) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{path}:{number}: not a JSON row ({error}); mend or delete the line") from error
+            raise UserError(
+                f"{path}:{number}: not a JSON row ({error}); mend or delete the line"
+            ) from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: got {type(row).__name__}, expected a JSON object; mend or delete the line")
+            raise UserError(
+                f"{path}:{number}: got {type(row).__name__}, expected a JSON object; mend or delete"
+                " the line"
+            )
         rows.append(row)
     return rows
 

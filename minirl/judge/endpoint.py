@@ -1,9 +1,11 @@
-"""A sampler behind HTTP: any server that speaks OpenAI's chat completions, for judges and for whoever writes in the policy's place.
+"""A sampler behind HTTP: any server that speaks OpenAI's chat completions, for judges and for
+whoever writes in the policy's place.
 
-Invariant: every ask is answered within (retries + 1) * timeout_s and the pauses between, at most `concurrency` connections are open (that
-of a request that was given up is closed before the next), and a server's fault is one line. A completion from here is text alone: `tokens`
-and `logprobs` are empty, for the server's ids are none of ours. So nothing of it can be trained; a conversation goes on from it once its
-text is written down again (see relay.py).
+Invariant: every ask is answered within (retries + 1) * timeout_s and the pauses between, at most
+`concurrency` connections are open (that of a request that was given up is closed before the next),
+and a server's fault is one line. A completion from here is text alone: `tokens` and `logprobs` are
+empty, for the server's ids are none of ours. So nothing of it can be trained; a conversation goes
+on from it once its text is written down again (see relay.py).
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ def _line(role: str, content: str) -> bytes:
 
 
 class Messages(Chat):
-    """Stands in for a Chat where the server holds the tokenizer: messages as lines of JSON, one token a byte."""
+    """Stands in for a Chat where the server holds the tokenizer: messages as lines of JSON, one
+    token a byte."""
 
     eos: frozenset[int] = frozenset()
 
@@ -65,15 +68,19 @@ class Messages(Chat):
 
 
 class _NoAnswerError(UserError):
-    """A fault that may be gone the next time: a time-out, a connection that fails, 408, 429 or 5xx."""
+    """A fault that may be gone the next time: a time-out, a connection that fails, 408, 429 or
+    5xx."""
 
 
 class EndpointSampler:
-    """Posts each ask in a thread of its own. Raises UserError from `poll` for a server that gives no answer, refuses, or says nonsense.
+    """Posts each ask in a thread of its own. Raises UserError from `poll` for a server that gives
+    no answer, refuses, or says nonsense.
 
-    patient: never raise; an ask that comes to nothing is answered by a completion that "failed". After GIVE_UP without an answer in a row
-    all that wait fail at once; `reset` gives the server another chance: one ask goes ahead, without retries, and the others only once that
-    one is answered. So a dead server costs one time-out a call. A refusal of one ask (a prompt that is too long, say) is an answer.
+    patient: never raise; an ask that comes to nothing is answered by a completion that "failed".
+    After GIVE_UP without an answer in a row all that wait fail at once; `reset` gives the server
+    another chance: one ask goes ahead, without retries, and the others only once that one is
+    answered. So a dead server costs one time-out a call. A refusal of one ask (a prompt that is too
+    long, say) is an answer.
     """
 
     def __init__(self, node: Other, *, patient: bool = False) -> None:
@@ -89,7 +96,8 @@ class EndpointSampler:
         if node.key_env is not None:
             if not (key := os.environ.get(node.key_env)):
                 raise UserError(
-                    f"{type(node).__name__.lower()}.key_env: {node.key_env} is not set, expected the key of {self._url} in that variable"
+                    f"{type(node).__name__.lower()}.key_env: {node.key_env} is not set, expected"
+                    f" the key of {self._url} in that variable"
                 )
             self._headers["Authorization"] = f"Bearer {key}"
 
@@ -110,7 +118,9 @@ class EndpointSampler:
         doubtful = self._faults >= GIVE_UP - 1
         while self._waiting and self._running < (1 if doubtful else self._node.concurrency):
             retries = 0 if doubtful else self._node.retries
-            threading.Thread(target=self._answer, args=(*self._waiting.popleft(), retries), daemon=True).start()
+            threading.Thread(
+                target=self._answer, args=(*self._waiting.popleft(), retries), daemon=True
+            ).start()
             self._running += 1
         if not self._running:
             raise RuntimeError("poll: expected at least one ask")
@@ -135,14 +145,25 @@ class EndpointSampler:
             self._done.put((key, self._read(self._post(ask, retries))))
         except UserError as error:
             self._done.put((key, error))
-        except Exception as error:  # of a thread: whoever polls must hear of it, or would wait for ever
+        except (
+            Exception
+        ) as error:  # of a thread: whoever polls must hear of it, or would wait for ever
             self._done.put((key, UserError(f"{self._url}: {type(error).__name__}: {error}")))
 
     def _post(self, ask: Ask, retries: int) -> bytes:
         messages = [json.loads(line) for line in bytes(ask.tokens).splitlines()]
-        body: dict[str, Any] = {"model": self._node.model, "messages": messages, "max_tokens": ask.max_tokens}
-        body |= {"temperature": ask.temperature, "seed": ask.seed % 2**31} | ({"stop": list(ask.stop)} if ask.stop else {})
-        request, said = urllib.request.Request(self._url, json.dumps(body).encode(), self._headers), ""
+        body: dict[str, Any] = {
+            "model": self._node.model,
+            "messages": messages,
+            "max_tokens": ask.max_tokens,
+        }
+        body |= {"temperature": ask.temperature, "seed": ask.seed % 2**31} | (
+            {"stop": list(ask.stop)} if ask.stop else {}
+        )
+        request, said = (
+            urllib.request.Request(self._url, json.dumps(body).encode(), self._headers),
+            "",
+        )
         for number in range(retries + 1):
             if number:
                 time.sleep(FIRST_PAUSE_S * 2 ** (number - 1))
@@ -151,8 +172,14 @@ class EndpointSampler:
                 return answer
             said = f"{type(answer).__name__}: {answer}"[:200]
             if not passing(answer):
-                raise UserError(f"{self._url}: the server refused ({said}), {_EXPECTED}; see to the address, the model's name and the key")
-        raise _NoAnswerError(f"{self._url}: no answer in {retries + 1} tries ({said}); see that the server runs, or raise timeout_s")
+                raise UserError(
+                    f"{self._url}: the server refused ({said}), {_EXPECTED}; see to the address,"
+                    " the model's name and the key"
+                )
+        raise _NoAnswerError(
+            f"{self._url}: no answer in {retries + 1} tries ({said}); see that the server runs, or"
+            " raise timeout_s"
+        )
 
     def _read(self, answer: bytes) -> Completion:
         try:
@@ -163,6 +190,13 @@ class EndpointSampler:
             if not isinstance(text, str):
                 raise TypeError(f"content is {type(text).__name__}")
         except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-            raise UserError(f"{self._url}: got {answer[:40]!r} ({type(error).__name__}: {error}), {_EXPECTED}; mend the server") from error
-        text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair would break a tokenizer later on
-        return Completion((), (), text, "length" if choice.get("finish_reason") == "length" else "stop")
+            raise UserError(
+                f"{self._url}: got {answer[:40]!r} ({type(error).__name__}: {error}), {_EXPECTED};"
+                " mend the server"
+            ) from error
+        text = text.encode(
+            "utf-8", "replace"
+        ).decode()  # half of a surrogate pair would break a tokenizer later on
+        return Completion(
+            (), (), text, "length" if choice.get("finish_reason") == "length" else "stop"
+        )

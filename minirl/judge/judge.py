@@ -1,9 +1,11 @@
-"""A judge: a language model that says whether an answer means the same as a gold answer (ReSearch, arXiv 2503.19470, section 4.1), or
-whether one step of a trajectory is a good one (SWiRL, arXiv 2504.04736, section 3).
+"""A judge: a language model that says whether an answer means the same as a gold answer (ReSearch,
+arXiv 2503.19470, section 4.1), or whether one step of a trajectory is a good one (SWiRL, arXiv
+2504.04736, section 3).
 
-Through the same door as every sampler: an ask and a reply. Invariant: a verdict is read strictly or not at all. What cannot be read, or
-never comes, is None: counted, and neither right nor wrong. Who judges a step never sees the gold answer. The prompts and their parsers
-stand together here, all of them.
+Through the same door as every sampler: an ask and a reply. Invariant: a verdict is read strictly or
+not at all. What cannot be read, or never comes, is None: counted, and neither right nor wrong. Who
+judges a step never sees the gold answer. The prompts and their parsers stand together here, all of
+them.
 """
 
 from __future__ import annotations
@@ -43,8 +45,12 @@ GOOD, BAD = "GOOD", "BAD"
 _FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 _VERDICTS = {"correct": True, "incorrect": False}
 _WORDS = {GOOD: True, BAD: False}
-MOST_CHARS = 2000  # of an answer or a message that is shown: a longer one is no answer to a short question
-MOST_SAID = 8000  # characters of each message that came before; of both, the beginning and the end, where the action stands
+MOST_CHARS = (
+    2000  # of an answer or a message that is shown: a longer one is no answer to a short question
+)
+# characters of each message that came before; of both, the beginning and the end, where the action
+# stands
+MOST_SAID = 8000
 
 
 class Case(NamedTuple):
@@ -56,7 +62,8 @@ class Case(NamedTuple):
 
 
 class StepCase(NamedTuple):
-    """A step that is judged. said: (author, text) of what came before, "model" or "tool". Nothing here knows the gold answer."""
+    """A step that is judged. said: (author, text) of what came before, "model" or "tool". Nothing
+    here knows the gold answer."""
 
     question: str
     said: tuple[tuple[str, str], ...]
@@ -64,31 +71,45 @@ class StepCase(NamedTuple):
 
 
 class Opinion(NamedTuple):
-    """What became of a question to a judge. score: 1 good, 0 bad, or the probability of good; None unless it could be read."""
+    """What became of a question to a judge. score: 1 good, 0 bad, or the probability of good; None
+    unless it could be read."""
 
     score: float | None
     came: Literal["read", "unreadable", "unanswered"] = "read"
 
 
 class Chances(Protocol):
-    """Log-probabilities of a model's own: how likely the first of `options` is against the second, after each prompt, in [0, 1].
+    """Log-probabilities of a model's own: how likely the first of `options` is against the second,
+    after each prompt, in [0, 1].
 
     Prompts of one group begin alike.
     """
 
     def __call__(
-        self, prompts: Sequence[tuple[int, ...]], options: tuple[tuple[int, ...], tuple[int, ...]], groups: Sequence[int]
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        options: tuple[tuple[int, ...], tuple[int, ...]],
+        groups: Sequence[int],
     ) -> list[float]: ...
 
 
 class Asker:
     """Puts texts to a judging model, each distinct one once, and none whose verdict is known.
 
-    chat and sampler: those of the judging model. name: which judge it is, for what is known on disk. asked: distinct texts that were put;
-    unreadable and unanswered: how many of them came to nothing.
+    chat and sampler: those of the judging model. name: which judge it is, for what is known on
+    disk. asked: distinct texts that were put; unreadable and unanswered: how many of them came to
+    nothing.
     """
 
-    def __init__(self, chat: Chat, sampler: Sampler, *, max_tokens: int, known: Verdicts | None = None, name: str = "") -> None:
+    def __init__(
+        self,
+        chat: Chat,
+        sampler: Sampler,
+        *,
+        max_tokens: int,
+        known: Verdicts | None = None,
+        name: str = "",
+    ) -> None:
         self.asked = self.unreadable = self.unanswered = 0
         self.known = known or Verdicts()
         self.name = name
@@ -96,8 +117,11 @@ class Asker:
         self._sampler = sampler
         self._max_tokens = max_tokens
 
-    def __call__(self, system: str, texts: Sequence[str], read: Callable[[str], bool | None]) -> list[Opinion]:
-        """An opinion on each text. A reply that cannot be read is kept like any other; one that never came is asked for again next time.
+    def __call__(
+        self, system: str, texts: Sequence[str], read: Callable[[str], bool | None]
+    ) -> list[Opinion]:
+        """An opinion on each text. A reply that cannot be read is kept like any other; one that
+        never came is asked for again next time.
 
         A server that was given up is given another chance at each call.
         """
@@ -112,14 +136,19 @@ class Asker:
                 return
             verdict = read(said)
             self.unreadable += verdict is None
-            self.known.put(keys[text], None if verdict is None else float(verdict), said=said[:MOST_CHARS])
+            self.known.put(
+                keys[text], None if verdict is None else float(verdict), said=said[:MOST_CHARS]
+            )
 
         if reset := getattr(self._sampler, "reset", None):
             reset()
         play([self._ask(system, text) for text in new], self._sampler, on_done=keep)
         self.asked += len(new)
         self.unanswered += len(failed)
-        return [Opinion(None, "unanswered") if text in failed else opinion(self.known.get(keys[text])) for text in texts]
+        return [
+            Opinion(None, "unanswered") if text in failed else opinion(self.known.get(keys[text]))
+            for text in texts
+        ]
 
     def _ask(self, system: str, text: str) -> Play:
         problem = Problem("judge", text, None, system=system)
@@ -130,26 +159,42 @@ class Asker:
 class Judge:
     """Judges answers. Verdicts are remembered: equal cases are asked once.
 
-    unreadable and unanswered: how many cases of the last call have no verdict, whether they were asked about then or before.
+    unreadable and unanswered: how many cases of the last call have no verdict, whether they were
+    asked about then or before.
     """
 
-    def __init__(self, chat: Chat, sampler: Sampler, *, max_tokens: int, known: Verdicts | None = None, name: str = "") -> None:
+    def __init__(
+        self,
+        chat: Chat,
+        sampler: Sampler,
+        *,
+        max_tokens: int,
+        known: Verdicts | None = None,
+        name: str = "",
+    ) -> None:
         self.asker = Asker(chat, sampler, max_tokens=max_tokens, known=known, name=name)
         self.unreadable = self.unanswered = 0
 
     def __call__(self, cases: Sequence[Case]) -> list[bool | None]:
-        """Whether each answer is right; None where the judge's reply cannot be read, or never came."""
-        opinions = self.asker(SYSTEM, [prompt(case) for case in cases if case.answer is not None], parse)
-        self.unreadable, self.unanswered = (sum(o.came == came for o in opinions) for came in ("unreadable", "unanswered"))
+        """Whether each answer is right; None where the judge's reply cannot be read, or never
+        came."""
+        opinions = self.asker(
+            SYSTEM, [prompt(case) for case in cases if case.answer is not None], parse
+        )
+        self.unreadable, self.unanswered = (
+            sum(o.came == came for o in opinions) for came in ("unreadable", "unanswered")
+        )
         found = iter(opinions)
         scores = [0.0 if case.answer is None else next(found).score for case in cases]
         return [None if score is None else score > 0 for score in scores]
 
 
 class StepJudge:
-    """Judges steps by the judge's words, or where `chances` are given by its probabilities, to four decimals.
+    """Judges steps by the judge's words, or where `chances` are given by its probabilities, to four
+    decimals.
 
-    Rounding hides what a batch's make-up does to the last bits: a verdict is a function of its case. What is no number is no verdict.
+    Rounding hides what a batch's make-up does to the last bits: a verdict is a function of its
+    case. What is no number is no verdict.
     """
 
     def __init__(self, asker: Asker, chat: Chat, chances: Chances | None = None) -> None:
@@ -166,11 +211,15 @@ class StepJudge:
         keys = [key_of(self.asker.name, "probability", STEP_WORD, text) for text in texts]
         new = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}
         places = sorted(new.values())
-        prompts = [self._chat.prompt(Problem("judge", texts[i], None, system=STEP_WORD)) for i in places]
+        prompts = [
+            self._chat.prompt(Problem("judge", texts[i], None, system=STEP_WORD)) for i in places
+        ]
         states = list(dict.fromkeys(cases[i][:2] for i in places))
         groups = [states.index(cases[i][:2]) for i in places]
         options = self._chat.inside(GOOD), self._chat.inside(BAD)
-        for i, chance in zip(places, self._chances(prompts, options, groups) if prompts else [], strict=True):
+        for i, chance in zip(
+            places, self._chances(prompts, options, groups) if prompts else [], strict=True
+        ):
             known.put(keys[i], round(chance, 4) if isfinite(chance) else None)
         self.asker.unreadable += sum(known.get(keys[i]) is None for i in places)
         self.asker.asked += len(places)
@@ -184,15 +233,26 @@ def opinion(score: float | None) -> Opinion:
 
 def prompt(case: Case) -> str:
     """The case as JSON, so that no answer can pass for anything else."""
-    said = {"question": case.question, "known_answers": list(case.golds), "answer": (case.answer or "")[:MOST_CHARS]}
+    said = {
+        "question": case.question,
+        "known_answers": list(case.golds),
+        "answer": (case.answer or "")[:MOST_CHARS],
+    }
     return json.dumps(said, ensure_ascii=False, indent=1)
 
 
 def step_prompt(case: StepCase) -> str:
-    """The case as JSON; the message last, so that the actions of one state share all that stands before it."""
+    """The case as JSON; the message last, so that the actions of one state share all that stands
+    before it."""
     said: list[Any] = [{author: _shown(text, MOST_SAID)} for author, text in case.said]
     return json.dumps(
-        {"question": case.question, "before": said, "last_message": _shown(case.message, MOST_CHARS)}, ensure_ascii=False, indent=1
+        {
+            "question": case.question,
+            "before": said,
+            "last_message": _shown(case.message, MOST_CHARS),
+        },
+        ensure_ascii=False,
+        indent=1,
     )
 
 
@@ -203,23 +263,36 @@ def _shown(text: str, most: int) -> str:
 
 def step_case(question: str, before: Iterable[Turn], message: Turn, chat: Chat) -> StepCase:
     """The case of a turn, given the turns before it; the first of them is the prompt."""
-    said = [("tool", chat.heard(t.tokens)) if t.kind == "result" else ("model", chat.text(t.tokens).strip()) for t in list(before)[1:]]
+    said = [
+        (
+            ("tool", chat.heard(t.tokens))
+            if t.kind == "result"
+            else ("model", chat.text(t.tokens).strip())
+        )
+        for t in list(before)[1:]
+    ]
     return StepCase(question, tuple(said), chat.text(message.tokens).strip())
 
 
 def parse(text: str) -> bool | None:
-    """The verdict of a reply that is one JSON object with `rationale` and `judgement`, in a code fence or not; None for any other."""
+    """The verdict of a reply that is one JSON object with `rationale` and `judgement`, in a code
+    fence or not; None for any other."""
     fenced = _FENCED.fullmatch(text.strip())
     try:
         said = json.loads(fenced[1] if fenced else text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(said, dict) or not isinstance(said.get("rationale"), str) or not isinstance(said.get("judgement"), str):
+    if (
+        not isinstance(said, dict)
+        or not isinstance(said.get("rationale"), str)
+        or not isinstance(said.get("judgement"), str)
+    ):
         return None
     return _VERDICTS.get(said["judgement"].strip().lower())
 
 
 def parse_step(text: str) -> bool | None:
-    """The verdict of a reply whose last line is GOOD or BAD and nothing else, a full stop or Markdown's stars aside; None for any other."""
+    """The verdict of a reply whose last line is GOOD or BAD and nothing else, a full stop or
+    Markdown's stars aside; None for any other."""
     lines = text.strip().splitlines()
     return _WORDS.get(lines[-1].strip(" \t*_.")) if lines else None

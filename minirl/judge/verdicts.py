@@ -1,7 +1,8 @@
 """Verdicts on disk: what a judge has said, found again by the content that it judged.
 
-Invariant: append-only, a row a verdict, and never cut back when a run is taken up: a verdict is a function of its content, so none is asked
-for twice, whatever was killed in between. A row that a kill tore is left out; losing one costs a question, not a run.
+Invariant: append-only, a row a verdict, and never cut back when a run is taken up: a verdict is a
+function of its content, so none is asked for twice, whatever was killed in between. A row that a
+kill tore is left out; losing one costs a question, not a run.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ def key_of(*parts: str) -> str:
 
 
 class Verdicts:
-    """Verdicts by key: 1.0 good, 0.0 bad, a probability in between, None for a reply that cannot be read. Without a path in memory alone.
+    """Verdicts by key: 1.0 good, 0.0 bad, a probability in between, None for a reply that cannot be
+    read. Without a path in memory alone.
 
-    Several processes may write one file: each row is appended by one call. others: files that are read as well, and never written.
+    Several processes may write one file: each row is appended by one call. others: files that are
+    read as well, and never written.
     """
 
     def __init__(self, path: Path | None = None, others: Iterable[Path] = ()) -> None:
@@ -41,7 +44,10 @@ class Verdicts:
             if torn:
                 os.write(self._handle, b"\n")  # the next row must not grow on to a torn one
         except OSError as error:
-            raise UserError(f"{path}: cannot be used for verdicts ({error}); mend that, or name another folder with --out") from error
+            raise UserError(
+                f"{path}: cannot be used for verdicts ({error}); mend that, or name another folder"
+                " with --out"
+            ) from error
 
     def __contains__(self, key: str) -> bool:
         return key in self._known
@@ -51,7 +57,8 @@ class Verdicts:
         return self._known[key]
 
     def put(self, key: str, verdict: float | None, **said: str) -> None:
-        """Keep a verdict, on the disk when this returns. said: what a reader of the file may want to know of it."""
+        """Keep a verdict, on the disk when this returns. said: what a reader of the file may want
+        to know of it."""
         if key in self._known:
             return
         self._known[key] = verdict

@@ -1,4 +1,5 @@
-"""The collect stage: problems played chunk by chunk, and what the stage wants of their episodes kept on disk."""
+"""The collect stage: problems played chunk by chunk, and what the stage wants of their episodes
+kept on disk."""
 
 from __future__ import annotations
 
@@ -29,14 +30,30 @@ def collect_stage(s: Session, index: int, stage: recipe.Collect) -> None:
             own = relayed(s, stage, f"{index}/{chunk}", mine)
         else:
             method, check = method_of(stage), chunk == began_at
-            own = played(s, f"{index}/{chunk}", method, mine, stage.samples, check=check, temperature=stage.temperature)
+            own = played(
+                s,
+                f"{index}/{chunk}",
+                method,
+                mine,
+                stage.samples,
+                check=check,
+                temperature=stage.temperature,
+            )
         if stage.method == "stepwise":
             own = with_provenance(s, stage, f"{index}/{chunk}", own, mine)
         groups = s.gather([group.episodes for group in own])
         kept = [episode for group in groups for episode in keep(group, stage)]
         s.run.keep(index, kept)
-        row = {"stage": index, "step": chunk, "kept": len(kept)} | means([Facts.of(e) for group in groups for e in group])
-        s.log(row, {"sample_s": time.monotonic() - began, "sample_tps": (s.sampler.tokens - before) / (time.monotonic() - began)})
+        row = {"stage": index, "step": chunk, "kept": len(kept)} | means(
+            [Facts.of(e) for group in groups for e in group]
+        )
+        s.log(
+            row,
+            {
+                "sample_s": time.monotonic() - began,
+                "sample_tps": (s.sampler.tokens - before) / (time.monotonic() - began),
+            },
+        )
         done = chunk + 1 == chunks
         s.run.advance(Position(index + 1, 0) if done else Position(index, chunk + 1))
         if s.asked_to_stop():
@@ -47,7 +64,8 @@ def collect_stage(s: Session, index: int, stage: recipe.Collect) -> None:
 
 
 def keep(episodes: Sequence[Episode], stage: recipe.Collect) -> list[Episode]:
-    """The stage's choice among one problem's episodes, no two with the same tokens; with `passed` none that its token limit cut."""
+    """The stage's choice among one problem's episodes, no two with the same tokens; with `passed`
+    none that its token limit cut."""
     wanted = {"failed": (False,), "passed": (True,), "all": (False, True)}[stage.keep]
     whole = [e for e in episodes if stage.keep != "passed" or e.finish != "length"]
     distinct = {e.tokens: e for e in whole if e.parts["first"] in wanted}

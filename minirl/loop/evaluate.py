@@ -1,7 +1,8 @@
 """Evaluation: held-out problems, one or two tries each, problem by problem.
 
-Invariant: an evaluation is a function of the weights and the recipe: every episode has a seed of its own problem and sample, the same
-at every evaluation of a run, so that two evaluations can be compared in pairs.
+Invariant: an evaluation is a function of the weights and the recipe: every episode has a seed of
+its own problem and sample, the same at every evaluation of a run, so that two evaluations can be
+compared in pairs.
 """
 
 from __future__ import annotations
@@ -37,22 +38,36 @@ def evaluate(
     judge: Judge | None = None,
     rank: Rank | None = None,
 ) -> tuple[list[dict[str, Any]], list[Episode]]:
-    """One row a problem for `Run.log_eval` (see `statistics.summarise`), and the first episode of each.
+    """One row a problem for `Run.log_eval` (see `statistics.summarise`), and the first episode of
+    each.
 
-    judge: asked about every answer of a question-answering task, once all are there (part `judged`). rank: how likely each sample is
-    right; with it the score `reranked` says whether the sample that it puts first is (the earlier one of equals). With `node.vote` the
-    score `majority` says whether the answer that most samples give is right (see `statistics.majority`).
-    With tries 2 a failed first try is followed by a reflection and a second; `second` then counts problems solved within two tries.
+    judge: asked about every answer of a question-answering task, once all are there (part
+    `judged`). rank: how likely each sample is right; with it the score `reranked` says whether the
+    sample that it puts first is (the earlier one of equals). With `node.vote` the score `majority`
+    says whether the answer that most samples give is right (see `statistics.majority`). With tries
+    2 a failed first try is followed by a reflection and a second; `second` then counts problems
+    solved within two tries.
     """
     method = evaluated_by(node, task)
 
     def talk(problem: Problem, sample: int) -> Talk:
-        return Talk(problem, chat, sampling, temperature=node.temperature, seed=f"{seed}/eval/{problem.id}/{sample}")
+        return Talk(
+            problem,
+            chat,
+            sampling,
+            temperature=node.temperature,
+            seed=f"{seed}/eval/{problem.id}/{sample}",
+        )
 
-    episodes = play([method(talk(p, k), task) for p in problems for k in range(node.samples)], sampler)
+    episodes = play(
+        [method(talk(p, k), task) for p in problems for k in range(node.samples)], sampler
+    )
     if judge is not None and isinstance(task, SearchTask):
         verdicts = judge([_case(episode, task, chat) for episode in episodes])
-        episodes = [replace(e, parts={**e.parts, "judged": v}) for e, v in zip(episodes, verdicts, strict=True)]
+        episodes = [
+            replace(e, parts={**e.parts, "judged": v})
+            for e, v in zip(episodes, verdicts, strict=True)
+        ]
     groups = regroup(episodes, node.samples)
     rows = [_row(group.episodes, node.tries) for group in groups]
     for row, group in zip(rows, groups, strict=True):
@@ -84,18 +99,28 @@ def _row(episodes: Sequence[Episode], tries: int) -> dict[str, Any]:
         row["second"] = [int(bool(e.parts["second"])) for e in episodes]
         row["second_error"] = [e.parts.get("second_error") for e in episodes]
     scores = {name: [_number(e.parts.get(name)) for e in episodes] for name in SCORES}
-    known = {name: values for name, values in scores.items() if any(value is not None for value in values)}
+    known = {
+        name: values
+        for name, values in scores.items()
+        if any(value is not None for value in values)
+    }
     return row | ({"scores": known} if known else {})
 
 
 def _vote(row: dict[str, Any], episodes: Sequence[Episode]) -> None:
-    row["answer"] = [None if (answer := e.parts.get("answer")) is None else str(answer) for e in episodes]
-    row["scores"] = row.get("scores", {}) | {"majority": [majority(row["answer"], [bool(passed) for passed in row["first"]])]}
+    row["answer"] = [
+        None if (answer := e.parts.get("answer")) is None else str(answer) for e in episodes
+    ]
+    row["scores"] = row.get("scores", {}) | {
+        "majority": [majority(row["answer"], [bool(passed) for passed in row["first"]])]
+    }
 
 
 def _rerank(row: dict[str, Any], chances: Sequence[float]) -> None:
     row["p_right"] = [round(chance, 6) for chance in chances]
-    row["scores"] = row.get("scores", {}) | {"reranked": [float(row["first"][chances.index(max(chances))])]}
+    row["scores"] = row.get("scores", {}) | {
+        "reranked": [float(row["first"][chances.index(max(chances))])]
+    }
 
 
 def _number(value: Part) -> float | None:

@@ -1,6 +1,8 @@
-"""Actions scored one by one by a recipe's judge (SWiRL, arXiv 2504.04736, section 3): for step-wise rewards, and for filters.
+"""Actions scored one by one by a recipe's judge (SWiRL, arXiv 2504.04736, section 3): for step-wise
+rewards, and for filters.
 
-Invariant: a score is a function of the action, of what came before it and of the judge; what has none is not trained.
+Invariant: a score is a function of the action, of what came before it and of the judge; what has
+none is not trained.
 """
 
 from __future__ import annotations
@@ -23,13 +25,23 @@ from minirl.tasks.qa import SearchTask
 
 
 class StepScorer:
-    """Scores actions by a recipe's judge, opened when it is first asked: by then the first step's check has settled the sampler.
+    """Scores actions by a recipe's judge, opened when it is first asked: by then the first step's
+    check has settled the sampler.
 
-    again: ask once more for what was not answered, for the position moves on for good once a filter's part is saved. source: another run
-    of the same base weights, whose verdicts are taken over.
+    again: ask once more for what was not answered, for the position moves on for good once a
+    filter's part is saved. source: another run of the same base weights, whose verdicts are taken
+    over.
     """
 
-    def __init__(self, s: Session, node: recipe.Judge, method: str = "stepwise", *, again: bool = False, source: str | None = None) -> None:
+    def __init__(
+        self,
+        s: Session,
+        node: recipe.Judge,
+        method: str = "stepwise",
+        *,
+        again: bool = False,
+        source: str | None = None,
+    ) -> None:
         self._s = s
         self._node = node
         self._method = method
@@ -45,14 +57,26 @@ class StepScorer:
         if self._opened is None:
             self._open()
         assert self._opened is not None
-        cases, problems = [self._case(episode, turn) for episode, turn in wanted], [episode.problem for episode, _ in wanted]
+        cases, problems = (
+            [self._case(episode, turn) for episode, turn in wanted],
+            [episode.problem for episode, _ in wanted],
+        )
         opinions = self._opened(cases, problems)
         if self._again and any(o.came == "unanswered" for o in opinions):
-            opinions = self._opened(cases, problems)  # what was answered is known, and not asked for again
+            opinions = self._opened(
+                cases, problems
+            )  # what was answered is known, and not asked for again
         if (failed := sum(o.came == "unanswered" for o in opinions)) and not self._warned:
             self._warned = True  # once a stage; metrics.jsonl counts them all
-            said = f"WARNING: the judge gave no answer to {failed} of {len(opinions)} steps; they are not scored, nor trained"
-            self._s.progress.say(f"{said} ({self._sampler.last_fault})" if isinstance(self._sampler, EndpointSampler) else said)
+            said = (
+                f"WARNING: the judge gave no answer to {failed} of {len(opinions)} steps; they are"
+                " not scored, nor trained"
+            )
+            self._s.progress.say(
+                f"{said} ({self._sampler.last_fault})"
+                if isinstance(self._sampler, EndpointSampler)
+                else said
+            )
         return opinions
 
     def _open(self) -> None:
@@ -63,7 +87,9 @@ class StepScorer:
         self._opened = step_judge(node, voice, rules_of(s, node, self._method), self._known)
 
     def _case(self, episode: Episode, turn: int) -> StepCase:
-        return step_case(episode.problem.prompt, episode.turns[:turn], episode.turns[turn], self._s.chat)
+        return step_case(
+            episode.problem.prompt, episode.turns[:turn], episode.turns[turn], self._s.chat
+        )
 
 
 def rules_of(s: Session, node: recipe.Judge, method: str) -> Rules:
@@ -74,11 +100,14 @@ def rules_of(s: Session, node: recipe.Judge, method: str) -> Rules:
     return Rules(s.task, reader(tags), gold=node.gold, steps=tags.steps)
 
 
-def rewarded(s: Session, stage: recipe.Train, groups: Sequence[Group], score: StepScorer) -> tuple[list[Group], dict[str, float]]:
-    """The groups with the judge's scores as rewards: of method step the episode's, else one for each trained turn.
+def rewarded(
+    s: Session, stage: recipe.Train, groups: Sequence[Group], score: StepScorer
+) -> tuple[list[Group], dict[str, float]]:
+    """The groups with the judge's scores as rewards: of method step the episode's, else one for
+    each trained turn.
 
-    What was not scored is not trained. Beside them `approved`, the share of the scored actions that the judge approves, and `unscored`, how
-    many actions it gave no score.
+    What was not scored is not trained. Beside them `approved`, the share of the scored actions that
+    the judge approves, and `unscored`, how many actions it gave no score.
     """
     episodes = [e for group in groups for e in group.episodes]
     wanted = [(e, turn) for e in episodes for turn in actions(e)]
@@ -87,7 +116,10 @@ def rewarded(s: Session, stage: recipe.Train, groups: Sequence[Group], score: St
     scored = [o for o in opinions if o.score is not None]
     good = sum(approved(o, stage.judge.approve_at) for o in scored)
     given = iter(opinions)
-    told = [_with_scores(e, [next(given).score for _ in actions(e)], by_step=stage.credit == "step") for e in episodes]
+    told = [
+        _with_scores(e, [next(given).score for _ in actions(e)], by_step=stage.credit == "step")
+        for e in episodes
+    ]
     out, at = [], 0
     for group in groups:
         out.append(Group(group.problem, tuple(told[at : at + len(group.episodes)])))
@@ -101,5 +133,8 @@ def _with_scores(episode: Episode, scores: Sequence[float | None], *, by_step: b
     if not by_step:
         return replace(episode, reward=scores[0] if scores else None)
     given = dict(zip(actions(episode), scores, strict=True))
-    turns = tuple(replace(t, trained=given[i] is not None) if i in given else t for i, t in enumerate(episode.turns))
+    turns = tuple(
+        replace(t, trained=given[i] is not None) if i in given else t
+        for i, t in enumerate(episode.turns)
+    )
     return replace(episode, turns=turns, step_rewards=tuple(scores))

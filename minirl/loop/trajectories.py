@@ -1,4 +1,5 @@
-"""Trajectories of SWiRL (arXiv 2504.04736): written by the policy or in its place, with their provenance, and split into states."""
+"""Trajectories of SWiRL (arXiv 2504.04736): written by the policy or in its place, with their
+provenance, and split into states."""
 
 from __future__ import annotations
 
@@ -19,12 +20,22 @@ from minirl.rollout import play
 SHOWN = ("steps", "calls", "errors", "malformed")
 
 
-def relayed(s: Session, stage: recipe.Collect, seed: str, drawn: Sequence[tuple[int, Problem]]) -> list[Group]:
-    """Trajectories that the stage's speaker writes, in the policy's tokens; a server's fault is the user's to mend and stops the run."""
+def relayed(
+    s: Session, stage: recipe.Collect, seed: str, drawn: Sequence[tuple[int, Problem]]
+) -> list[Group]:
+    """Trajectories that the stage's speaker writes, in the policy's tokens; a server's fault is the
+    user's to mend and stops the run."""
     assert stage.speaker is not None
     voice, node = s.voices.open(stage.speaker, s.sampler, patient=False), s.recipe
     talks = [
-        Relay(p, s.chat, node.sampling, temperature=stage.temperature, seed=f"{node.seed}/{seed}/{n}/{p.id}/{k}", speaker=voice.chat)
+        Relay(
+            p,
+            s.chat,
+            node.sampling,
+            temperature=stage.temperature,
+            seed=f"{node.seed}/{seed}/{n}/{p.id}/{k}",
+            speaker=voice.chat,
+        )
         for n, p in drawn
         for k in range(stage.samples)
     ]
@@ -34,12 +45,23 @@ def relayed(s: Session, stage: recipe.Collect, seed: str, drawn: Sequence[tuple[
 
 
 def with_provenance(
-    s: Session, stage: recipe.Collect, seed: str, groups: Sequence[Group], drawn: Sequence[tuple[int, Problem]]
+    s: Session,
+    stage: recipe.Collect,
+    seed: str,
+    groups: Sequence[Group],
+    drawn: Sequence[tuple[int, Problem]],
 ) -> list[Group]:
-    """Each episode with who wrote it (`by`: the model and a digest of the adapter, or the speaker) and what it was drawn with (`seed`)."""
+    """Each episode with who wrote it (`by`: the model and a digest of the adapter, or the speaker)
+    and what it was drawn with (`seed`)."""
     by = writer(s) if stage.speaker is None else f"{stage.speaker.kind} {stage.speaker.model}"
     return [
-        Group(g.problem, tuple(_noted(e, by=by, seed=f"{s.recipe.seed}/{seed}/{n}/{p.id}/{k}") for k, e in enumerate(g.episodes)))
+        Group(
+            g.problem,
+            tuple(
+                _noted(e, by=by, seed=f"{s.recipe.seed}/{seed}/{n}/{p.id}/{k}")
+                for k, e in enumerate(g.episodes)
+            ),
+        )
         for g, (n, p) in zip(groups, drawn, strict=True)
     ]
 
@@ -53,28 +75,43 @@ def writer(s: Session) -> str:
     digest = blake2b(digest_size=8)
     for name, p in sorted(s.policy.trainable.items()):
         digest.update(name.encode() + p.detach().cpu().numpy().tobytes())
-    return f"policy {s.recipe.model.name} {models.fingerprint(s.policy.model)[:8]} {digest.hexdigest()}"
+    return (
+        f"policy {s.recipe.model.name} {models.fingerprint(s.policy.model)[:8]}"
+        f" {digest.hexdigest()}"
+    )
 
 
 def described(kept: Sequence[Episode]) -> str:
-    """A collect stage's trajectories in a line: how many, means of their numbers, shares that answered and were right."""
+    """A collect stage's trajectories in a line: how many, means of their numbers, shares that
+    answered and were right."""
     count = max(len(kept), 1)
-    means = [f"{name} {sum(float(e.parts.get(name) or 0) for e in kept) / count:.2f}" for name in SHOWN]
+    means = [
+        f"{name} {sum(float(e.parts.get(name) or 0) for e in kept) / count:.2f}" for name in SHOWN
+    ]
     shares = [
         f"{label} {sum(bool(e.parts.get(name)) for e in kept) / count:.1%}"
         for name, label in (("answered", "answered"), ("first", "right"))
     ]
-    return f"{len(kept)} trajectories of {len({e.problem.id for e in kept})} questions: {', '.join([*means, *shares])}"
+    return (
+        f"{len(kept)} trajectories of {len({e.problem.id for e in kept})} questions:"
+        f" {', '.join([*means, *shares])}"
+    )
 
 
-def states_of(s: Session, index: int, stage: recipe.Train, kept: Sequence[Episode]) -> list[Problem]:
-    """The states that a stage trains on, with their actions where it imitates them. Raises UserError where it asks for more."""
+def states_of(
+    s: Session, index: int, stage: recipe.Train, kept: Sequence[Episode]
+) -> list[Problem]:
+    """The states that a stage trains on, with their actions where it imitates them. Raises
+    UserError where it asks for more."""
     split = imitations(kept) if stage.method == "imitate" else states(kept)
     chosen = some(split, stage.states, s.recipe.seed)
-    s.progress.say(f"stage {index}: {len(chosen)} of {len(split)} states of {len(kept)} trajectories")
+    s.progress.say(
+        f"stage {index}: {len(chosen)} of {len(split)} states of {len(kept)} trajectories"
+    )
     if stage.states is not None and len(split) < stage.states:
         raise UserError(
-            f"stages[{index}].states: got {stage.states}, but there are {len(split)} states; filters are compared at equal numbers, so run "
-            f"all of them again with --set stages.{index}.states={len(split)} and another --out"
+            f"stages[{index}].states: got {stage.states}, but there are {len(split)} states;"
+            " filters are compared at equal numbers, so run all of them again with --set"
+            f" stages.{index}.states={len(split)} and another --out"
         )
     return chosen

@@ -1,4 +1,5 @@
-"""Methods: what an episode of each kind looks like, as a generator written for one episode (floor 4, no torch)."""
+"""Methods: what an episode of each kind looks like, as a generator written for one episode (floor
+4, no torch)."""
 
 from __future__ import annotations
 
@@ -31,8 +32,14 @@ EVALUATED: dict[str, Method] = {
     "search": search,
     "stepwise": stepwise,
 }
-"""What an evaluation with one try can play; the order is that of the table (see `trial.compare_methods`)."""
-BY_NAME = EVALUATED | {"self_train": self_train, "step": step, "imitate": imitate, "demonstrate_stepwise": demonstrate_stepwise}
+"""What an evaluation with one try can play; the order is that of the table (see
+`trial.compare_methods`)."""
+BY_NAME = EVALUATED | {
+    "self_train": self_train,
+    "step": step,
+    "imitate": imitate,
+    "demonstrate_stepwise": demonstrate_stepwise,
+}
 
 
 def method_of(stage: recipe.Collect | recipe.Train) -> Method:
@@ -45,7 +52,17 @@ def method_of(stage: recipe.Collect | recipe.Train) -> Method:
 
 
 def evaluated_by(node: recipe.Eval, task: Task) -> Method:
-    """The method that an evaluation names; see `recipe.Eval.method` where it names none. With 2 tries, reflect."""
+    """The method that an evaluation names; see `recipe.Eval.method` where it names none. With 2
+    tries, reflect."""
     if node.tries == 2:
         return reflect
-    return EVALUATED[node.method or ("search" if isinstance(task, SearchTask) else "stepwise" if task.verify_answer else "single")]
+    return EVALUATED[
+        node.method
+        or (
+            "search"
+            if isinstance(task, SearchTask)
+            else "stepwise"
+            if task.verify_answer
+            else "single"
+        )
+    ]

@@ -1,4 +1,5 @@
-"""single: one attempt at the task, all of it trained. The plain GRPO episode, and the first try that R3 collects."""
+"""single: one attempt at the task, all of it trained. The plain GRPO episode, and the first try
+that R3 collects."""
 
 from __future__ import annotations
 
@@ -8,7 +9,11 @@ from minirl.tasks import Task
 
 def single(talk: Talk, task: Task) -> Play:
     """Prompt, attempt, verdict."""
-    text = yield from talk.ask("attempt", max_tokens=talk.sampling.attempt_tokens, trained=True, stop=task.stop)
+    text = yield from talk.ask(
+        "attempt", max_tokens=talk.sampling.attempt_tokens, trained=True, stop=task.stop
+    )
     verdict = task.verify(talk.problem, text)
     others = {name: value for name, value in verdict.parts.items() if name != "error_kind"}
-    return talk.end(verdict, first=verdict.passed, first_error=verdict.parts.get("error_kind"), **others)
+    return talk.end(
+        verdict, first=verdict.passed, first_error=verdict.parts.get("error_kind"), **others
+    )

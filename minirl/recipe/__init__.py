@@ -1,7 +1,7 @@
 """A recipe: the only place a number is written.
 
-A frozen pydantic tree read from YAML. Invariant: what a run does is a function of its resolved recipe alone, and an unknown key is
-refused with its path and the nearest known key, never ignored.
+A frozen pydantic tree read from YAML. Invariant: what a run does is a function of its resolved
+recipe alone, and an unknown key is refused with its path and the nearest known key, never ignored.
 """
 
 from minirl.recipe.base import Frozen
@@ -13,7 +13,14 @@ from minirl.recipe.read import load, overlay, override, parse
 from minirl.recipe.retriever import Bm25Retriever, RemoteRetriever, Retriever
 from minirl.recipe.stages import Collect, Filter, RewardModel, Stage, Train
 from minirl.recipe.stepwise import Stepwise
-from minirl.recipe.tasks import Countdown, CountdownCredit, FunctionCalling, FunctionCallingCredit, Own, Task
+from minirl.recipe.tasks import (
+    Countdown,
+    CountdownCredit,
+    FunctionCalling,
+    FunctionCallingCredit,
+    Own,
+    Task,
+)
 from minirl.recipe.tree import Eval, Lora, Model, Recipe, Sampling, Save
 
 __all__ = [

@@ -1,4 +1,5 @@
-"""What every node of a recipe stands on: immutable, and unknown keys are refused with the nearest known one."""
+"""What every node of a recipe stands on: immutable, and unknown keys are refused with the nearest
+known one."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 class Frozen(BaseModel):
     """Base of every node."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -25,6 +32,10 @@ class Frozen(BaseModel):
             for key in data:
                 if key not in cls.model_fields:
                     near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
-                    hint = f"the nearest known key is {near[0]!r}" if near else f"expected one of {', '.join(cls.model_fields)}"
+                    hint = (
+                        f"the nearest known key is {near[0]!r}"
+                        if near
+                        else f"expected one of {', '.join(cls.model_fields)}"
+                    )
                     raise ValueError(f"unknown key {str(key)!r}; {hint}")
         return data

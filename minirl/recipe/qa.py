@@ -11,7 +11,8 @@ from minirl.recipe.retriever import Bm25Retriever, Retriever
 
 
 class QA(Frozen):
-    """What the four have in common. A source is a hub id, with `:config` where it needs one, or a local JSON, JSONL or Parquet file."""
+    """What the four have in common. A source is a hub id, with `:config` where it needs one, or a
+    local JSON, JSONL or Parquet file."""
 
     name: str
     """Which of the four."""
@@ -22,17 +23,22 @@ class QA(Frozen):
     test_source: str | None = None
     """Where held-out questions come from, where that is not `source`."""
     test_split: str = "validation"
-    """The hub split that held-out questions come from; where that is the training split, or the same file, the one source is divided."""
+    """The hub split that held-out questions come from; where that is the training split, or the
+    same file, the one source is divided."""
     train: NonNegativeInt = 20_000
     """Most questions to train on; 0 for evaluation only."""
     held_out: PositiveInt = 200
-    """How many questions are kept for evaluation; none of them is trained on, whatever its case and spacing."""
+    """How many questions are kept for evaluation; none of them is trained on, whatever its case and
+    spacing."""
     reward: Literal["f1", "exact_match"] = "f1"
-    """What an episode in good form is worth: its answer's F1, or 1 for an exact match. Bad form is worth 0."""
+    """What an episode in good form is worth: its answer's F1, or 1 for an exact match. Bad form is
+    worth 0."""
     floor: Probability = 0.1
-    """What an episode in good form is worth where that is 0 (ReSearch: 0.1; with 0 a search must help to pay)."""
+    """What an episode in good form is worth where that is 0 (ReSearch: 0.1; with 0 a search must
+    help to pay)."""
     tags: Literal["research", "search_r1"] = "research"
-    """The tags that are checked: think, search, result and answer with a \\\\boxed{}; Search-R1 has information for result, and no box."""
+    """The tags that are checked: think, search, result and answer with a \\\\boxed{}; Search-R1 has
+    information for result, and no box."""
     retriever: Retriever = Bm25Retriever(kind="bm25")
     """What searches are answered from."""
 
@@ -47,7 +53,8 @@ class HotpotQA(QA):
 
 
 class MuSiQue(QA):
-    """MuSiQue (arXiv 2108.00573): two to four paragraphs a question, with a gold decomposition; what ReSearch trains on."""
+    """MuSiQue (arXiv 2108.00573): two to four paragraphs a question, with a gold decomposition;
+    what ReSearch trains on."""
 
     name: Literal["musique"]
     """Names this task."""

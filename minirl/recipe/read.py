@@ -1,4 +1,5 @@
-"""Reading a recipe: YAML, the `on_cpu` part, `--set` overrides, and errors that name the path as the user wrote it."""
+"""Reading a recipe: YAML, the `on_cpu` part, `--set` overrides, and errors that name the path as
+the user wrote it."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ from minirl.recipe.tree import Recipe
 
 # pydantic's words for what YAML calls otherwise.
 EXPECTED = {
-    **dict.fromkeys(("model_type", "dict_type", "model_attributes_type"), "expected a mapping, e.g. {key: value}"),
+    **dict.fromkeys(
+        ("model_type", "dict_type", "model_attributes_type"),
+        "expected a mapping, e.g. {key: value}",
+    ),
     **dict.fromkeys(("tuple_type", "list_type"), "expected a list, e.g. [value]"),
 }
 
@@ -22,16 +26,22 @@ EXPECTED = {
 def load(path: str | Path, overrides: Sequence[str] = (), *, on_cpu: bool = False) -> Recipe:
     """Read a recipe, lay `on_cpu` over it where asked, then the `a.b=value` overrides.
 
-    Raises UserError for a file that cannot be read, YAML that does not parse, an unknown key or a wrong value, in the `on_cpu` part too.
+    Raises UserError for a file that cannot be read, YAML that does not parse, an unknown key or a
+    wrong value, in the `on_cpu` part too.
     """
     try:
         data = _read_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the recipe ({error}); expected a YAML file") from error
+        raise UserError(
+            f"{path}: cannot read the recipe ({error}); expected a YAML file"
+        ) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML ({error})") from error
     if not isinstance(data, dict):
-        raise UserError(f"{path}: got {type(data).__name__}, expected a mapping with the keys model, task, stages")
+        raise UserError(
+            f"{path}: got {type(data).__name__}, expected a mapping with the keys model, task,"
+            " stages"
+        )
     cpu_part = data.pop("on_cpu", None)
     if cpu_part is not None and not isinstance(cpu_part, dict):
         raise UserError(f"{path}: on_cpu: got {type(cpu_part).__name__}, expected a mapping")
@@ -64,12 +74,17 @@ def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
-        merged[key] = overlay(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+        merged[key] = (
+            overlay(below, value)
+            if isinstance(value, Mapping) and isinstance(below, Mapping)
+            else value
+        )
     return merged
 
 
 def override(data: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """`data` with one `a.b=value` set; list items by number (`stages.0.steps=5`), the value read as YAML."""
+    """`data` with one `a.b=value` set; list items by number (`stages.0.steps=5`), the value read as
+    YAML."""
     path, equals, value = text.partition("=")
     if not equals or not path:
         raise UserError(f"--set {text}: expected a.b=value")
@@ -81,28 +96,39 @@ def override(data: Mapping[str, Any], text: str) -> dict[str, Any]:
 
 
 def _renamed(before: Any, after: Any, named: set[str]) -> str | None:
-    """What to do about the other keys of a task that got another name; UserError where it would read the old one's files.
+    """What to do about the other keys of a task that got another name; UserError where it would
+    read the old one's files.
 
     named: the paths that were set.
     """
-    if not (isinstance(before, Mapping) and isinstance(after, Mapping)) or before.get("name") == after.get("name"):
+    if not (isinstance(before, Mapping) and isinstance(after, Mapping)) or before.get(
+        "name"
+    ) == after.get("name"):
         return None
-    hint = f"write --set 'task={{name: {after['name']}}}' to leave out the other keys of task {before.get('name')}, or set them too"
+    hint = (
+        f"write --set 'task={{name: {after['name']}}}' to leave out the other keys of task"
+        f" {before.get('name')}, or set them too"
+    )
     for key in ("source", "test_source"):
         if before.get(key) is not None and f"task.{key}" not in named:
             # Its rows would be read as the other task's, and be wrong without a word.
-            raise UserError(f"--set task.name={after['name']}: task.{key} is still {before[key]!r}; {hint}")
+            raise UserError(
+                f"--set task.name={after['name']}: task.{key} is still {before[key]!r}; {hint}"
+            )
     return hint
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds plain data only, and refuses a key that is written twice: the first would be dropped without a word."""
+    """Builds plain data only, and refuses a key that is written twice: the first would be dropped
+    without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is written twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is written twice", key.start_mark
+                )
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
@@ -117,7 +143,10 @@ def _set(node: Any, keys: list[str], value: Any, text: str) -> Any:
     key, rest = keys[0], keys[1:]
     if isinstance(node, list):
         if not key.isdigit() or int(key) >= len(node):
-            raise UserError(f"--set {text}: got {key!r}, expected the number of a list item, 0 to {len(node) - 1}")
+            raise UserError(
+                f"--set {text}: got {key!r}, expected the number of a list item, 0 to"
+                f" {len(node) - 1}"
+            )
         return [*node[: int(key)], _set(node[int(key)], rest, value, text), *node[int(key) + 1 :]]
     if node is not None and not isinstance(node, Mapping):
         raise UserError(f"--set {text}: {key!r} lies under a plain value, {node!r}")
@@ -135,13 +164,25 @@ def _explain(error: ValidationError, data: Any) -> str:
         if isinstance(key, int):
             path += f"[{key}]"
             node = node[key] if isinstance(node, Sequence) and key < len(node) else None
-        elif not (isinstance(node, Mapping) and key not in node and key in (node.get("kind"), node.get("name"))):
+        elif not (
+            isinstance(node, Mapping)
+            and key not in node
+            and key in (node.get("kind"), node.get("name"))
+        ):
             path += f".{key}" if path else str(key)
             node = node.get(key) if isinstance(node, Mapping) else None
     message = EXPECTED.get(first["type"], first["msg"].removeprefix("Value error, "))
-    got = "" if first["type"] in ("missing", "value_error") else f" (got {str(first['input'])[:80]!r})"
+    got = (
+        ""
+        if first["type"] in ("missing", "value_error")
+        else f" (got {str(first['input'])[:80]!r})"
+    )
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         context = first["ctx"]
         path, got = f"{path}.{context['discriminator'].strip(chr(39))}", ""
-        message = "got {tag!r}, expected one of {expected_tags}".format(**context) if "tag" in context else "Field required"
+        message = (
+            "got {tag!r}, expected one of {expected_tags}".format(**context)
+            if "tag" in context
+            else "Field required"
+        )
     return f"{path or 'recipe'}: {message}{got}"

@@ -12,10 +12,12 @@ from minirl.recipe.qa import Bamboogle, HotpotQA, MuSiQue, TwoWikiMultiHopQA
 
 
 class CountdownCredit(Frozen):
-    """Score of a wrong Countdown answer by error kind; a right one scores 1 (TinyZero gives 0.1 to the last two)."""
+    """Score of a wrong Countdown answer by error kind; a right one scores 1 (TinyZero gives 0.1 to
+    the last two)."""
 
     invalid_equation: Probability = 0.0
-    """No answer, or one that is no expression of whole numbers, the allowed operators and brackets."""
+    """No answer, or one that is no expression of whole numbers, the allowed operators and brackets.
+    """
     wrong_numbers: Probability = 0.0
     """An expression that does not use each given number exactly once."""
     missed_target: Probability = 0.0
@@ -28,7 +30,8 @@ class Countdown(Frozen):
     name: Literal["countdown"]
     """Names this task."""
     source: str = "generate"
-    """`generate` makes seeded problems; else a hub id (`Jiayi-Pan/Countdown-Tasks-3to4`) or a local file with columns `nums, target`."""
+    """`generate` makes seeded problems; else a hub id (`Jiayi-Pan/Countdown-Tasks-3to4`) or a local
+    file with columns `nums, target`."""
     numbers: tuple[PositiveInt, ...] = (3, 4)
     """How many numbers a generated problem has: one of these, evenly."""
     high: PositiveInt = 99
@@ -40,7 +43,8 @@ class Countdown(Frozen):
     train: PositiveInt = 4096
     """How many training problems to make or take."""
     held_out: PositiveInt = 200
-    """How many problems are kept for evaluation; disjoint from training as multisets of numbers + target."""
+    """How many problems are kept for evaluation; disjoint from training as multisets of numbers +
+    target."""
     credit: CountdownCredit = CountdownCredit()
     """Partial credit by error kind."""
 
@@ -57,7 +61,8 @@ class FunctionCallingCredit(Frozen):
 
 
 class FunctionCalling(Frozen):
-    """Call the right tools with the right arguments; rows in the xLAM schema (`query, tools, answers`)."""
+    """Call the right tools with the right arguments; rows in the xLAM schema (`query, tools,
+    answers`)."""
 
     name: Literal["function_calling"]
     """Names this task."""
@@ -74,13 +79,23 @@ class FunctionCalling(Frozen):
 
 
 class Own(Frozen):
-    """A task made in Python: problems and a verifier that are handed to `minirl.train.train(recipe, folder, task=Task(...))`."""
+    """A task made in Python: problems and a verifier that are handed to `minirl.train.train(recipe,
+    folder, task=Task(...))`."""
 
     name: Literal["own"]
     """Names this task."""
 
 
 Task = Annotated[
-    Countdown | FunctionCalling | Own | Gsm8k | Svamp | Mathqa | HotpotQA | MuSiQue | TwoWikiMultiHopQA | Bamboogle,
+    Countdown
+    | FunctionCalling
+    | Own
+    | Gsm8k
+    | Svamp
+    | Mathqa
+    | HotpotQA
+    | MuSiQue
+    | TwoWikiMultiHopQA
+    | Bamboogle,
     Field(discriminator="name"),
 ]

@@ -1,4 +1,5 @@
-"""A run's folder as others see it, without opening the run (rundir.py): where it stands, what it began with, and what may be put beside it.
+"""A run's folder as others see it, without opening the run (rundir.py): where it stands, what it
+began with, and what may be put beside it.
 
 Invariant: nothing here changes what the run itself wrote, or waits for its lock.
 """
@@ -38,26 +39,36 @@ def problems_of(folder: Path) -> str | None:
 
 
 def noted(path: Path, key: str) -> dict[str, Any]:
-    """What a file checked on resume says; nothing where a run has none yet. Raises UserError for one that holds something else."""
+    """What a file checked on resume says; nothing where a run has none yet. Raises UserError for
+    one that holds something else."""
     if not path.exists():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); bring it back, or delete it to go on unchecked") from error
+        raise UserError(
+            f"{path}: cannot be read ({error}); bring it back, or delete it to go on unchecked"
+        ) from error
     if not isinstance(found, dict) or not isinstance(found.get(key), str):
-        raise UserError(f"{path}: got {str(found)[:60]!r}, expected an object with {key!r}; bring it back, or delete it to go on unchecked")
+        raise UserError(
+            f"{path}: got {str(found)[:60]!r}, expected an object with {key!r}; bring it back, or"
+            " delete it to go on unchecked"
+        )
     return found
 
 
 def add_later_eval(folder: Path, row: Mapping[str, Any]) -> None:
-    """Put an evaluation that `minirl eval` made beside the run's own, in place of one of the same kind. Needs no open run.
+    """Put an evaluation that `minirl eval` made beside the run's own, in place of one of the same
+    kind. Needs no open run.
 
-    row: as for `Run.log_eval`. Its kind is its `label`, `tries`, `samples`, `temperature`, `changed` and number of problems.
+    row: as for `Run.log_eval`. Its kind is its `label`, `tries`, `samples`, `temperature`,
+    `changed` and number of problems.
     """
 
     def kind(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return len(row["problems"]), *(row.get(key) for key in ("label", "tries", "samples", "temperature", "changed"))
+        return len(row["problems"]), *(
+            row.get(key) for key in ("label", "tries", "samples", "temperature", "changed")
+        )
 
     try:
         with filelock.FileLock(folder / ".evals.lock"):
@@ -65,5 +76,6 @@ def add_later_eval(folder: Path, row: Mapping[str, Any]) -> None:
             write_rows(folder / LATER, [*others, row])
     except OSError as error:
         raise UserError(
-            f"{folder / LATER}: cannot be written ({error}); the evaluation was made but not kept, mend that and repeat"
+            f"{folder / LATER}: cannot be written ({error}); the evaluation was made but not kept,"
+            " mend that and repeat"
         ) from error

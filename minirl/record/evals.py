@@ -1,6 +1,7 @@
 """What rows of evals.jsonl say: one summarised, several seeds pooled, two compared.
 
-Invariant: the unit of evidence is the problem, never the sample. A row that is none is refused by its label.
+Invariant: the unit of evidence is the problem, never the sample. A row that is none is refused by
+its label.
 """
 
 from __future__ import annotations
@@ -10,7 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from minirl.errors import UserError
-from minirl.record.statistics import Difference, Interval, cluster_interval, mean_interval, paired, pass_at_k, ratio_interval
+from minirl.record.statistics import (
+    Difference,
+    Interval,
+    cluster_interval,
+    mean_interval,
+    paired,
+    pass_at_k,
+    ratio_interval,
+)
 
 COUNTS = ("searches", "response", "steps", "calls", "errors", "malformed")
 """The scores that are no shares."""
@@ -19,7 +28,8 @@ MOST_COUNTED = 1e9
 
 
 class _Tries(NamedTuple):
-    """One problem of an evaluation: how many samples, passed on the first try, passed within two, the errors of each try, its scores."""
+    """One problem of an evaluation: how many samples, passed on the first try, passed within two,
+    the errors of each try, its scores."""
 
     samples: int
     first: int
@@ -36,27 +46,51 @@ def _tries(row: Mapping[str, Any]) -> dict[str, _Tries]:
         for problem in row["problems"]:
             first = [bool(x) for x in problem["first"]]
             second = [bool(x) for x in problem.get("second") or [None] * len(first)]
-            errors = [[str(e) for e in problem.get(key) or () if e is not None] for key in ("first_error", "second_error")]
-            scores = {str(name): [float(x) for x in values if x is not None] for name, values in problem.get("scores", {}).items()}
+            errors = [
+                [str(e) for e in problem.get(key) or () if e is not None]
+                for key in ("first_error", "second_error")
+            ]
+            scores = {
+                str(name): [float(x) for x in values if x is not None]
+                for name, values in problem.get("scores", {}).items()
+            }
             within = sum(a or b for a, b in zip(first, second, strict=True))
-            if wrong := [name for name, values in scores.items() for x in values if not 0 <= x <= (MOST_COUNTED if name in COUNTS else 1)]:
+            if wrong := [
+                name
+                for name, values in scores.items()
+                for x in values
+                if not 0 <= x <= (MOST_COUNTED if name in COUNTS else 1)
+            ]:
                 raise ValueError(f"score {wrong[0]!r} is not in its range")
-            found[str(problem["id"])] = _Tries(len(first), sum(first), within, errors[0], errors[1], scores)
-        if len(found) != len(row["problems"]) or not found or any(t.samples == 0 for t in found.values()):
-            raise ValueError("expected problems with an id of their own and at least one sample each")
+            found[str(problem["id"])] = _Tries(
+                len(first), sum(first), within, errors[0], errors[1], scores
+            )
+        if (
+            len(found) != len(row["problems"])
+            or not found
+            or any(t.samples == 0 for t in found.values())
+        ):
+            raise ValueError(
+                "expected problems with an id of their own and at least one sample each"
+            )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         label = row.get("label")
-        raise UserError(f"evaluation {label!r}: not a row of evals.jsonl ({type(error).__name__}: {error}); evaluate again") from error
+        raise UserError(
+            f"evaluation {label!r}: not a row of evals.jsonl ({type(error).__name__}: {error});"
+            " evaluate again"
+        ) from error
     return found
 
 
 def summarise(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a row of evals.jsonl says, every share as an Interval.
 
-    first: passed at once. second: passed within two tries. fixed: share of the failed first tries that the retry mends; second and
-    fixed are None for a single try, fixed also where nothing failed. pass_at_k: {k: Interval} over first tries, k = 1 .. samples.
-    first_errors, second_errors: {kind: count}, commonest first. scores: {name: Interval} of the metrics.SCORES that the row has, over the
-    problems that have them; counted: {name: how many of the problems x samples have it}. UserError for a row that is none.
+    first: passed at once. second: passed within two tries. fixed: share of the failed first tries
+    that the retry mends; second and fixed are None for a single try, fixed also where nothing
+    failed. pass_at_k: {k: Interval} over first tries, k = 1 .. samples. first_errors,
+    second_errors: {kind: count}, commonest first. scores: {name: Interval} of the metrics.SCORES
+    that the row has, over the problems that have them; counted: {name: how many of the problems x
+    samples have it}. UserError for a row that is none.
     """
     problems = list(_tries(row).values())
     samples = min(t.samples for t in problems)
@@ -69,8 +103,18 @@ def summarise(row: Mapping[str, Any]) -> dict[str, Any]:
         "samples": samples,
         "problems": len(problems),
         "first": ratio_interval([t.first for t in problems], [t.samples for t in problems]),
-        "second": ratio_interval([t.second for t in problems], [t.samples for t in problems]) if two else None,
-        "fixed": ratio_interval([t.second - t.first for t in failed], [t.samples - t.first for t in failed]) if two and failed else None,
+        "second": (
+            ratio_interval([t.second for t in problems], [t.samples for t in problems])
+            if two
+            else None
+        ),
+        "fixed": (
+            ratio_interval(
+                [t.second - t.first for t in failed], [t.samples - t.first for t in failed]
+            )
+            if two and failed
+            else None
+        ),
         # k samples make one trial of pass@k.
         "pass_at_k": {k: cluster_interval(values, samples // k) for k, values in by_k.items()},
         "first_errors": dict(Counter(e for t in problems for e in t.first_errors).most_common()),
@@ -88,9 +132,11 @@ def _score(name: str, problems: Sequence[_Tries]) -> Interval:
 
 
 def pool(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Evaluations made alike in runs of several seeds as one row, `runs` of them: a problem's samples are those of all runs.
+    """Evaluations made alike in runs of several seeds as one row, `runs` of them: a problem's
+    samples are those of all runs.
 
-    So intervals go over problems and keep the draws of all seeds together. UserError where the problems or the settings differ.
+    So intervals go over problems and keep the draws of all seeds together. UserError where the
+    problems or the settings differ.
     """
 
     def way(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -99,20 +145,36 @@ def pool(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     first, *others = rows
     if any(way(row) != way(first) for row in others):
-        raise UserError(f"evaluation {first.get('label')!r}: the runs' rows differ in problems or settings, expected equal ones to pool")
+        raise UserError(
+            f"evaluation {first.get('label')!r}: the runs' rows differ in problems or settings,"
+            " expected equal ones to pool"
+        )
     problems = []
     for problem in first["problems"]:
         same = [next(p for p in row["problems"] if p["id"] == problem["id"]) for row in rows]
-        pooled = {key: [x for p in same for x in p[key]] for key, value in problem.items() if isinstance(value, list)}
+        pooled = {
+            key: [x for p in same for x in p[key]]
+            for key, value in problem.items()
+            if isinstance(value, list)
+        }
         names = dict.fromkeys(name for p in same for name in p.get("scores", {}))
-        scores = {name: [x for p in same for x in p.get("scores", {}).get(name, [None] * len(p["first"]))] for name in names}
+        scores = {
+            name: [x for p in same for x in p.get("scores", {}).get(name, [None] * len(p["first"]))]
+            for name in names
+        }
         problems.append({"id": problem["id"], **pooled} | ({"scores": scores} if scores else {}))
-    return {**first, "samples": sum(row.get("samples", 1) for row in rows), "runs": len(rows), "problems": problems}
+    return {
+        **first,
+        "samples": sum(row.get("samples", 1) for row in rows),
+        "runs": len(rows),
+        "problems": problems,
+    }
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Difference | None]:
-    """Two rows of evals.jsonl, paired over the problems they share: first, second, fixed over the problems that failed in both, and every
-    share among their scores (f1, em, ...; see COUNTS for those that are none) over the problems that have it in both.
+    """Two rows of evals.jsonl, paired over the problems they share: first, second, fixed over the
+    problems that failed in both, and every share among their scores (f1, em, ...; see COUNTS for
+    those that are none) over the problems that have it in both.
 
     None where the two have nothing to compare.
     """
@@ -125,12 +187,40 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Di
         return (t.second - t.first) / (t.samples - t.first)
 
     return {
-        "first": paired([a.first / a.samples for a, _ in common], [b.first / b.samples for _, b in common]) if common else None,
-        "second": paired([a.second / a.samples for a, _ in common], [b.second / b.samples for _, b in common]) if common and two else None,
-        "fixed": paired([fixed(a) for a, _ in failed], [fixed(b) for _, b in failed]) if failed and two else None,
-    } | {name: _compare_scores(name, common) for name in dict.fromkeys(name for a, _ in common for name in a.scores) if name not in COUNTS}
+        "first": (
+            paired(
+                [a.first / a.samples for a, _ in common], [b.first / b.samples for _, b in common]
+            )
+            if common
+            else None
+        ),
+        "second": (
+            paired(
+                [a.second / a.samples for a, _ in common], [b.second / b.samples for _, b in common]
+            )
+            if common and two
+            else None
+        ),
+        "fixed": (
+            paired([fixed(a) for a, _ in failed], [fixed(b) for _, b in failed])
+            if failed and two
+            else None
+        ),
+    } | {
+        name: _compare_scores(name, common)
+        for name in dict.fromkeys(name for a, _ in common for name in a.scores)
+        if name not in COUNTS
+    }
 
 
 def _compare_scores(name: str, pairs: Sequence[tuple[_Tries, _Tries]]) -> Difference | None:
-    both = [(a.scores[name], b.scores[name]) for a, b in pairs if a.scores.get(name) and b.scores.get(name)]
-    return paired([sum(a) / len(a) for a, _ in both], [sum(b) / len(b) for _, b in both]) if both else None
+    both = [
+        (a.scores[name], b.scores[name])
+        for a, b in pairs
+        if a.scores.get(name) and b.scores.get(name)
+    ]
+    return (
+        paired([sum(a) / len(a) for a, _ in both], [sum(b) / len(b) for _, b in both])
+        if both
+        else None
+    )

@@ -1,7 +1,8 @@
 """What a run shows while it runs: a live panel on a terminal, else one plain line a step.
 
-Invariant: display only. Nothing here feeds back into the run, a missing or odd number is left out rather than an error, and the plain
-lines are flushed as they come, so that a log file or a notebook shows them at once.
+Invariant: display only. Nothing here feeds back into the run, a missing or odd number is left out
+rather than an error, and the plain lines are flushed as they come, so that a log file or a notebook
+shows them at once.
 """
 
 from __future__ import annotations
@@ -54,12 +55,20 @@ FIELDS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 
 
 class Progress:
-    """Shows a run. `step` takes the rows that go to metrics.jsonl and timings.jsonl and counts one step done.
+    """Shows a run. `step` takes the rows that go to metrics.jsonl and timings.jsonl and counts one
+    step done.
 
-    console: where to; live only on a terminal. quiet (for the other processes of one run) shows nothing. clock: seconds, monotonic.
+    console: where to; live only on a terminal. quiet (for the other processes of one run) shows
+    nothing. clock: seconds, monotonic.
     """
 
-    def __init__(self, console: Console | None = None, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        console: Console | None = None,
+        *,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._console = console or Console()
         self._quiet = quiet
         self._clock = clock
@@ -72,11 +81,18 @@ class Progress:
 
     def __enter__(self) -> Self:
         if not self._quiet and self._console.is_terminal:
-            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
+            self._live = Live(
+                get_renderable=self._render, console=self._console, refresh_per_second=4
+            )
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._live is not None:
             self._sampling = None
             self._live.stop()
@@ -110,7 +126,15 @@ class Progress:
         if self._live is None:
             left = self._eta_s()
             parts = [f"{label} {text}" for label, text in self._shown.items()]
-            self._line("  ".join([self._place(self._done), *parts, *([f"eta {_clock_text(left)}"] if left else [])]))
+            self._line(
+                "  ".join(
+                    [
+                        self._place(self._done),
+                        *parts,
+                        *([f"eta {_clock_text(left)}"] if left else []),
+                    ]
+                )
+            )
 
     def say(self, text: str) -> None:
         """A line that stays: a notice, a warning, an evaluation."""
@@ -122,8 +146,15 @@ class Progress:
     def evaluation(self, label: str, summary: Mapping[str, Any]) -> None:
         """A line with the shares of an evaluation, as `statistics.summarise` gives them."""
         names = (("first", "1st try"), ("second", "within 2 tries"), ("fixed", "failures fixed"))
-        shares = [f"{name} {i.value:.1%} [{i.low:.1%}, {i.high:.1%}]" for key, name in names if (i := summary.get(key)) is not None]
-        shares += [f"{name} {i.value:.3g} [{i.low:.3g}, {i.high:.3g}]" for name, i in summary.get("scores", {}).items()]
+        shares = [
+            f"{name} {i.value:.1%} [{i.low:.1%}, {i.high:.1%}]"
+            for key, name in names
+            if (i := summary.get(key)) is not None
+        ]
+        shares += [
+            f"{name} {i.value:.3g} [{i.low:.3g}, {i.high:.3g}]"
+            for name, i in summary.get("scores", {}).items()
+        ]
         self.say(f"evaluation {label} on {summary.get('problems')} problems: {', '.join(shares)}")
 
     def _line(self, text: str) -> None:
@@ -148,19 +179,39 @@ class Progress:
         left = self._eta_s()
         bar = ProgressBar(total=max(1, self._steps), completed=self._done, width=30)
         eta = f"{_clock_text(left)} left" if left is not None else "time left unknown"
-        head.add_row(Text(self._name, style="bold"), f"step {self._done}/{self._steps}", bar, Text(eta, style="dim"))
+        head.add_row(
+            Text(self._name, style="bold"),
+            f"step {self._done}/{self._steps}",
+            bar,
+            Text(eta, style="dim"),
+        )
         width = max(1, (self._console.width - 4) // 26)
         numbers = Table.grid(padding=(0, 3))
-        cells = [Text.assemble((f"{label} ", "dim"), (text, "bold")) for label, text in self._shown.items()]
+        cells = [
+            Text.assemble((f"{label} ", "dim"), (text, "bold"))
+            for label, text in self._shown.items()
+        ]
         for start in range(0, len(cells), width):
             numbers.add_row(*cells[start : start + width])
         now = self._clock() - self._last_step
         if self._sampling:
             done, total = self._sampling
-            status = Text(f"sampling {done} of {total} episodes, {_clock_text(now)} into this step", style="cyan")
+            status = Text(
+                f"sampling {done} of {total} episodes, {_clock_text(now)} into this step",
+                style="cyan",
+            )
         else:
-            status = Text(f"working, {_clock_text(now)} into this step" if self._done < self._steps else "stage done", style="dim")
-        return Panel(Group(head, numbers, status), title="minirl", title_align="left", border_style="dim")
+            status = Text(
+                (
+                    f"working, {_clock_text(now)} into this step"
+                    if self._done < self._steps
+                    else "stage done"
+                ),
+                style="dim",
+            )
+        return Panel(
+            Group(head, numbers, status), title="minirl", title_align="left", border_style="dim"
+        )
 
 
 def _format(values: Mapping[str, Any]) -> dict[str, str]:

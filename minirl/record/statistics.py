@@ -1,7 +1,8 @@
 """How sure a measured number is: intervals, paired tests, pass@k.
 
-Invariant: pure functions of their arguments with no randomness but a fixed seed, so a report says the same whenever it is made. The
-unit of evidence is the problem, never the sample: many samples of one problem are one cluster.
+Invariant: pure functions of their arguments with no randomness but a fixed seed, so a report says
+the same whenever it is made. The unit of evidence is the problem, never the sample: many samples of
+one problem are one cluster.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Mean of after - before over `problems` problems, its 95 % interval, and the two-sided p of "no difference"."""
+    """Mean of after - before over `problems` problems, its 95 % interval, and the two-sided p of
+    "no difference"."""
 
     value: float
     low: float
@@ -40,7 +42,8 @@ class Difference(NamedTuple):
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:
-    """95 % score interval of a share (Wilson 1927). n may be an effective, non-integer sample size; n = 0 gives (0, 1)."""
+    """95 % score interval of a share (Wilson 1927). n may be an effective, non-integer sample size;
+    n = 0 gives (0, 1)."""
     if not 0 <= successes <= n:
         raise ValueError(f"wilson: {successes} successes of {n}")
     if n == 0:
@@ -49,15 +52,20 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z * sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
     # The bounds at 0 and 1 are exact; rounding would leave 1e-17 there.
-    return (0.0 if successes == 0 else max(0.0, centre - half)), (1.0 if successes == n else min(1.0, centre + half))
+    return (0.0 if successes == 0 else max(0.0, centre - half)), (
+        1.0 if successes == n else min(1.0, centre + half)
+    )
 
 
 def ratio_interval(successes: Sequence[float], trials: Sequence[float]) -> Interval:
-    """Share of successes, with trials clustered in problems: Wilson's interval at the effective sample size.
+    """Share of successes, with trials clustered in problems: Wilson's interval at the effective
+    sample size.
 
-    That size is what binomial sampling would need for the between-problem (linearised) variance of the ratio, at most the number of
-    trials; where every trial went the same way it is Kish's (sum n)^2 / sum n^2, i.e. a problem's trials count as one. With one trial a
-    problem it is Wilson's interval itself, and unlike a bootstrap it does not collapse at 0 or 1. ValueError without trials.
+    That size is what binomial sampling would need for the between-problem (linearised) variance of
+    the ratio, at most the number of trials; where every trial went the same way it is Kish's (sum
+    n)^2 / sum n^2, i.e. a problem's trials count as one. With one trial a problem it is Wilson's
+    interval itself, and unlike a bootstrap it does not collapse at 0 or 1. ValueError without
+    trials.
     """
     total = sum(trials)
     if total <= 0:
@@ -72,32 +80,46 @@ def ratio_interval(successes: Sequence[float], trials: Sequence[float]) -> Inter
 
 
 def cluster_interval(per_problem_means: Sequence[float], samples: int = 1) -> Interval:
-    """Mean over problems, each problem's value being a mean of `samples` samples; see `ratio_interval`."""
-    return ratio_interval([mean * samples for mean in per_problem_means], [samples] * len(per_problem_means))
+    """Mean over problems, each problem's value being a mean of `samples` samples; see
+    `ratio_interval`."""
+    return ratio_interval(
+        [mean * samples for mean in per_problem_means], [samples] * len(per_problem_means)
+    )
 
 
 def mean_interval(per_problem_means: Sequence[float]) -> Interval:
-    """Mean over problems of a number that is no share, with its normal 95 % interval; that of a single problem has no width."""
+    """Mean over problems of a number that is no share, with its normal 95 % interval; that of a
+    single problem has no width."""
     n = len(per_problem_means)
     centre = sum(per_problem_means) / n
-    half = Z * sqrt(sum((value - centre) ** 2 for value in per_problem_means) / (n * (n - 1))) if n > 1 else 0.0
+    half = (
+        Z * sqrt(sum((value - centre) ** 2 for value in per_problem_means) / (n * (n - 1)))
+        if n > 1
+        else 0.0
+    )
     return Interval(centre, centre - half, centre + half)
 
 
 def paired(before: Sequence[float], after: Sequence[float]) -> Difference:
     """Compare two evaluations problem by problem (values in [0, 1], same order).
 
-    p: sign-flip test of the summed differences, exact where they lie on a grid of 1/200 or coarser (with single samples this is
-    McNemar's exact test), else from 20,000 seeded flips. Interval: adjusted Wald for matched pairs (Agresti and Min 2005: half a pair in
-    every cell), which does not collapse when nothing changed. ValueError for unequal or no problems.
+    p: sign-flip test of the summed differences, exact where they lie on a grid of 1/200 or coarser
+    (with single samples this is McNemar's exact test), else from 20,000 seeded flips. Interval:
+    adjusted Wald for matched pairs (Agresti and Min 2005: half a pair in every cell), which does
+    not collapse when nothing changed. ValueError for unequal or no problems.
     """
     if len(before) != len(after) or not before:
-        raise ValueError(f"paired: {len(before)} values before, {len(after)} after; expected as many, and at least one")
+        raise ValueError(
+            f"paired: {len(before)} values before, {len(after)} after; expected as many, and at"
+            " least one"
+        )
     changes = [b - a for a, b in zip(before, after, strict=True)]
     n = len(changes)
     centre = sum(changes) / (n + 2)
     half = Z * sqrt((sum(d * d for d in changes) + 1) / (n + 2) - centre**2) / sqrt(n + 2)
-    return Difference(sum(changes) / n, max(-1.0, centre - half), min(1.0, centre + half), _sign_flip(changes), n)
+    return Difference(
+        sum(changes) / n, max(-1.0, centre - half), min(1.0, centre + half), _sign_flip(changes), n
+    )
 
 
 def _sign_flip(changes: Sequence[float]) -> float:
@@ -107,7 +129,10 @@ def _sign_flip(changes: Sequence[float]) -> float:
     if unit > GRID:
         size = [abs(d) for d in changes if d]
         rng, observed = Random(0), abs(sum(changes)) - 1e-9
-        hits = sum(abs(sum(s if rng.random() < 0.5 else -s for s in size)) >= observed for _ in range(FLIPS))
+        hits = sum(
+            abs(sum(s if rng.random() < 0.5 else -s for s in size)) >= observed
+            for _ in range(FLIPS)
+        )
         return (hits + 1) / (FLIPS + 1)
     steps = [int(f * unit) for f in fractions if f]
     ways = {0: 1}
@@ -122,18 +147,21 @@ def _sign_flip(changes: Sequence[float]) -> float:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that one of k samples is right, estimated without bias from c right ones among n (arXiv 2107.03374, eq. 1)."""
+    """Chance that one of k samples is right, estimated without bias from c right ones among n
+    (arXiv 2107.03374, eq. 1)."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k: n {n}, c {c}, k {k}; expected 0 <= c <= n and 1 <= k <= n")
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
 def majority(answers: Sequence[str | None], passed: Sequence[bool]) -> float:
-    """Whether the answer that most samples give is right (majority@k), whatever the order of the samples.
+    """Whether the answer that most samples give is right (majority@k), whatever the order of the
+    samples.
 
-    None stands for no answer and has no vote; 0 where nobody has one. An answer is right where most samples that give it passed (as many as
-    not: 1/2): "50%" and "50" vote for one answer, and only the first is right where a share of 0.5 was asked for. Of answers given equally
-    often each counts alike, as if one of them were drawn.
+    None stands for no answer and has no vote; 0 where nobody has one. An answer is right where most
+    samples that give it passed (as many as
+    not: 1/2): "50%" and "50" vote for one answer, and only the first is right where a share of 0.5
+    was asked for. Of answers given equally often each counts alike, as if one of them were drawn.
     """
     votes: dict[str, list[bool]] = {}
     for answer, right in zip(answers, passed, strict=True):
@@ -141,12 +169,17 @@ def majority(answers: Sequence[str | None], passed: Sequence[bool]) -> float:
             votes.setdefault(answer, []).append(right)
     most = max(map(len, votes.values()), default=0)
     winners = [sum(rights) for rights in votes.values() if len(rights) == most]
-    return sum(1.0 if 2 * right > most else 0.5 if 2 * right == most else 0.0 for right in winners) / len(winners) if winners else 0.0
+    return (
+        sum(1.0 if 2 * right > most else 0.5 if 2 * right == most else 0.0 for right in winners)
+        / len(winners)
+        if winners
+        else 0.0
+    )
 
 
 def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
-    """Area under the ROC curve: how likely a right one scores above a wrong one, ties half (Mann and Whitney 1947); NaN without both, or
-    where a score is NaN."""
+    """Area under the ROC curve: how likely a right one scores above a wrong one, ties half (Mann
+    and Whitney 1947); NaN without both, or where a score is NaN."""
     right = sum(labels)
     pairs = right * (len(labels) - right)
     if not pairs or any(map(isnan, scores)):

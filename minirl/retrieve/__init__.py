@@ -1,7 +1,7 @@
 """Retrievers: passages for queries, by BM25 in this process or from a server.
 
-Invariant: a search is a pure function of the corpus, the recipe and the query. The other queries of its batch, the machine's compiler and
-the cache on the disk change nothing, ties included.
+Invariant: a search is a pure function of the corpus, the recipe and the query. The other queries of
+its batch, the machine's compiler and the cache on the disk change nothing, ties included.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from minirl.recipe.retriever import Bm25Retriever, RemoteRetriever
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """What a search finds; `title` may be empty. `id` is the source's own, else the passage's number in the corpus, from 0."""
+    """What a search finds; `title` may be empty. `id` is the source's own, else the passage's
+    number in the corpus, from 0."""
 
     title: str
     text: str
@@ -31,17 +32,22 @@ class Passages(Protocol):
 
 
 class Retriever(Protocol):
-    """The one interface of them all; whatever has this method can stand in, such as a dense retriever."""
+    """The one interface of them all; whatever has this method can stand in, such as a dense
+    retriever."""
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        """The best `k` (>= 1) passages for each query, best first; fewer, or none, where no more match."""
+        """The best `k` (>= 1) passages for each query, best first; fewer, or none, where no more
+        match."""
 
 
-def open_retriever(node: Bm25Retriever | RemoteRetriever, context: Sequence[Passage] = ()) -> Retriever:
+def open_retriever(
+    node: Bm25Retriever | RemoteRetriever, context: Sequence[Passage] = ()
+) -> Retriever:
     """The retriever that a recipe names.
 
-    context: the paragraphs that come with the task's problems, in order and with repeats; the source `context` stands for them.
-    Raises UserError for passages that cannot be had or read, and for an empty corpus. A server is not asked before the first search.
+    context: the paragraphs that come with the task's problems, in order and with repeats; the
+    source `context` stands for them. Raises UserError for passages that cannot be had or read, and
+    for an empty corpus. A server is not asked before the first search.
     """
     if isinstance(node, RemoteRetriever):
         from minirl.retrieve.remote import Remote

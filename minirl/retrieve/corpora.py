@@ -1,7 +1,7 @@
 """Corpora: passages out of files, folders, the hub or a task's own paragraphs.
 
-Invariant: data is parsed, never executed; the same content gives the same passages in the same order, wherever its files lie; a row that is
-no passage is named by file and line.
+Invariant: data is parsed, never executed; the same content gives the same passages in the same
+order, wherever its files lie; a row that is no passage is named by file and line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _QUOTED_TITLE = re.compile(r'"([^\n]*)"\n')
 
 
 def read(node: Bm25Retriever, context: Sequence[Passage]) -> Iterator[Passage]:
-    """All passages of `node.sources` in order; `context` stands where that source is named, a title and text that repeat taken once.
+    """All passages of `node.sources` in order; `context` stands where that source is named, a title
+    and text that repeat taken once.
 
     Raises UserError for a source that cannot be had and for the first row that is no passage.
     """
@@ -56,7 +57,10 @@ def _source(source: str, node: Bm25Retriever) -> Iterator[Passage]:
     files = sorted(_files(path), key=lambda file: file.relative_to(path).as_posix())
     if not files:
         wanted = ", ".join((*SUFFIXES, *TEXT_SUFFIXES))
-        raise UserError(f"{source}: no data in this folder, expected files ending in {wanted}; pass others with `--set {SETTING}`")
+        raise UserError(
+            f"{source}: no data in this folder, expected files ending in {wanted}; pass others with"
+            f" `--set {SETTING}`"
+        )
     for file in files:
         yield from _file(file, str(file), file.relative_to(path).as_posix(), node)
 
@@ -76,9 +80,17 @@ def _file(path: Path, source: str, name: str, node: Bm25Retriever) -> Iterator[P
     if suffix in TEXT_SUFFIXES:
         for number, text in enumerate(_cut(decode(_bytes(path, source), source), node.words)):
             yield Passage(path.stem, text, f"{name}#{number}")
-    elif suffix == ".json" and path.is_file() and (data := _bytes(path, source)).removeprefix(BOM_UTF8).lstrip()[:1] == b"{":
+    elif (
+        suffix == ".json"
+        and path.is_file()
+        and (data := _bytes(path, source)).removeprefix(BOM_UTF8).lstrip()[:1] == b"{"
+    ):
         for number, (title, value) in enumerate(_pairs(data, source), 1):
-            yield _passage({node.title: title, node.text: value}, f"{source}, key {number} ({title[:40]!r})", node)
+            yield _passage(
+                {node.title: title, node.text: value},
+                f"{source}, key {number} ({title[:40]!r})",
+                node,
+            )
     else:
         for where, row in read_rows(source, (node.text,), node.split, setting=SETTING):
             yield _passage(row, where, node)
@@ -89,29 +101,51 @@ def _passage(row: Mapping[str, Any], where: str, node: Bm25Retriever) -> Passage
     if isinstance(text, list) and all(isinstance(sentence, str) for sentence in text):
         text = " ".join(sentence.strip() for sentence in text)
     if not isinstance(text, str):
-        raise UserError(f"{where}: {node.text}: got {reprlib.repr(text)}, expected a text or a list of sentences; mend or delete the row")
+        raise UserError(
+            f"{where}: {node.text}: got {reprlib.repr(text)}, expected a text or a list of"
+            " sentences; mend or delete the row"
+        )
     if title is None and (quoted := _QUOTED_TITLE.match(text)):
-        title, text = quoted[1], text[quoted.end() :]  # how Search-R1's and FlashRAG's Wikipedia writes a title
+        title, text = (
+            quoted[1],
+            text[quoted.end() :],
+        )  # how Search-R1's and FlashRAG's Wikipedia writes a title
     if not isinstance(title, str | None):
-        raise UserError(f"{where}: {node.title}: got {reprlib.repr(title)}, expected a text; mend or delete the row")
+        raise UserError(
+            f"{where}: {node.title}: got {reprlib.repr(title)}, expected a text; mend or delete"
+            " the row"
+        )
     if isinstance(identifier, bool) or not isinstance(identifier, str | int | None):
-        raise UserError(f"{where}: {node.id}: got {reprlib.repr(identifier)}, expected a text or a whole number; mend or delete the row")
+        raise UserError(
+            f"{where}: {node.id}: got {reprlib.repr(identifier)}, expected a text or a whole"
+            " number; mend or delete the row"
+        )
     passage = Passage(title or "", text.strip(), "" if identifier is None else str(identifier))
     if not (passage.title.strip() or passage.text):
-        raise UserError(f"{where}: an empty passage, expected words in {node.title} or {node.text}; delete the row")
+        raise UserError(
+            f"{where}: an empty passage, expected words in {node.title} or {node.text}; delete"
+            " the row"
+        )
     try:
         (passage.title + passage.text + passage.id).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: half of a surrogate pair ({error.object[error.start]!r}) is no character; mend the row") from error
+        raise UserError(
+            f"{where}: half of a surrogate pair ({error.object[error.start]!r}) is no character;"
+            " mend the row"
+        ) from error
     return passage
 
 
 def _pairs(data: bytes, source: str) -> list[tuple[str, Any]]:
-    """The pairs of one JSON object {title: text}, a title that is there twice too (HippoRAG's form of the HotpotQA corpus)."""
+    """The pairs of one JSON object {title: text}, a title that is there twice too (HippoRAG's form
+    of the HotpotQA corpus)."""
     try:
         pairs: list[tuple[str, Any]] = json.loads(decode(data, source), object_pairs_hook=list)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{source}: not valid JSON ({error}), expected {{title: text}} or a list of objects; mend the file") from error
+        raise UserError(
+            f"{source}: not valid JSON ({error}), expected {{title: text}} or a list of objects;"
+            " mend the file"
+        ) from error
     return pairs
 
 
@@ -119,11 +153,14 @@ def _bytes(path: Path, source: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}); pass another file with `--set {SETTING}`") from error
+        raise UserError(
+            f"{source}: cannot be read ({error.strerror}); pass another file with `--set {SETTING}`"
+        ) from error
 
 
 def _cut(text: str, limit: int) -> Iterator[str]:
-    """Passages of at most `limit` words: whole paragraphs as long as they fit together, a longer one cut where it reaches the limit."""
+    """Passages of at most `limit` words: whole paragraphs as long as they fit together, a longer
+    one cut where it reaches the limit."""
     words: list[str] = []
     for paragraph in map(str.split, _BLANK_LINES.split(text)):
         if words and len(words) + len(paragraph) > limit:

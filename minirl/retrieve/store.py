@@ -1,4 +1,5 @@
-"""Passages in a folder, read one at a time: a corpus of any size costs no memory but what the system caches.
+"""Passages in a folder, read one at a time: a corpus of any size costs no memory but what the
+system caches.
 
 Invariant: `Stored` gives the passages that `store` was given, in their order.
 """
@@ -18,7 +19,8 @@ ROWS, ENDS = "passages.jsonl", "ends.npy"
 
 
 def store(passages: Iterable[Passage], folder: Path) -> None:
-    """Write `passages` into an existing folder: one JSON row [title, text, id] a line, and where each line ends, in bytes."""
+    """Write `passages` into an existing folder: one JSON row [title, text, id] a line, and where
+    each line ends, in bytes."""
     ends, at = [], 0
     with (folder / ROWS).open("wb") as file:
         for passage in passages:
@@ -35,7 +37,9 @@ class Stored:
         with (folder / ROWS).open("rb") as file:
             self._rows = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if len(self._ends) == 0 or self._ends[-1] != len(self._rows):
-            raise ValueError(f"{ROWS}: got {len(self._rows)} bytes, expected as many as {ENDS} says")
+            raise ValueError(
+                f"{ROWS}: got {len(self._rows)} bytes, expected as many as {ENDS} says"
+            )
 
     def __len__(self) -> int:
         return len(self._ends)

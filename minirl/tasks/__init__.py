@@ -1,6 +1,7 @@
 """Tasks: problems, the prompt they are put as, and the verifier that scores an answer.
 
-Invariant: a task is a pure function of its recipe and the seed, and no held-out problem is ever among the training ones.
+Invariant: a task is a pure function of its recipe and the seed, and no held-out problem is ever
+among the training ones.
 """
 
 from __future__ import annotations
@@ -17,18 +18,22 @@ __all__ = ["Demonstration", "Task", "draw", "fingerprint", "open_task"]
 
 
 def open_task(node: recipe.Task, seed: int, made: Task | None = None) -> Task:
-    """The task a recipe names; `made` in Python where that is `own`. Raises UserError for data that cannot be had or read."""
+    """The task a recipe names; `made` in Python where that is `own`. Raises UserError for data that
+    cannot be had or read."""
     if isinstance(node, recipe.Own):
         from minirl.tasks import own
 
         if made is None:
             raise UserError(
-                "task.name: got 'own', which is made in Python; expected it as task=Task(...) of minirl.train.train or "
-                "minirl.loop.trial.evaluate_run"
+                "task.name: got 'own', which is made in Python; expected it as task=Task(...) of"
+                " minirl.train.train or minirl.loop.trial.evaluate_run"
             )
         return own.sound(made)
     if made is not None:
-        raise UserError(f"task: got a Task beside task.name {node.name!r}, expected the recipe to say task: {{name: own}}")
+        raise UserError(
+            f"task: got a Task beside task.name {node.name!r}, expected the recipe to say task:"
+            " {name: own}"
+        )
     if isinstance(node, recipe.Countdown):
         from minirl.tasks import countdown
 
@@ -47,7 +52,8 @@ def open_task(node: recipe.Task, seed: int, made: Task | None = None) -> Task:
 
 
 def draw(problems: Sequence[Problem], count: int, position: int, seed: int) -> list[Problem]:
-    """`count` problems from `position` on in an endless sequence of epochs, each its own seeded shuffle.
+    """`count` problems from `position` on in an endless sequence of epochs, each its own seeded
+    shuffle.
 
     A pure function of its arguments: a resumed run needs no cursor but the step it is at.
     """

@@ -1,7 +1,8 @@
-"""Calls of the calculator in a chain of GSM8K: its marks <<48/2=24>> say what to work out, and the words before each why.
+"""Calls of the calculator in a chain of GSM8K: its marks <<48/2=24>> say what to work out, and the
+words before each why.
 
-Invariant: a thought ends where the value that its call works out would stand; a chain is shown only where the calculator confirms its
-marks.
+Invariant: a thought ends where the value that its call works out would stand; a chain is shown only
+where the calculator confirms its marks.
 """
 
 from __future__ import annotations
@@ -39,24 +40,32 @@ def read(solution: str) -> Chain:
     ending = _ANSWER.search(solution)
     answer = ending["answer"].strip() if ending else ""
     text = solution[: ending.start()] if ending else solution
-    text = _MARK.sub(lambda mark: "" if _ONE_NUMBER.fullmatch(mark["expression"]) else mark[0], text)  # one number is nothing to work out
+    text = _MARK.sub(
+        lambda mark: "" if _ONE_NUMBER.fullmatch(mark["expression"]) else mark[0], text
+    )  # one number is nothing to work out
     calls, at = list[Call](), 0
     for mark in _MARK.finditer(text):
-        calls.append(Call(_DANGLING.sub("", text[at : mark.start()]).strip(), mark["expression"].strip()))
+        calls.append(
+            Call(_DANGLING.sub("", text[at : mark.start()]).strip(), mark["expression"].strip())
+        )
         at = mark.end()
     return Chain(tuple(calls), text[at:].strip(), answer)
 
 
 def worked_out(solution: str) -> list[Fraction]:
-    """The values that the marks of a solution state, in order; those that are no numbers are left out."""
+    """The values that the marks of a solution state, in order; those that are no numbers are left
+    out."""
     stated = (numeric.number(mark["value"]) for mark in _MARK.finditer(solution))
     return [found.value for found in stated if found is not None]
 
 
 def confirmed(solution: str) -> bool:
-    """Whether a chain calls the calculator at all, and gets from it what its marks say, to a hundredth or a hundredth part."""
+    """Whether a chain calls the calculator at all, and gets from it what its marks say, to a
+    hundredth or a hundredth part."""
     marks = list(_MARK.finditer(solution))
-    return bool(read(solution).calls) and all(_agrees(mark["expression"], mark["value"]) for mark in marks)
+    return bool(read(solution).calls) and all(
+        _agrees(mark["expression"], mark["value"]) for mark in marks
+    )
 
 
 def _agrees(expression: str, value: str) -> bool:
@@ -65,4 +74,6 @@ def _agrees(expression: str, value: str) -> bool:
         found = evaluate(expression)
     except CalculatorError:
         return False
-    return stated is not None and abs(found - stated.value) <= max(Fraction(1, 100), abs(found) / 100)
+    return stated is not None and abs(found - stated.value) <= max(
+        Fraction(1, 100), abs(found) / 100
+    )

@@ -1,6 +1,8 @@
-"""The Countdown task: generated problems that can be solved, or the hub's set, or a local file of the same columns.
+"""The Countdown task: generated problems that can be solved, or the hub's set, or a local file of
+the same columns.
 
-Invariant: a problem's key is its multiset of numbers with its target; no key is in both splits, and every generated one has a solution.
+Invariant: a problem's key is its multiset of numbers with its target; no key is in both splits, and
+every generated one has a solution.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ Key = tuple[tuple[int, ...], int]
 Way = tuple[str, ...]  # steps ("3 * 4 = 12", ...) and at last the expression that they work out
 
 OPERATORS = "+-*/"
-# Draws without a new problem, and draws a wanted problem, before a recipe is called too narrow: 0.1 s, and seconds at the default size.
+# Draws without a new problem, and draws a wanted problem, before a recipe is called too narrow: 0.1
+# s, and seconds at the default size.
 MAX_MISSES, MAX_TRIES = 20_000, 500
 MAX_TRIALS = 3  # most other wrong tries of a demonstrated reflection
 GIVE_UP = 0.25  # chance that it stops after a wrong try
-# Half of the demonstrated reflections are what models say by themselves: true, and of no use to a retry.
+# Half of the demonstrated reflections are what models say by themselves: true, and of no use to a
+# retry.
 VAGUE_SHARE = 0.5
 VAGUE = (
     "That does not come to {target}. I should be more careful with the arithmetic.",
@@ -33,12 +37,15 @@ VAGUE = (
     "I missed {target}. Another combination of the numbers is needed.",
     "I did not check the result. Next time I would check it against {target}.",
 )
-MAX_WAYS = 100  # solutions that a demonstration is chosen from: every one of 3 numbers, and a bounded search for 6
-WRONG_TRIES = 200  # draws of a wrong attempt before all are taken to reach the target (as with 2 + 2 and 2 * 2)
+# solutions that a demonstration is chosen from: every one of 3 numbers, and a bounded search for 6
+MAX_WAYS = 100
+# draws of a wrong attempt before all are taken to reach the target (as with 2 + 2 and 2 * 2)
+WRONG_TRIES = 200
 
 
 def open_task(node: recipe.Countdown, seed: int) -> Task:
-    """The task; its problems are a function of `node` alone, so that runs with different seeds share their held-out set.
+    """The task; its problems are a function of `node` alone, so that runs with different seeds
+    share their held-out set.
 
     Raises UserError where the recipe allows too few different problems or the data is malformed.
     """
@@ -57,7 +64,9 @@ def open_task(node: recipe.Countdown, seed: int) -> Task:
 
 
 def _verify(node: recipe.Countdown, problem: Problem, text: str) -> Verdict:
-    return verifier.verify(problem.answer["numbers"], problem.answer["target"], text, node.credit, node.operators)
+    return verifier.verify(
+        problem.answer["numbers"], problem.answer["target"], text, node.credit, node.operators
+    )
 
 
 def _check_operators(node: recipe.Countdown) -> None:
@@ -70,8 +79,9 @@ def _check_operators(node: recipe.Countdown) -> None:
 def _problem(numbers: Sequence[int], target: int, operators: str) -> Problem:
     listed = ", ".join(map(str, numbers))
     prompt = (
-        f"Make {target} from the numbers {listed}. Use each number exactly once, with {' '.join(operators)} and brackets. "
-        f"End with the expression inside {verifier.OPEN} {verifier.CLOSE} tags."
+        f"Make {target} from the numbers {listed}. Use each number exactly once, with"
+        f" {' '.join(operators)} and brackets. End with the expression inside {verifier.OPEN}"
+        f" {verifier.CLOSE} tags."
     )
     identity = "countdown/" + "-".join(map(str, sorted(numbers))) + f"={target}"
     return Problem(identity, prompt, {"numbers": list(numbers), "target": target})
@@ -93,8 +103,9 @@ def _generated(node: recipe.Countdown, wanted: int) -> list[Key]:
         if misses == MAX_MISSES:
             break
     raise UserError(
-        f"task: numbers up to {node.high} and targets up to {node.target_high} gave {len(found)} different problems, "
-        f"expected {wanted} (train + held_out); raise task.high or task.target_high, or lower task.train"
+        f"task: numbers up to {node.high} and targets up to {node.target_high} gave {len(found)}"
+        f" different problems, expected {wanted} (train + held_out); raise task.high or"
+        " task.target_high, or lower task.train"
     )
 
 
@@ -102,22 +113,36 @@ def _read(node: recipe.Countdown, wanted: int) -> list[Key]:
     found: dict[Key, Key] = {}
     for where, row in read_rows(node.source, ("nums", "target")):
         numbers, target = row["nums"], row["target"]
-        well_formed = isinstance(numbers, list) and 2 <= len(numbers) <= 6 and all(type(n) is int and n >= 0 for n in numbers)
+        well_formed = (
+            isinstance(numbers, list)
+            and 2 <= len(numbers) <= 6
+            and all(type(n) is int and n >= 0 for n in numbers)
+        )
         if not well_formed or type(target) is not int:
             got = f"nums={str(numbers)[:60]}, target={str(target)[:20]}"
-            raise UserError(f"{where}: got {got}, expected 2 to 6 whole numbers of 0 or more and a whole number; mend or delete the row")
+            raise UserError(
+                f"{where}: got {got}, expected 2 to 6 whole numbers of 0 or more and a whole"
+                " number; mend or delete the row"
+            )
         found.setdefault((tuple(sorted(numbers)), target), (tuple(numbers), target))
         if len(found) == wanted:
             break
     if len(found) <= node.held_out:
-        raise UserError(f"{node.source}: got {len(found)} different problems, expected more than task.held_out = {node.held_out}")
+        raise UserError(
+            f"{node.source}: got {len(found)} different problems, expected more than task.held_out"
+            f" = {node.held_out}"
+        )
     return list(found.values())
 
 
-def random_expression(numbers: Sequence[int], operators: str, rng: Random, *, signed: bool = False) -> tuple[list[str], int | None]:
-    """A random expression over all `numbers` in random order, as its steps ("3 * 4 = 12", ...), and its value.
+def random_expression(
+    numbers: Sequence[int], operators: str, rng: Random, *, signed: bool = False
+) -> tuple[list[str], int | None]:
+    """A random expression over all `numbers` in random order, as its steps ("3 * 4 = 12", ...), and
+    its value.
 
-    The value is None where an intermediate is not whole, or negative unless `signed`: few people would go by such a number.
+    The value is None where an intermediate is not whole, or negative unless `signed`: few people
+    would go by such a number.
     """
     pool = [(str(n), n) for n in numbers]
     rng.shuffle(pool)
@@ -144,7 +169,8 @@ def _apply(x: int, op: str, y: int, *, signed: bool = False) -> int | None:
 
 
 def solutions(numbers: Sequence[int], target: int, operators: str) -> Iterator[Way]:
-    """Every way to reach the target, as steps that end with the expression; brute force, quick to the last for 4 numbers or so."""
+    """Every way to reach the target, as steps that end with the expression; brute force, quick to
+    the last for 4 numbers or so."""
 
     def search(pool: tuple[tuple[str, int], ...], steps: Way) -> Iterator[Way]:
         if len(pool) == 1:
@@ -159,23 +185,30 @@ def solutions(numbers: Sequence[int], target: int, operators: str) -> Iterator[W
                     continue
                 value = _apply(x, op, y)
                 if value is not None:
-                    yield from search((*rest, (f"({a} {op} {b})", value)), (*steps, f"{x} {op} {y} = {value}"))
+                    yield from search(
+                        (*rest, (f"({a} {op} {b})", value)), (*steps, f"{x} {op} {y} = {value}")
+                    )
 
     yield from search(tuple((str(n), n) for n in numbers), ())
 
 
 def demonstrate(problem: Problem, rng: Random, *, operators: str) -> Demonstration:
-    """A right answer, a wrong attempt, and a reflection: some vague words, or the attempt worked out and others tried.
+    """A right answer, a wrong attempt, and a reflection: some vague words, or the attempt worked
+    out and others tried.
 
-    "8 + (3 - 2): 3 - 2 = 1, 8 + 1 = 9, not 13. (8 + 3) + 2: 8 + 3 = 11, 11 + 2 = 13, yes.": a retry can copy what was found.
-    Tries come in random order and are given up at random, so not every such reflection finds a solution. Which kind of reflection helps,
-    and how long to go on, is left for reinforcement learning to find. The attempt misses the target; only where no expression over all the
-    numbers does, it leaves one out.
+    "8 + (3 - 2): 3 - 2 = 1, 8 + 1 = 9, not 13. (8 + 3) + 2: 8 + 3 = 11, 11 + 2 = 13, yes.": a retry
+    can copy what was found. Tries come in random order and are given up at random, so not every
+    such reflection finds a solution. Which kind of reflection helps, and how long to go on, is left
+    for reinforcement learning to find. The attempt misses the target; only where no expression over
+    all the numbers does, it leaves one out.
     """
     numbers, target = problem.answer["numbers"], problem.answer["target"]
     ways = list(itertools.islice(solutions(numbers, target, operators), MAX_WAYS))
     if not ways:
-        raise UserError(f"{problem.id}: no solution with {operators}; demonstrations need problems that can be solved")
+        raise UserError(
+            f"{problem.id}: no solution with {operators}; demonstrations need problems that can be"
+            " solved"
+        )
     solution = rng.choice(ways)
     # A model's own attempts go below zero now and then; what it tries next had better not.
     attempts = _misses(numbers, target, operators, rng, count=1, signed=True)
@@ -189,8 +222,17 @@ def demonstrate(problem: Problem, rng: Random, *, operators: str) -> Demonstrati
         vague = rng.choice(VAGUE).format(target=target)
         return Demonstration(_answer(solution[-1]), _answer(wrong[-1]), vague, settled=False)
     others = _misses(numbers, target, operators, rng, count=1 + MAX_TRIALS)
-    trials = list(_trials([way for other, way in others.items() if other != value][:MAX_TRIALS], solution, rng))
-    return Demonstration(_answer(solution[-1]), _answer(wrong[-1]), " ".join([fault, *trials]), settled=trials[-1].endswith("yes."))
+    trials = list(
+        _trials(
+            [way for other, way in others.items() if other != value][:MAX_TRIALS], solution, rng
+        )
+    )
+    return Demonstration(
+        _answer(solution[-1]),
+        _answer(wrong[-1]),
+        " ".join([fault, *trials]),
+        settled=trials[-1].endswith("yes."),
+    )
 
 
 def _trials(misses: Sequence[Way], solution: Way, rng: Random) -> Iterator[str]:
@@ -208,8 +250,17 @@ def _worked(way: Way) -> str:
     return f"{_strip(way[-1])}: {', '.join(way[:-1])}"
 
 
-def _misses(numbers: Sequence[int], target: int, operators: str, rng: Random, *, count: int, signed: bool = False) -> dict[int, Way]:
-    """Up to `count` expressions that miss the target, by their values; fewer where there are fewer."""
+def _misses(
+    numbers: Sequence[int],
+    target: int,
+    operators: str,
+    rng: Random,
+    *,
+    count: int,
+    signed: bool = False,
+) -> dict[int, Way]:
+    """Up to `count` expressions that miss the target, by their values; fewer where there are
+    fewer."""
     found: dict[int, Way] = {}
     for _ in range(WRONG_TRIES):
         steps, value = random_expression(numbers, operators, rng, signed=signed)

@@ -1,7 +1,9 @@
-"""Function calling, R3's second task: rows in the xLAM schema (`query, tools, answers`; APIGen, arXiv 2406.18518).
+"""Function calling, R3's second task: rows in the xLAM schema (`query, tools, answers`; APIGen,
+arXiv 2406.18518).
 
-Invariant: every problem's gold calls pass the verifier and call only offered tools, and no held-out query, whatever its case and
-spacing, is among the training ones. Rows that cannot keep this are left out and counted in the task's notes.
+Invariant: every problem's gold calls pass the verifier and call only offered tools, and no held-out
+query, whatever its case and spacing, is among the training ones. Rows that cannot keep this are
+left out and counted in the task's notes.
 """
 
 from __future__ import annotations
@@ -21,18 +23,36 @@ from minirl.tasks import Demonstration, Task
 from minirl.verify.function_calling import CLOSE, OPEN, error_kind, verify
 
 SYSTEM = (
-    "You act for the user by calling tools. Reply with tool calls only, and make every call that the request needs. Write each call as one "
-    f'JSON object between {OPEN} and {CLOSE}: {{"name": the tool, "arguments": an object that gives each parameter its value}}.'
+    "You act for the user by calling tools. Reply with tool calls only, and make every call that"
+    " the request needs. Write each call as one "
+    f'JSON object between {OPEN} and {CLOSE}: {{"name": the tool, "arguments": an object that gives'
+    " each parameter its value}."
 )
 
 # Types as xLAM writes them (Python's) and as JSON schema does.
-_JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "double": "number", "bool": "boolean"}
-_JSON_TYPES |= {"list": "array", "tuple": "array", "set": "array", "sequence": "array", "dict": "object", "mapping": "object"}
-_JSON_TYPES |= {name: name for name in ("string", "integer", "number", "boolean", "array", "object", "null")}
+_JSON_TYPES = {
+    "str": "string",
+    "int": "integer",
+    "float": "number",
+    "double": "number",
+    "bool": "boolean",
+}
+_JSON_TYPES |= {
+    "list": "array",
+    "tuple": "array",
+    "set": "array",
+    "sequence": "array",
+    "dict": "object",
+    "mapping": "object",
+}
+_JSON_TYPES |= {
+    name: name for name in ("string", "integer", "number", "boolean", "array", "object", "null")
+}
 
 
 def open_task(node: recipe.FunctionCalling, seed: int) -> Task:
-    """The task over `node.source`; split by the queries alone, so that runs with different seeds share their held-out set.
+    """The task over `node.source`; split by the queries alone, so that runs with different seeds
+    share their held-out set.
 
     Raises UserError for data that cannot be had or read, or for too few rows.
     """
@@ -45,12 +65,22 @@ def open_task(node: recipe.FunctionCalling, seed: int) -> Task:
             left_out[reason] += 1
             continue
         answer = {"calls": calls, "tools": tools}
-        problems.append(Problem(f"function_calling/{number}", query, answer, calls_text(calls), system=SYSTEM, tools=tool_schemas(tools)))
+        problems.append(
+            Problem(
+                f"function_calling/{number}",
+                query,
+                answer,
+                calls_text(calls),
+                system=SYSTEM,
+                tools=tool_schemas(tools),
+            )
+        )
     train, held_out = _split(problems, node.held_out)
     if not train or len(held_out) < node.held_out:
         raise UserError(
-            f"{node.source}: got {len(problems)} usable rows ({left_out.total()} left out), expected {node.held_out + 1} or more "
-            "(task.held_out and one to train on) with different queries; pass more data, or a smaller `--set task.held_out=N`"
+            f"{node.source}: got {len(problems)} usable rows ({left_out.total()} left out),"
+            f" expected {node.held_out + 1} or more (task.held_out and one to train on) with"
+            " different queries; pass more data, or a smaller `--set task.held_out=N`"
         )
     repeated = len(problems) - len(train) - len(held_out)
     if repeated:
@@ -59,8 +89,18 @@ def open_task(node: recipe.FunctionCalling, seed: int) -> Task:
     def check(problem: Problem, text: str) -> Verdict:
         return verify(problem.answer["calls"], problem.answer["tools"], text, node.credit)
 
-    notes = tuple(f"{node.source}: rows left out because they {reason}: {count}" for reason, count in sorted(left_out.items()))
-    return Task("function_calling", train[: node.train], held_out, check, demonstrate=demonstrate, notes=notes)
+    notes = tuple(
+        f"{node.source}: rows left out because they {reason}: {count}"
+        for reason, count in sorted(left_out.items())
+    )
+    return Task(
+        "function_calling",
+        train[: node.train],
+        held_out,
+        check,
+        demonstrate=demonstrate,
+        notes=notes,
+    )
 
 
 def calls_text(calls: Sequence[Mapping[str, Any]]) -> str:
@@ -71,8 +111,11 @@ def calls_text(calls: Sequence[Mapping[str, Any]]) -> str:
 
 def tool_schemas(tools: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
     """A row's tools of the xLAM schema as the JSON-schema tools that chat templates read."""
-    # xLAM marks nothing, so a bare parameter is required; ToolAlpaca marks the required ones, so a bare parameter beside them is not.
-    marked = any("required" in spec for tool in tools for spec in (tool.get("parameters") or {}).values())
+    # xLAM marks nothing, so a bare parameter is required; ToolAlpaca marks the required ones, so a
+    # bare parameter beside them is not.
+    marked = any(
+        "required" in spec for tool in tools for spec in (tool.get("parameters") or {}).values()
+    )
     return tuple(_tool_schema(tool, marked) for tool in tools)
 
 
@@ -83,22 +126,33 @@ def _tool_schema(tool: Mapping[str, Any], marked: bool) -> dict[str, Any]:
         "properties": {name: _property(spec) for name, spec in parameters.items()},
         "required": [name for name, spec in parameters.items() if not is_optional(spec, marked)],
     }
-    return {"type": "function", "function": {"name": tool["name"], "description": tool.get("description") or "", "parameters": body}}
+    return {
+        "type": "function",
+        "function": {
+            "name": tool["name"],
+            "description": tool.get("description") or "",
+            "parameters": body,
+        },
+    }
 
 
 def is_optional(spec: Mapping[str, Any], marked: bool) -> bool:
-    """Whether a parameter may be left out. `required` decides where it stands; else a default or an "optional" in the type does.
+    """Whether a parameter may be left out. `required` decides where it stands; else a default or an
+    "optional" in the type does.
 
     marked: the row marks its required parameters, so that one without a mark is optional.
     """
     if isinstance(spec.get("required"), bool):
         return not spec["required"]
     kind = str(spec.get("type", "")).lower()
-    return marked or "default" in spec or kind.startswith("optional[") or "optional" in _commas(kind)
+    return (
+        marked or "default" in spec or kind.startswith("optional[") or "optional" in _commas(kind)
+    )
 
 
 def type_schema(kind: str, depth: int = 8) -> dict[str, Any]:
-    """JSON schema of a type as xLAM writes it: "int, optional", "List[int]", "Dict[str, float]"; {} (any value) for one it cannot say."""
+    """JSON schema of a type as xLAM writes it: "int, optional", "List[int]", "Dict[str, float]"; {}
+    (any value) for one it cannot say."""
     head, bracket, rest = (_commas(kind) or [""])[0].partition("[")
     head = head.strip().lower().removeprefix("typing.")
     inner = _commas(rest.rpartition("]")[0]) if bracket else []
@@ -106,7 +160,13 @@ def type_schema(kind: str, depth: int = 8) -> dict[str, Any]:
         return {}
     if head in ("optional", "union"):
         branches = [type_schema(item, depth - 1) for item in inner if item != "None"]
-        return branches[0] if len(branches) == 1 else {"anyOf": branches} if branches and all(branches) else {}
+        return (
+            branches[0]
+            if len(branches) == 1
+            else {"anyOf": branches}
+            if branches and all(branches)
+            else {}
+        )
     if head not in _JSON_TYPES:
         return {}
     schema: dict[str, Any] = {"type": _JSON_TYPES[head]}
@@ -135,19 +195,36 @@ def _property(spec: Mapping[str, Any]) -> dict[str, Any]:
     return type_schema(kind if isinstance(kind, str) else "") | said
 
 
-def _read(row: Mapping[str, Any], where: str) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
-    """query, tools and answers of a row, their shapes checked; the hub's rows hold the last two as JSON text."""
-    query, tools, calls = row["query"], _objects(row, "tools", where), _objects(row, "answers", where)
+def _read(
+    row: Mapping[str, Any], where: str
+) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
+    """query, tools and answers of a row, their shapes checked; the hub's rows hold the last two as
+    JSON text."""
+    query, tools, calls = (
+        row["query"],
+        _objects(row, "tools", where),
+        _objects(row, "answers", where),
+    )
     if not isinstance(query, str) or not query.strip():
-        raise UserError(f"{where}: query: got {str(query)[:40]!r}, expected the user's request as text")
+        raise UserError(
+            f"{where}: query: got {str(query)[:40]!r}, expected the user's request as text"
+        )
     for tool in tools:
         parameters = tool.get("parameters") or {}
-        if not isinstance(parameters, dict) or not all(isinstance(spec, dict) for spec in parameters.values()):
+        if not isinstance(parameters, dict) or not all(
+            isinstance(spec, dict) for spec in parameters.values()
+        ):
             got = str(parameters)[:80]
-            raise UserError(f"{where}: tool {tool['name']!r}: got parameters {got}, expected {{parameter: {{description, type, default}}}}")
+            raise UserError(
+                f"{where}: tool {tool['name']!r}: got parameters {got}, expected {{parameter:"
+                " {description, type, default}}"
+            )
     for call in calls:
         if not isinstance(call.get("arguments"), dict):
-            raise UserError(f"{where}: answers: got {str(call)[:80]}, expected {{name, arguments: {{parameter: value}}}}")
+            raise UserError(
+                f"{where}: answers: got {str(call)[:80]}, expected {{name, arguments: {{parameter:"
+                " value}}"
+            )
     return query, tools, calls
 
 
@@ -156,14 +233,27 @@ def _objects(row: Mapping[str, Any], column: str, where: str) -> list[dict[str, 
     try:
         value = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {column}: not valid JSON ({error}), expected a list of objects") from error
-    if not isinstance(value, list) or not all(isinstance(item, dict) and isinstance(item.get("name"), str) for item in value):
-        raise UserError(f"{where}: {column}: got {str(value)[:60]!r}, expected a list of objects that each have a name")
+        raise UserError(
+            f"{where}: {column}: not valid JSON ({error}), expected a list of objects"
+        ) from error
+    if not isinstance(value, list) or not all(
+        isinstance(item, dict) and isinstance(item.get("name"), str) for item in value
+    ):
+        raise UserError(
+            f"{where}: {column}: got {str(value)[:60]!r}, expected a list of objects that each have"
+            " a name"
+        )
     return value
 
 
-def _unusable(query: str, tools: Sequence[Mapping[str, Any]], calls: Sequence[Mapping[str, Any]], max_tools: int) -> str | None:
-    """Why a row is left out, as the end of a sentence that begins with "they"; None when it is not."""
+def _unusable(
+    query: str,
+    tools: Sequence[Mapping[str, Any]],
+    calls: Sequence[Mapping[str, Any]],
+    max_tools: int,
+) -> str | None:
+    """Why a row is left out, as the end of a sentence that begins with "they"; None when it is
+    not."""
     if len(tools) > max_tools:
         return f"offer more than {max_tools} tools (task.max_tools)"
     if not calls:
@@ -174,20 +264,32 @@ def _unusable(query: str, tools: Sequence[Mapping[str, Any]], calls: Sequence[Ma
         json.dumps([query, tools, calls], ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError):
         return "hold a value that JSON cannot (NaN, an infinity, broken Unicode)"
-    return "have an answer that the verifier cannot read" if error_kind(calls, tools, calls_text(calls)) else None
+    return (
+        "have an answer that the verifier cannot read"
+        if error_kind(calls, tools, calls_text(calls))
+        else None
+    )
 
 
-def _split(problems: Sequence[Problem], size: int) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
-    """(train, held out), shuffled: `size` problems with different queries are held out, and no query of theirs stays in training.
+def _split(
+    problems: Sequence[Problem], size: int
+) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+    """(train, held out), shuffled: `size` problems with different queries are held out, and no
+    query of theirs stays in training.
 
-    The order is that of the queries' digests: a row that is added or left out moves no other row to the other side, but at the border.
+    The order is that of the queries' digests: a row that is added or left out moves no other row to
+    the other side, but at the border.
     """
     held_out: dict[str, Problem] = {}
-    shuffled = sorted(problems, key=lambda problem: blake2b(_normal(problem.prompt).encode()).digest())
+    shuffled = sorted(
+        problems, key=lambda problem: blake2b(_normal(problem.prompt).encode()).digest()
+    )
     for problem in shuffled:
         if len(held_out) < size:
             held_out.setdefault(_normal(problem.prompt), problem)
-    return tuple(problem for problem in shuffled if _normal(problem.prompt) not in held_out), tuple(held_out.values())
+    return tuple(problem for problem in shuffled if _normal(problem.prompt) not in held_out), tuple(
+        held_out.values()
+    )
 
 
 def _normal(query: str) -> str:
@@ -195,11 +297,13 @@ def _normal(query: str) -> str:
 
 
 def demonstrate(problem: Problem, rng: Random) -> Demonstration:
-    """The gold calls, a plausible attempt that the verifier rejects, and a reflection that names its fault."""
+    """The gold calls, a plausible attempt that the verifier rejects, and a reflection that names
+    its fault."""
     calls, tools = problem.answer["calls"], problem.answer["tools"]
     faults = [_wrong_tool, _wrong_argument, _missing_call]
     rng.shuffle(faults)
-    # A fault may turn out to be none (an argument dropped at its default), so each is put to the verifier; words alone never pass.
+    # A fault may turn out to be none (an argument dropped at its default), so each is put to the
+    # verifier; words alone never pass.
     for fault in [*faults, _words_only]:
         made = fault(calls, tools, rng)
         if made and error_kind(calls, tools, made[0]):
@@ -219,9 +323,17 @@ def _wrong_tool(calls: Calls, tools: Calls, rng: Random) -> Fault | None:
         return None
     other = rng.choice(others)
     wanted = list(other.get("parameters") or {})
-    arguments = {name: given[name] for name in wanted if name in given} or dict(zip(wanted, given.values(), strict=False))
+    arguments = {name: given[name] for name in wanted if name in given} or dict(
+        zip(wanted, given.values(), strict=False)
+    )
     attempt = _with(calls, at, {"name": other["name"], "arguments": arguments})
-    return attempt, f"I called {other['name']}, which is not the tool for this request. The tool that does what is asked is {right}."
+    return (
+        attempt,
+        (
+            f"I called {other['name']}, which is not the tool for this request. The tool that does"
+            f" what is asked is {right}."
+        ),
+    )
 
 
 def _wrong_argument(calls: Calls, tools: Calls, rng: Random) -> Fault | None:
@@ -232,11 +344,25 @@ def _wrong_argument(calls: Calls, tools: Calls, rng: Random) -> Fault | None:
     key = rng.choice(list(arguments))
     right = json.dumps(arguments[key], ensure_ascii=False)
     if rng.random() < 0.5:
-        attempt = _with(calls, at, {"name": name, "arguments": {k: v for k, v in arguments.items() if k != key}})
-        return attempt, f"My call of {name} left out {key}. The request calls for it, so it must be there: {key} is {right}."
+        attempt = _with(
+            calls, at, {"name": name, "arguments": {k: v for k, v in arguments.items() if k != key}}
+        )
+        return (
+            attempt,
+            (
+                f"My call of {name} left out {key}. The request calls for it, so it must be there:"
+                f" {key} is {right}."
+            ),
+        )
     wrong = _altered(arguments[key])
     attempt = _with(calls, at, {"name": name, "arguments": arguments | {key: wrong}})
-    return attempt, f"In my call of {name} I gave {key} as {json.dumps(wrong, ensure_ascii=False)}. It should be exactly {right}."
+    return (
+        attempt,
+        (
+            f"In my call of {name} I gave {key} as {json.dumps(wrong, ensure_ascii=False)}. It"
+            f" should be exactly {right}."
+        ),
+    )
 
 
 def _missing_call(calls: Calls, tools: Calls, rng: Random) -> Fault | None:
@@ -244,13 +370,25 @@ def _missing_call(calls: Calls, tools: Calls, rng: Random) -> Fault | None:
         return None
     at = rng.randrange(len(calls))
     attempt = calls_text([*calls[:at], *calls[at + 1 :]])
-    return attempt, f"The request needs {len(calls)} calls and I made {len(calls) - 1}: a call of {calls[at]['name']} is missing."
+    return (
+        attempt,
+        (
+            f"The request needs {len(calls)} calls and I made {len(calls) - 1}: a call of"
+            f" {calls[at]['name']} is missing."
+        ),
+    )
 
 
 def _words_only(calls: Calls, tools: Calls, rng: Random) -> Fault:
     name = calls[0]["name"]
     attempt = f"I would use {name} for this."
-    return attempt, f"I only talked about {name} and called nothing. A call must be written as JSON between {OPEN} and {CLOSE}."
+    return (
+        attempt,
+        (
+            f"I only talked about {name} and called nothing. A call must be written as JSON between"
+            f" {OPEN} and {CLOSE}."
+        ),
+    )
 
 
 def _altered(value: Any) -> Any:
@@ -261,7 +399,11 @@ def _altered(value: Any) -> Any:
         return str(value)
     if isinstance(value, str):
         first = value.split()[0] if value.strip() else "none"
-        return next(wrong for wrong in (first, value.lower(), value.capitalize(), value + "0") if wrong != value)
+        return next(
+            wrong
+            for wrong in (first, value.lower(), value.capitalize(), value + "0")
+            if wrong != value
+        )
     return value[:-1] if isinstance(value, list) and value else "none"
 
 

@@ -1,6 +1,8 @@
-"""One row of GSM8K, SVAMP or MathQA, in whichever of its schemas, as a question, its gold answer and its chain.
+"""One row of GSM8K, SVAMP or MathQA, in whichever of its schemas, as a question, its gold answer
+and its chain.
 
-Invariant: a chain ends as the prompt asks, in "The answer is N.", or is a program; a malformed row is refused by file and line or row.
+Invariant: a chain ends as the prompt asks, in "The answer is N.", or is a program; a malformed row
+is refused by file and line or row.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from minirl.verify.stated import PHRASE
 
 # GSM8K's calculator marks, <<48/2=24>>; SVAMP's chains end in "Therefore, the answer is <24>.".
 _MARKS = re.compile(r"<<[^<>]*>>")
-_CLOSING = re.compile(r"(?:Therefore,\s*)?\bthe answer is <(?P<answer>[^<>\n]+)>\s*\.?\s*\Z", re.IGNORECASE)
+_CLOSING = re.compile(
+    r"(?:Therefore,\s*)?\bthe answer is <(?P<answer>[^<>\n]+)>\s*\.?\s*\Z", re.IGNORECASE
+)
 # MathQA's rationales end in "answer : c", "the correct option is (c)", "... = 12 . c" and the like.
 _LETTER = re.compile(r"[\s.,;:>=('\"\[-]*(?<![a-z0-9])(?P<letter>[a-e])[\s.)!'\"\]]*\Z")
 _LEADING_TO_IT = re.compile(
@@ -25,16 +29,21 @@ _LEADING_TO_IT = re.compile(
     r"|options?|choices?|answers?|ans|imo)\b|[\s.,;:>=-])+\Z",
     re.IGNORECASE,
 )
-MAX_CLOSING = 200  # characters at the end of a chain that are searched for it: each start is tried, which is quadratic
+# characters at the end of a chain that are searched for it: each start is tried, which is quadratic
+MAX_CLOSING = 200
 MAX_OPTIONS = 2000  # characters
 MAX_VALUE = 10**300  # that a float can hold
 _PROGRAM = re.compile(r"^def\s+solution\b", re.MULTILINE)
 # A docstring right below the head, on lines of its own.
-_DOCSTRING = re.compile(r"(?P<head>^def\s+solution\b[^\n]*\n)[ \t]*(?P<quote>\"{3}|'{3}).*?(?P=quote)[ \t]*\n", re.MULTILINE | re.DOTALL)
+_DOCSTRING = re.compile(
+    r"(?P<head>^def\s+solution\b[^\n]*\n)[ \t]*(?P<quote>\"{3}|'{3}).*?(?P=quote)[ \t]*\n",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 class Row(NamedTuple):
-    """gold: a letter, a plain number, or None where the right option is no number. chain: None where there is none of the kind asked for.
+    """gold: a letter, a plain number, or None where the right option is no number. chain: None
+    where there is none of the kind asked for.
 
     contradicts: the rationale chooses another letter than the gold one.
     """
@@ -49,15 +58,26 @@ class Row(NamedTuple):
 
 
 def read(node: Gsm8k | Svamp | Mathqa, identity: str, where: str, row: Mapping[str, Any]) -> Row:
-    """The row as `node` asks for it. Raises UserError naming `where` for a row that is malformed or of another data set."""
+    """The row as `node` asks for it. Raises UserError naming `where` for a row that is malformed or
+    of another data set."""
     if isinstance(node, Mathqa) and {"Problem", "options", "correct"} <= row.keys():
-        return _mathqa(node, identity, where, _text(row, "Problem", where), row, _text(row, "options", where), _text(row, "correct", where))
+        return _mathqa(
+            node,
+            identity,
+            where,
+            _text(row, "Problem", where),
+            row,
+            _text(row, "options", where),
+            _text(row, "correct", where),
+        )
     if {"question", "answer_value"} <= row.keys():
         question, gold = _text(row, "question", where), _text(row, "answer_value", where)
         if isinstance(node, Mathqa) and ("\n" in question or not node.numeric):
             question, _, options = question.rpartition("\n")
             return _mathqa(node, identity, where, question, row, options, gold)
-        return Row(identity, question, _number(gold, "answer_value", where), _chain(node, row, where))
+        return Row(
+            identity, question, _number(gold, "answer_value", where), _chain(node, row, where)
+        )
     if isinstance(node, Gsm8k) and {"question", "answer"} <= row.keys():
         answer = _text(row, "answer", where)
         gold = _number(answer.rpartition("####")[2] if "####" in answer else "", "answer", where)
@@ -67,33 +87,57 @@ def read(node: Gsm8k | Svamp | Mathqa, identity: str, where: str, row: Mapping[s
         stop = "" if body.endswith((".", "!", "?", ",")) else "."
         question = f"{body}{stop} {_text(row, 'Question', where)}"
         return Row(identity, question, _number(_text(row, "Answer", where), "Answer", where), None)
-    native = {Gsm8k: "question, answer", Svamp: "Body, Question, Answer", Mathqa: "Problem, Rationale, options, correct"}[type(node)]
+    native = {
+        Gsm8k: "question, answer",
+        Svamp: "Body, Question, Answer",
+        Mathqa: "Problem, Rationale, options, correct",
+    }[type(node)]
     got = ", ".join(map(str, row))[:120] or "none"
-    raise UserError(f"{where}: got the columns {got}, expected {native}, or question, answer_value and perhaps answer_cot")
+    raise UserError(
+        f"{where}: got the columns {got}, expected {native}, or question, answer_value and perhaps"
+        " answer_cot"
+    )
 
 
 def options_of(text: str) -> tuple[str, ...] | None:
-    """The five options of "a ) 38 , b ) 27.675 , ..." or "['a ) 38', 'b ) 27.675', ...]"; None where they are not a to e in this order."""
+    """The five options of "a ) 38 , b ) 27.675 , ..." or "['a ) 38', 'b ) 27.675', ...]"; None
+    where they are not a to e in this order."""
     found: list[str] = []
     start = 0 if len(text) <= MAX_OPTIONS else len(text)
     for letter in option.LETTERS:
-        label = re.compile(rf"(?:\A[\s\['\"]*|['\"]?\s*,\s*['\"]?){letter}\s*\)\s*").search(text, start)
+        label = re.compile(rf"(?:\A[\s\['\"]*|['\"]?\s*,\s*['\"]?){letter}\s*\)\s*").search(
+            text, start
+        )
         if label is None:
             return None
         found.append(text[start : label.start()])
         start = label.end()
     texts = [value.strip(" \t\n'\"[]") for value in [*found[1:], text[start:]]]
     # Some rows name an option twice: "a ) a ) 24".
-    texts = [value.removeprefix(f"{letter} ) ") for letter, value in zip(option.LETTERS, texts, strict=True)]
+    texts = [
+        value.removeprefix(f"{letter} ) ")
+        for letter, value in zip(option.LETTERS, texts, strict=True)
+    ]
     return tuple(texts) if all(texts) else None
 
 
-def _mathqa(node: Mathqa, identity: str, where: str, question: str, row: Mapping[str, Any], listed: str, correct: str) -> Row:
+def _mathqa(
+    node: Mathqa,
+    identity: str,
+    where: str,
+    question: str,
+    row: Mapping[str, Any],
+    listed: str,
+    correct: str,
+) -> Row:
     options, letter = options_of(listed), correct.strip().lower()
     if options is None or letter not in set(option.LETTERS) or not question.strip():
         got = f"options {listed[:60]!r} with the right one {correct[:20]!r}"
         todo = "mend or delete the row, or set task.numeric=true for data without options"
-        raise UserError(f"{where}: got {got}, expected a question, `a ) ... , b ) ...` up to e and a letter; {todo}")
+        raise UserError(
+            f"{where}: got {got}, expected a question, `a ) ... , b ) ...` up to e and a letter;"
+            f" {todo}"
+        )
     value = option.option_value(options[option.LETTERS.index(letter)])
     gold = letter
     if node.numeric:
@@ -106,11 +150,14 @@ def _mathqa(node: Mathqa, identity: str, where: str, question: str, row: Mapping
     body, closing = _without_letter(_text(row, "Rationale", where))
     answer = _short(value.value) if node.numeric and value else f"({letter})"
     chain = f"{body}\n{PHRASE} {answer}." if body and node.chain == "prose" else None
-    return Row(identity, question, gold, chain, options, not node.numeric, closing not in (None, letter))
+    return Row(
+        identity, question, gold, chain, options, not node.numeric, closing not in (None, letter)
+    )
 
 
 def _said(node: Gsm8k | Svamp | Mathqa, chain: str) -> str | None:
-    """A chain in prose as the recipe asks for it; for `calls` one with calculator marks, as it stands."""
+    """A chain in prose as the recipe asks for it; for `calls` one with calculator marks, as it
+    stands."""
     if node.chain == "calls":
         return chain.strip() if _MARKS.search(chain) else None
     return _prose(chain) if node.chain == "prose" else None
@@ -141,7 +188,8 @@ def _chain(node: Gsm8k | Svamp | Mathqa, row: Mapping[str, Any], where: str) -> 
 
 
 def _prose(chain: str) -> str:
-    """A chain in prose that ends in the fixed phrase; one that ends in another way stays as it is."""
+    """A chain in prose that ends in the fixed phrase; one that ends in another way stays as it
+    is."""
     chain = _MARKS.sub("", chain).strip()
     if "####" in chain:
         body, _, answer = chain.rpartition("####")
@@ -156,15 +204,23 @@ def _text(row: Mapping[str, Any], column: str, where: str) -> str:
     value = row[column]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
-    if not isinstance(value, str) or not value.strip() or any("\ud800" <= char <= "\udfff" for char in value):
-        raise UserError(f"{where}: {column}: got {str(value)[:40]!a}, expected text; mend or delete the row")
+    if (
+        not isinstance(value, str)
+        or not value.strip()
+        or any("\ud800" <= char <= "\udfff" for char in value)
+    ):
+        raise UserError(
+            f"{where}: {column}: got {str(value)[:40]!a}, expected text; mend or delete the row"
+        )
     return value
 
 
 def _number(text: str, column: str, where: str) -> str:
     found = numeric.number(text)
     if found is None or abs(found.value) > MAX_VALUE:
-        raise UserError(f"{where}: {column}: got {text[:40]!r}, expected a number; mend or delete the row")
+        raise UserError(
+            f"{where}: {column}: got {text[:40]!r}, expected a number; mend or delete the row"
+        )
     return _plain(found.value)
 
 

@@ -1,6 +1,8 @@
-"""Own tasks: problems and a verifier that somebody made in Python, checked before a run is made of them and at every verdict.
+"""Own tasks: problems and a verifier that somebody made in Python, checked before a run is made of
+them and at every verdict.
 
-Invariant: what comes out can be written to a run folder and read again, and a verifier that fails is named with its problem.
+Invariant: what comes out can be written to a run folder and read again, and a verifier that fails
+is named with its problem.
 """
 
 from __future__ import annotations
@@ -23,22 +25,30 @@ TAKEN = frozenset({"verdict", "first", "second", "first_error", "second_error"})
 
 
 def sound(made: Task) -> Task:
-    """The task with a verifier whose verdicts are checked. Raises UserError for one that no run can be made of."""
+    """The task with a verifier whose verdicts are checked. Raises UserError for one that no run can
+    be made of."""
     where = f"task {made.name!r}"
     if not made.train or not made.held_out:
         found = f"{len(made.train)} training and {len(made.held_out)} held-out problems"
         raise UserError(f"{where}: got {found}, expected at least one of each")
     ids = Counter(problem.id for problem in (*made.train, *made.held_out))
     if twice := [name for name, count in ids.items() if count > 1]:
-        raise UserError(f"{where}: got the id {twice[0]!r} twice, expected an id of its own for each problem, held-out ones too")
+        raise UserError(
+            f"{where}: got the id {twice[0]!r} twice, expected an id of its own for each problem,"
+            " held-out ones too"
+        )
     trained = {_asked(problem) for problem in made.train}
     if leaked := [problem.id for problem in made.held_out if _asked(problem) in trained]:
-        raise UserError(f"{where}: held-out problem {leaked[0]!r} asks what a training problem asks, expected another question")
+        raise UserError(
+            f"{where}: held-out problem {leaked[0]!r} asks what a training problem asks, expected"
+            " another question"
+        )
     for problem in (*made.train, *made.held_out):
         if not _survives(problem.answer):
             raise UserError(
-                f"{where}: problem {problem.id!r} has the answer {str(problem.answer)[:80]!r}, expected plain JSON (text, numbers, lists, "
-                "dicts with text as keys): run folders keep it"
+                f"{where}: problem {problem.id!r} has the answer {str(problem.answer)[:80]!r},"
+                " expected plain JSON (text, numbers, lists, dicts with text as keys): run folders"
+                " keep it"
             )
     answers = None if made.verify_answer is None else partial(_verdict, where, made.verify_answer)
     checked = replace(made, verify=partial(_verdict, where, made.verify), verify_answer=answers)
@@ -52,20 +62,29 @@ def _asked(problem: Problem) -> tuple[str, str | None, str]:
 
 def _survives(answer: object) -> bool:
     try:
-        return bool(json.loads(json.dumps(answer, allow_nan=False)) == answer) and not isinstance(answer, tuple)
+        return bool(json.loads(json.dumps(answer, allow_nan=False)) == answer) and not isinstance(
+            answer, tuple
+        )
     except (TypeError, ValueError, RecursionError):
         return False
 
 
-def _verdict(where: str, verify: Callable[[Problem, str], Verdict], problem: Problem, text: str) -> Verdict:
+def _verdict(
+    where: str, verify: Callable[[Problem, str], Verdict], problem: Problem, text: str
+) -> Verdict:
     where = f"{where}: verify on problem {problem.id!r}"
     try:
         found: object = verify(problem, text)
-    except Exception as error:  # somebody else's code; what it says stands in the message, and its traceback behind it
+    # somebody else's code; what it says stands in the message, and its traceback behind it
+    except Exception as error:
         said = " ".join(str(error).split())
-        raise UserError(f"{where} of the text {text[:80]!r} failed with {type(error).__name__}: {said}") from error
+        raise UserError(
+            f"{where} of the text {text[:80]!r} failed with {type(error).__name__}: {said}"
+        ) from error
     if not isinstance(found, Verdict):
-        raise UserError(f"{where} gave {type(found).__name__}, expected a Verdict(score, passed) for any text")
+        raise UserError(
+            f"{where} gave {type(found).__name__}, expected a Verdict(score, passed) for any text"
+        )
     try:
         score, passed = float(found.score), bool(found.passed)
     except (TypeError, ValueError) as error:
@@ -74,8 +93,9 @@ def _verdict(where: str, verify: Callable[[Problem, str], Verdict], problem: Pro
         raise UserError(f"{where} gave the score {score}, expected a finite number")
     if wrong := [name for name, value in found.parts.items() if not _is_part(name, value)]:
         raise UserError(
-            f"{where} gave the part {wrong[0]!r}: {found.parts[wrong[0]]!r}, expected text, a finite number, a bool or None under a name "
-            f"other than {', '.join(sorted(TAKEN))}; {', '.join(SCORES)} are shares from 0 to 1, or counts"
+            f"{where} gave the part {wrong[0]!r}: {found.parts[wrong[0]]!r}, expected text, a"
+            f" finite number, a bool or None under a name other than {', '.join(sorted(TAKEN))};"
+            f" {', '.join(SCORES)} are shares from 0 to 1, or counts"
         )
     return Verdict(score, passed, found.parts)
 
@@ -84,5 +104,11 @@ def _is_part(name: str, value: object) -> bool:
     if name in TAKEN:
         return False
     if name in SCORES:
-        return isinstance(value, bool | int | float) and 0 <= value <= (MOST_COUNTED if name in COUNTS else 1)
-    return value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and isfinite(value))
+        return isinstance(value, bool | int | float) and 0 <= value <= (
+            MOST_COUNTED if name in COUNTS else 1
+        )
+    return (
+        value is None
+        or isinstance(value, str | bool | int)
+        or (isinstance(value, float) and isfinite(value))
+    )

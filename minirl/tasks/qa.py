@@ -1,10 +1,13 @@
-"""Multi-hop question answering: HotpotQA, MuSiQue, 2WikiMultiHopQA, Bamboogle, from the hub or from local files in any of their schemas.
+"""Multi-hop question answering: HotpotQA, MuSiQue, 2WikiMultiHopQA, Bamboogle, from the hub or from
+local files in any of their schemas.
 
-Invariant: every problem's gold answer passes the verifier, and no held-out question, whatever its case and spacing, is among the training
-ones. Rows that cannot keep this are left out and counted in the task's notes; a malformed row is refused by file and number.
+Invariant: every problem's gold answer passes the verifier, and no held-out question, whatever its
+case and spacing, is among the training ones. Rows that cannot keep this are left out and counted in
+the task's notes; a malformed row is refused by file and number.
 
-A problem's `answer` holds JSON: "golds" (texts, any of which is right), "titles" (of the gold paragraphs, in MuSiQue by hops),
-"paragraphs" ([title, text] of those that the row has), "steps" ([question, answer, title]: MuSiQue's decomposition).
+A problem's `answer` holds JSON: "golds" (texts, any of which is right), "titles" (of the gold
+paragraphs, in MuSiQue by hops), "paragraphs" ([title, text] of those that the row has), "steps"
+([question, answer, title]: MuSiQue's decomposition).
 """
 
 from __future__ import annotations
@@ -29,14 +32,17 @@ from minirl.tasks.corpus import Corpus
 from minirl.tasks.qa_rows import Row, digest
 from minirl.verify.qa import RESEARCH, STYLES, Tags, answer_text, exact_match, f1, normalise, verify
 
-MOST_NAMED = 0.5  # a title is looked up by its known words only where they are more than this share of it
+MOST_NAMED = (
+    0.5  # a title is looked up by its known words only where they are more than this share of it
+)
 _REFERENCE = re.compile(r"#(\d{1,2})")
 _IN_BRACKETS = re.compile(r"\s*\([^()]*\)$")
 _POSSESSIVE = re.compile(r"['’]s\b")
 
 
 class Step(NamedTuple):
-    """One search of a demonstration: what to ask, and the title of the gold paragraph that answers it. found: what it says, if known."""
+    """One search of a demonstration: what to ask, and the title of the gold paragraph that answers
+    it. found: what it says, if known."""
 
     query: str
     title: str
@@ -54,8 +60,10 @@ class Plan(NamedTuple):
 class SearchTask(Task):
     """A task whose questions are answered by searching.
 
-    passages: the data set's own paragraphs (title, text), pooled over the problems and each once; empty where it has none.
-    plan: problem -> Plan, for demonstrations. tags: what `verify` reads, and so what a method has to write.
+    passages: the data set's own paragraphs (title, text), pooled over the problems and each once;
+    empty where it has none.
+    plan: problem -> Plan, for demonstrations. tags: what `verify` reads, and so what a method has
+    to write.
     retriever: what searches are answered from; k: passages a search.
     """
 
@@ -67,28 +75,47 @@ class SearchTask(Task):
 
 
 def open_task(node: QA, seed: int) -> SearchTask:
-    """The task; its problems are a function of `node` alone, so that runs with different seeds share their held-out set.
+    """The task; its problems are a function of `node` alone, so that runs with different seeds
+    share their held-out set.
 
-    Questions are taken in the order of their digests. Raises UserError for data, or passages to search in place of the data's own, that
-    cannot be had or read, or for too few rows.
+    Questions are taken in the order of their digests. Raises UserError for data, or passages to
+    search in place of the data's own, that cannot be had or read, or for too few rows.
     """
     left_out: Counter[str] = Counter()
-    test_source, one_file = node.test_source or node.source, Path(node.source).suffix.lower() in SUFFIXES
+    test_source, one_file = (
+        node.test_source or node.source,
+        Path(node.source).suffix.lower() in SUFFIXES,
+    )
     if test_source == node.source and (one_file or node.split == node.test_split):
-        rows = _choose(node.held_out + node.train, _usable(node, node.source, node.split, set(), left_out))
+        rows = _choose(
+            node.held_out + node.train, _usable(node, node.source, node.split, set(), left_out)
+        )
         held_out, train = rows[: node.held_out], rows[node.held_out :]
     else:
-        held_out = _choose(node.held_out, _usable(node, test_source, node.test_split, set(), left_out))
+        held_out = _choose(
+            node.held_out, _usable(node, test_source, node.test_split, set(), left_out)
+        )
         taken = {digest(row.question) for row in held_out}
-        train = _choose(node.train, _usable(node, node.source, node.split, taken, left_out)) if node.train else []
+        train = (
+            _choose(node.train, _usable(node, node.source, node.split, taken, left_out))
+            if node.train
+            else []
+        )
     if len(held_out) < node.held_out or (node.train and not train):
         raise UserError(
-            f"{test_source}: got {len(held_out)} held-out and {len(train)} training questions ({left_out.total()} rows left out), "
-            f"expected {node.held_out} and {'some' if node.train else 'none'}; pass more data, or a smaller `--set task.held_out=N`"
+            f"{test_source}: got {len(held_out)} held-out and {len(train)} training questions"
+            f" ({left_out.total()} rows left out), expected {node.held_out} and"
+            f" {'some' if node.train else 'none'}; pass more data, or a smaller `--set"
+            " task.held_out=N`"
         )
     problems = _told_apart([row.problem(node.name) for row in (*train, *held_out)])
-    passages = tuple(dict.fromkeys(passage for row in (*train, *held_out) for passage in row.passages))
-    notes = [f"rows left out because they {reason}: {count}" for reason, count in sorted(left_out.items())]
+    passages = tuple(
+        dict.fromkeys(passage for row in (*train, *held_out) for passage in row.passages)
+    )
+    notes = [
+        f"rows left out because they {reason}: {count}"
+        for reason, count in sorted(left_out.items())
+    ]
     corpus = Corpus(node.retriever, passages)
     notes.append(corpus.note(partial(coverage_note, problems)))
     return SearchTask(
@@ -108,40 +135,54 @@ def open_task(node: QA, seed: int) -> SearchTask:
 
 
 def coverage(problems: Iterable[Problem], titles: Iterable[str]) -> float | None:
-    """The share of the problems' gold paragraphs whose title is among `titles`, a corpus'; None where no gold title is known."""
+    """The share of the problems' gold paragraphs whose title is among `titles`, a corpus'; None
+    where no gold title is known."""
     gold = [_title(title) for problem in problems for title in problem.answer["titles"]]
     there = set(gold).intersection(map(_title, titles))  # of a large corpus no more is kept
     return sum(title in there for title in gold) / len(gold) if gold else None
 
 
 def coverage_note(problems: Sequence[Problem], titles: Iterable[str], count: int) -> str:
-    """`coverage` in words, for the notes of a task. titles: of the `count` passages that are searched."""
+    """`coverage` in words, for the notes of a task. titles: of the `count` passages that are
+    searched."""
     if not count:
         return "the data has no paragraphs of its own; give the retriever a corpus"
     share = coverage(problems, titles)
-    return f"{count} paragraphs to search; gold paragraphs among them: {'unknown' if share is None else f'{share:.1%}'}"
+    return (
+        f"{count} paragraphs to search; gold paragraphs among them:"
+        f" {'unknown' if share is None else f'{share:.1%}'}"
+    )
 
 
 def plan(problem: Problem) -> Plan:
-    """A gold search for each supporting paragraph, then the answer. Raises UserError where the data names no such paragraph.
+    """A gold search for each supporting paragraph, then the answer. Raises UserError where the data
+    names no such paragraph.
 
-    MuSiQue: the questions of its decomposition, with earlier answers filled in. Else the titles themselves, a title being asked for only
-    once the question or a paragraph that was found before names it: a demonstration must not know what its reader cannot. Where no title
-    is named yet, the query is the whole question, whose words the paragraph is likely to share.
+    MuSiQue: the questions of its decomposition, with earlier answers filled in. Else the titles
+    themselves, a title being asked for only once the question or a paragraph that was found before
+    names it: a demonstration must not know what its reader cannot. Where no title is named yet, the
+    query is the whole question, whose words the paragraph is likely to share.
     """
     known = problem.answer
     if not known["titles"]:
-        raise UserError(f"{problem.id}: no supporting paragraphs are known; demonstrations need data with supporting facts")
+        raise UserError(
+            f"{problem.id}: no supporting paragraphs are known; demonstrations need data with"
+            " supporting facts"
+        )
     if known["steps"]:
         answers = [found for _, found, _ in known["steps"]]
-        steps = [Step(_filled(question, answers[:at]), title, found) for at, (question, found, title) in enumerate(known["steps"])]
+        steps = [
+            Step(_filled(question, answers[:at]), title, found)
+            for at, (question, found, title) in enumerate(known["steps"])
+        ]
     else:
         steps = list(_hops(problem.prompt, known["titles"], dict(map(tuple, known["paragraphs"]))))
     return Plan(tuple(steps), known["golds"][0])
 
 
 def _filled(question: str, answers: Sequence[str]) -> str:
-    """A question of a decomposition without its shorthand: "#1 >> spouse" after the answer "Ada" is "Ada spouse"."""
+    """A question of a decomposition without its shorthand: "#1 >> spouse" after the answer "Ada" is
+    "Ada spouse"."""
 
     def answer(reference: re.Match[str]) -> str:
         number = int(reference[1])
@@ -178,23 +219,33 @@ def _words(text: str) -> list[str]:
 
 
 def _verify(node: QA, problem: Problem, text: str) -> Verdict:
-    return verify(problem.answer["golds"], text, reward=node.reward, floor=node.floor, tags=STYLES[node.tags])
+    return verify(
+        problem.answer["golds"], text, reward=node.reward, floor=node.floor, tags=STYLES[node.tags]
+    )
 
 
 def _verify_answer(node: QA, problem: Problem, answer: str) -> Verdict:
     golds = problem.answer["golds"]
     em, overlap = float(exact_match(answer, golds)), f1(answer, golds)
     kind = None if em else "partial" if overlap else "wrong"
-    return Verdict((overlap if node.reward == "f1" else em) or node.floor, bool(em), {"em": em, "f1": overlap, "error_kind": kind})
+    return Verdict(
+        (overlap if node.reward == "f1" else em) or node.floor,
+        bool(em),
+        {"em": em, "f1": overlap, "error_kind": kind},
+    )
 
 
 def _choose(count: int, rows: Iterator[Row]) -> list[Row]:
-    """`count` rows in the order of their questions' digests; no more than those are in memory at a time."""
+    """`count` rows in the order of their questions' digests; no more than those are in memory at a
+    time."""
     return heapq.nsmallest(count, rows, key=lambda row: digest(row.question))
 
 
-def _usable(node: QA, source: str, split: str, held_out: set[bytes], left_out: Counter[str]) -> Iterator[Row]:
-    """The rows of a source that ask something new and can be scored; the others are counted by the reason."""
+def _usable(
+    node: QA, source: str, split: str, held_out: set[bytes], left_out: Counter[str]
+) -> Iterator[Row]:
+    """The rows of a source that ask something new and can be scored; the others are counted by the
+    reason."""
     seen: set[bytes] = set()
     tags = STYLES[node.tags]
     setting = "task.test_source=PATH" if source == node.test_source else "task.source=PATH"
@@ -207,7 +258,9 @@ def _usable(node: QA, source: str, split: str, held_out: set[bytes], left_out: C
             left_out["ask what another row asks"] += 1
         elif not row.answerable:
             left_out["cannot be answered"] += 1
-        elif not verify(row.golds, f"<{tags.think}></{tags.think}>{answer_text(row.golds[0], tags)}", tags=tags).passed:
+        elif not verify(
+            row.golds, f"<{tags.think}></{tags.think}>{answer_text(row.golds[0], tags)}", tags=tags
+        ).passed:
             left_out["have an answer that the verifier cannot read"] += 1
         else:
             seen.add(key)
@@ -215,9 +268,13 @@ def _usable(node: QA, source: str, split: str, held_out: set[bytes], left_out: C
 
 
 def _told_apart(problems: Sequence[Problem]) -> list[Problem]:
-    """Problems with ids of their own: those whose id another question has too get their question's digest behind it."""
+    """Problems with ids of their own: those whose id another question has too get their question's
+    digest behind it."""
     often = Counter(problem.id for problem in problems)
-    return [replace(p, id=f"{p.id}-{digest(p.prompt).hex()}") if often[p.id] > 1 else p for p in problems]
+    return [
+        replace(p, id=f"{p.id}-{digest(p.prompt).hex()}") if often[p.id] > 1 else p
+        for p in problems
+    ]
 
 
 def _title(title: str) -> str:

@@ -13,7 +13,8 @@ from minirl.episode import Problem, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """What SFT imitates on one problem: a right answer, and where the task has them a failed attempt with a reflection on it.
+    """What SFT imitates on one problem: a right answer, and where the task has them a failed
+    attempt with a reflection on it.
 
     settled: the reflection arrives at the answer; else it gives up, and no retry is shown after it.
     """
@@ -26,9 +27,11 @@ class Demonstration:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """verify: (problem, text of an attempt) -> Verdict, pure. stop: strings that end an attempt (they stay in it).
+    """verify: (problem, text of an attempt) -> Verdict, pure. stop: strings that end an attempt
+    (they stay in it).
 
-    verify_answer: (problem, the answer alone, no words around it) -> Verdict: for method stepwise; None where it cannot play the task.
+    verify_answer: (problem, the answer alone, no words around it) -> Verdict: for method stepwise;
+    None where it cannot play the task.
     demonstrate: (problem, rng) -> Demonstration; None where the task has no gold solutions to show.
     notes: what the user should know once, e.g. how many rows were left out.
     """
@@ -44,7 +47,8 @@ class Task:
 
 
 def fingerprint(task: Task) -> str:
-    """A digest of the problems in their order: a file of problems that was edited, or another task made in Python, has another one.
+    """A digest of the problems in their order: a file of problems that was edited, or another task
+    made in Python, has another one.
 
     Not of what a search task searches besides.
     """

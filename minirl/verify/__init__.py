@@ -1,4 +1,5 @@
 """Verifiers: pure functions from a gold answer and a text to a Verdict.
 
-Invariant: a verifier accepts its own gold answer, never executes text, never hangs, and never raises on any text.
+Invariant: a verifier accepts its own gold answer, never executes text, never hangs, and never
+raises on any text.
 """

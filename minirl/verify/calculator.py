@@ -1,7 +1,9 @@
-"""The calculator: exact arithmetic on what a model writes, units, currency, thousands commas and percent signs and all.
+"""The calculator: exact arithmetic on what a model writes, units, currency, thousands commas and
+percent signs and all.
 
-Invariant: pure, total and bounded. The text is read into numbers, + - * / ^ and brackets or refused with words; nothing is ever executed,
-numbers are exact fractions of bounded size, and what could mean two things is refused rather than guessed.
+Invariant: pure, total and bounded. The text is read into numbers, + - * / ^ and brackets or refused
+with words; nothing is ever executed, numbers are exact fractions of bounded size, and what could
+mean two things is refused rather than guessed.
 """
 
 from __future__ import annotations
@@ -19,13 +21,18 @@ DECIMALS = 6
 
 FRACTIONS = {
     sign: Fraction(int(upper), int(lower))
-    for sign, upper, lower in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888", strict=True)
+    for sign, upper, lower in zip(
+        "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888", strict=True
+    )
 }
 """Fractions that are one character, and their values."""
 _HALF = f"[{''.join(FRACTIONS)}]"
-_PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])|[0-9]+(?!,[0-9]))(?:\.[0-9]+|\.(?![0-9.]))?|\.[0-9]+"
+_PLAIN = (
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])|[0-9]+(?!,[0-9]))(?:\.[0-9]+|\.(?![0-9.]))?|\.[0-9]+"
+)
 _CURRENCY = r"(?:[$€£¥₹]|(?:US|USD|EUR|GBP|Rs)\b\.?\s*[$€£¥₹]?)"
-# Raised and lowered digits and other fractions count as letters to `re`; here they can be read as nothing.
+# Raised and lowered digits and other fractions count as letters to `re`; here they can be read as
+# nothing.
 _LETTER = "[^\\W\\d_²³¹⁰-ₜ¼-¾⅐-⅟↉]"
 _WORD = rf"{_LETTER}+(?:['’]{_LETTER}+)?"
 _TOKEN = re.compile(
@@ -35,10 +42,19 @@ _TOKEN = re.compile(
 # After a number a word is its unit, with a power of its own: 5 m^2, 3 apples.
 _UNIT_TAIL = re.compile(r"(?:\^[23](?![0-9.])|[²³])?")
 _AMOUNT = rf"{_CURRENCY}\s*(?:{_PLAIN})"
-# Right behind a slash that stands right behind an amount or a unit, a word goes on with that unit: $5/hour, 60 km/h.
+# Right behind a slash that stands right behind an amount or a unit, a word goes on with that unit:
+# $5/hour, 60 km/h.
 _RATE = re.compile(rf"(?:{_AMOUNT}|[^\W\d_](?:\^[23]|[²³])?)/\Z")
 _MONEY = re.compile(rf"{_AMOUNT}\s*\Z")
-_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12, "k": 1000}
+_SCALES = {
+    "hundred": 100,
+    "thousand": 1000,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+    "dozen": 12,
+    "k": 1000,
+}
 _SCALES |= {"mn": 10**6, "bn": 10**9}
 _OF_MONEY = {"m": 10**6, "b": 10**9}  # $5m; 5 m are metres
 _WORDED = {"plus": "+", "minus": "-", "times": "*", "x": "*", "of": "*", "over": "/"}
@@ -54,10 +70,29 @@ _NO_UNITS = frozenset(
     )
 )
 _PERCENT = ("percent", "pct")
-_PARTS = re.compile(r"(?:fif|six|seven|eigh|nin|ten|hundred|thousand)th\Z")  # 1 fifth of 10; but 20 fifth graders
-_WORKED = re.compile(rf"(?:[0-9)]|{_HALF}).*?(?:[-+*/^%]|\b(?:plus|minus|times|x|of|over|by|percent|pct)\b)", re.IGNORECASE)
+_PARTS = re.compile(
+    r"(?:fif|six|seven|eigh|nin|ten|hundred|thousand)th\Z"
+)  # 1 fifth of 10; but 20 fifth graders
+_WORKED = re.compile(
+    rf"(?:[0-9)]|{_HALF}).*?(?:[-+*/^%]|\b(?:plus|minus|times|x|of|over|by|percent|pct)\b)",
+    re.IGNORECASE,
+)
 _OF_HUNDRED = "p"
-_SIGNS = str.maketrans({"×": "*", "·": "*", "∙": "*", "÷": "/", "⁄": "/", "∕": "/", "−": "-", "–": "-", "—": "-", "﹣": "-", "－": "-"})
+_SIGNS = str.maketrans(
+    {
+        "×": "*",
+        "·": "*",
+        "∙": "*",
+        "÷": "/",
+        "⁄": "/",
+        "∕": "/",
+        "−": "-",
+        "–": "-",
+        "—": "-",
+        "﹣": "-",
+        "－": "-",
+    }
+)
 _BRACKETS = str.maketrans("[]{}", "()()")
 _PER_CENT = re.compile(r"\bper\s+cent\b", re.IGNORECASE)
 
@@ -75,13 +110,22 @@ def reply(expression: str) -> str:
 
 
 def evaluate(expression: str) -> Fraction:
-    """The exact value. "A = B" is valued by the side that is worked out: "48/2 = 24" and "x = 48/2" both as 48/2.
+    """The exact value. "A = B" is valued by the side that is worked out: "48/2 = 24" and "x = 48/2"
+    both as 48/2.
 
-    A percent sign divides by 100 ("20% of 50" is 10). Raises CalculatorError for anything that is not plainly one expression.
+    A percent sign divides by 100 ("20% of 50" is 10). Raises CalculatorError for anything that is
+    not plainly one expression.
     """
     if len(expression) > MAX_CHARS:
         raise CalculatorError(f"more than {MAX_CHARS} characters")
-    text = expression.translate(_SIGNS).translate(_BRACKETS).replace("\\$", "$").replace("\\%", "%").strip(" \t\r\n`").rstrip(".?;: ")
+    text = (
+        expression.translate(_SIGNS)
+        .translate(_BRACKETS)
+        .replace("\\$", "$")
+        .replace("\\%", "%")
+        .strip(" \t\r\n`")
+        .rstrip(".?;: ")
+    )
     code, numbers = _read(worked_side(_PER_CENT.sub("percent", text)))
     try:
         tree = ast.parse(code, mode="eval").body
@@ -102,26 +146,35 @@ def written(value: Fraction) -> str:
         places += 1
     places += DECIMALS * (places > DECIMALS)
     wide = Context(prec=400)
-    shown = wide.divide(Decimal(value.numerator), Decimal(value.denominator)).quantize(Decimal(1).scaleb(-places), context=wide)
+    shown = wide.divide(Decimal(value.numerator), Decimal(value.denominator)).quantize(
+        Decimal(1).scaleb(-places), context=wide
+    )
     text = f"{shown:f}".rstrip("0").rstrip(".")
     return text if Fraction(text) == value else f"{shown:f}..."
 
 
 def worked_side(text: str) -> str:
-    """The first side of an equation that has an operator behind a number; where none has, the first with a number."""
+    """The first side of an equation that has an operator behind a number; where none has, the first
+    with a number."""
     sides = [side for side in text.split("=") if re.search(f"[0-9]|{_HALF}", side)]
     return next((side for side in sides if _WORKED.search(side)), sides[0] if sides else text)
 
 
 def _read(text: str) -> tuple[str, list[Fraction]]:
-    """An expression of names n0, n1, ... (p0, p1, ... for what a percent sign means) with their numbers; units and currency are gone."""
+    """An expression of names n0, n1, ... (p0, p1, ... for what a percent sign means) with their
+    numbers; units and currency are gone."""
     code: list[str] = []
     numbers: list[Fraction] = []
-    at, after = 0, "start"  # after: what stands before `at`: "start", "value" (a number, a bracket closed) or "operator"
+    at, after = (
+        0,
+        "start",
+    )  # after: what stands before `at`: "start", "value" (a number, a bracket closed) or "operator"
     while at < len(text.rstrip()):
         token = _TOKEN.match(text, at)
         if token is None:
-            raise CalculatorError(f"cannot read {text[at:].strip()[:20]!r}; use numbers, + - * / ^ and brackets")
+            raise CalculatorError(
+                f"cannot read {text[at:].strip()[:20]!r}; use numbers, + - * / ^ and brackets"
+            )
         kind = str(token.lastgroup)
         at, said = token.end(), token[kind]
         if len(code) > MAX_TOKENS:
@@ -148,10 +201,17 @@ def _read(text: str) -> tuple[str, list[Fraction]]:
     return "".join(code), numbers
 
 
-def _scale(code: list[str], numbers: list[Fraction], factor: Fraction, name: str | None = None, sign: str = "n") -> None:
+def _scale(
+    code: list[str],
+    numbers: list[Fraction],
+    factor: Fraction,
+    name: str | None = None,
+    sign: str = "n",
+) -> None:
     """Multiply the last value, a number or what stands in brackets, so that 1 / 50% is 2.
 
-    name: of a scale in words, which is refused after a slash: 1/2 million is half a million to most.
+    name: of a scale in words, which is refused after a slash: 1/2 million is half a million to
+    most.
     """
     start, depth = len(code), 0
     while start and (start == len(code) or depth > 0):
@@ -163,8 +223,11 @@ def _scale(code: list[str], numbers: list[Fraction], factor: Fraction, name: str
     numbers.append(factor)
 
 
-def _word(text: str, start: int, word: str, after: str, code: list[str], numbers: list[Fraction]) -> tuple[int, str]:
-    """The word at `start` is an operator, a scale (million) or a unit; where the text goes on, and what stands before it then."""
+def _word(
+    text: str, start: int, word: str, after: str, code: list[str], numbers: list[Fraction]
+) -> tuple[int, str]:
+    """The word at `start` is an operator, a scale (million) or a unit; where the text goes on, and
+    what stands before it then."""
     low, at = word.lower(), start + len(word)
     if low in _WORDED_BY and (by := re.compile(r"\s+by\b", re.IGNORECASE).match(text, at)):
         at, low = by.end(), {"/": "over", "*": "times"}[_WORDED_BY[low]]
@@ -177,7 +240,13 @@ def _word(text: str, start: int, word: str, after: str, code: list[str], numbers
     scale = _SCALES.get(low.removesuffix("s") if low != "s" else low)
     if after == "value" and scale is None and low in _OF_MONEY and _MONEY.search(text[:start]):
         scale = _OF_MONEY[low]
-    rest = after != "value" and scale is None and len(code) > 1 and code[-1] == "/" and _RATE.search(text[:start])  # of a unit: $5/hour
+    rest = (
+        after != "value"
+        and scale is None
+        and len(code) > 1
+        and code[-1] == "/"
+        and _RATE.search(text[:start])
+    )  # of a unit: $5/hour
     if (
         low in _WORDED
         or (scale is None and (low in _NO_UNITS or word == "M" or _is_part(low, text[at:])))
@@ -198,8 +267,11 @@ def _is_part(word: str, rest: str) -> bool:
 
 
 def _times(text: str, at: int) -> bool:
-    """Whether the x that ends before `at` multiplies: a number follows it, and it is not the one of 0x10."""
-    return bool(re.match(rf"\s*[$€£(.]*\s*(?:[0-9]|{_HALF})", text[at:])) and not re.search(r"(?<![0-9.,])0x\Z", text[:at])
+    """Whether the x that ends before `at` multiplies: a number follows it, and it is not the one of
+    0x10."""
+    return bool(re.match(rf"\s*[$€£(.]*\s*(?:[0-9]|{_HALF})", text[at:])) and not re.search(
+        r"(?<![0-9.,])0x\Z", text[:at]
+    )
 
 
 def _number(said: str) -> Fraction:
@@ -211,7 +283,9 @@ def _number(said: str) -> Fraction:
             raise CalculatorError(f"an operator is missing in {said!r}")
         return _bounded(Fraction(num, den) + whole)
     mantissa, _, exponent = said.lower().partition("e")
-    return _bounded(Fraction(mantissa.replace(",", "").rstrip(".") or "0") * Fraction(10) ** int(exponent or 0))
+    return _bounded(
+        Fraction(mantissa.replace(",", "").rstrip(".") or "0") * Fraction(10) ** int(exponent or 0)
+    )
 
 
 def _value(node: ast.expr, numbers: list[Fraction]) -> Fraction:
@@ -232,7 +306,8 @@ def _value(node: ast.expr, numbers: list[Fraction]) -> Fraction:
 
 
 def _is_share(node: ast.expr) -> bool:
-    """Whether it is a percentage, or a sum of such: 100 - 20% means two things, 100% - 20% and 1 - 20% do not."""
+    """Whether it is a percentage, or a sum of such: 100 - 20% means two things, 100% - 20% and 1 -
+    20% do not."""
     match node:
         case ast.BinOp(op=ast.Mult(), right=ast.Name(id=name)):
             return name.startswith(_OF_HUNDRED)

@@ -1,7 +1,8 @@
 """Countdown: does an expression use each number once and reach the target?
 
-Invariant: nothing is ever executed. The text is parsed to an AST of whole numbers, + - * / and brackets, bounded in length and depth, and
-valued with exact fractions. Error kinds are those of R3 (arXiv 2505.24726): invalid_equation, wrong_numbers, missed_target.
+Invariant: nothing is ever executed. The text is parsed to an AST of whole numbers, + - * / and
+brackets, bounded in length and depth, and valued with exact fractions. Error kinds are those of R3
+(arXiv 2505.24726): invalid_equation, wrong_numbers, missed_target.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"}
 
 
 class InvalidEquation(ValueError):  # noqa: N818 - the paper's name of an error kind
-    """The text is not an expression of whole numbers, the allowed operators and brackets, or divides by zero."""
+    """The text is not an expression of whole numbers, the allowed operators and brackets, or
+    divides by zero."""
 
 
 def extract(text: str) -> str | None:
@@ -34,7 +36,8 @@ def extract(text: str) -> str | None:
 
 
 def evaluate(expression: str, operators: str = "+-*/") -> tuple[Fraction, list[int]]:
-    """The exact value and the numbers used, left to right. Raises InvalidEquation for anything else than such an expression."""
+    """The exact value and the numbers used, left to right. Raises InvalidEquation for anything else
+    than such an expression."""
     expression = expression.translate(_SIGNS)
     if len(expression) > MAX_CHARS or not _ALLOWED.fullmatch(expression):
         raise InvalidEquation(f"not an expression of whole numbers, {operators} and brackets")
@@ -51,10 +54,13 @@ def evaluate(expression: str, operators: str = "+-*/") -> tuple[Fraction, list[i
         raise InvalidEquation("divides by zero") from error
 
 
-def verify(numbers: Sequence[int], target: int, text: str, credit: CountdownCredit, operators: str = "+-*/") -> Verdict:
+def verify(
+    numbers: Sequence[int], target: int, text: str, credit: CountdownCredit, operators: str = "+-*/"
+) -> Verdict:
     """Score `text` against a problem: 1 for a right answer, else `credit` of its error kind.
 
-    The answer may end in `= value`, a whole number that has to be the expression's: an equation that does not hold is an invalid one.
+    The answer may end in `= value`, a whole number that has to be the expression's: an equation
+    that does not hold is an invalid one.
     """
     answer = extract(text)
     if answer is None:

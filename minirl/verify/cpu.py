@@ -1,6 +1,8 @@
-"""CPU seconds of a process that this one started, read from /proc (Linux; elsewhere they are not known).
+"""CPU seconds of a process that this one started, read from /proc (Linux; elsewhere they are not
+known).
 
-Invariant: what a process used is known also after it was killed: the kernel adds it to what its parent's ended children used.
+Invariant: what a process used is known also after it was killed: the kernel adds it to what its
+parent's ended children used.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ class Meter:
         self._process, self._before, self._ended = process, _used_s(process), _ended_s()
 
     def used_s(self) -> float | None:
-        """CPU seconds, of user and system together, to about 0.02; None where the system does not say."""
+        """CPU seconds, of user and system together, to about 0.02; None where the system does not
+        say."""
         now = _used_s(self._process)
         if now is None:  # it is gone: all that it ever used is now among what ended children used
             now = _ended_s() - self._ended

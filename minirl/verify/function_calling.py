@@ -1,7 +1,7 @@
 """Are the tool calls in a text the gold calls? (R3's second task: APIGen/xLAM, arXiv 2406.18518.)
 
-Invariant: pure, total and bounded. Whatever the text, `verify` returns a Verdict in time linear in its length times the number of gold
-calls; text is parsed as strict JSON and never executed.
+Invariant: pure, total and bounded. Whatever the text, `verify` returns a Verdict in time linear in
+its length times the number of gold calls; text is parsed as strict JSON and never executed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,19 @@ ErrorKind = Literal["format", "tool", "parameter"]
 Call = tuple[str, dict[str, Any]]
 
 
-def verify(answers: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], text: str, credit: FunctionCallingCredit) -> Verdict:
-    """Score 1.0 when `text` makes exactly the calls of `answers`, else what `credit` gives for the error kind.
+def verify(
+    answers: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    text: str,
+    credit: FunctionCallingCredit,
+) -> Verdict:
+    """Score 1.0 when `text` makes exactly the calls of `answers`, else what `credit` gives for the
+    error kind.
 
-    answers: the gold calls, each {"name", "arguments"}. tools: the offered tools in the xLAM schema; only their defaults are read.
-    parts["error_kind"]: "format" (no parsable call), "tool" (not the gold multiset of tool names), "parameter" (a name or a value),
-    or None. The order of calls and of keys is free; a parameter at its stated default may be written or left out.
+    answers: the gold calls, each {"name", "arguments"}. tools: the offered tools in the xLAM
+    schema; only their defaults are read. parts["error_kind"]: "format" (no parsable call), "tool"
+    (not the gold multiset of tool names), "parameter" (a name or a value), or None. The order of
+    calls and of keys is free; a parameter at its stated default may be written or left out.
     """
     kind = error_kind(answers, tools, text)
     if kind is None:
@@ -38,7 +45,9 @@ def verify(answers: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, An
     return Verdict(float(getattr(credit, kind)), False, {"error_kind": kind})
 
 
-def error_kind(answers: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], text: str) -> ErrorKind | None:
+def error_kind(
+    answers: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], text: str
+) -> ErrorKind | None:
     """What is wrong with `text`; None when it is right."""
     calls = parse_calls(text)
     if calls is None:
@@ -46,12 +55,15 @@ def error_kind(answers: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str
     if Counter(name for name, _ in calls) != Counter(answer["name"] for answer in answers):
         return "tool"
     defaults = {tool["name"]: _defaults(tool) for tool in tools}
-    # With every default filled in, `same` is an equivalence, so taking the first equal call left over is an exact assignment.
+    # With every default filled in, `same` is an equivalence, so taking the first equal call left
+    # over is an exact assignment.
     left = [(name, defaults.get(name, {}) | arguments) for name, arguments in calls]
     for answer in answers:
         name = answer["name"]
         gold = defaults.get(name, {}) | answer["arguments"]
-        found = next((i for i, call in enumerate(left) if call[0] == name and same(gold, call[1])), None)
+        found = next(
+            (i for i, call in enumerate(left) if call[0] == name and same(gold, call[1])), None
+        )
         if found is None:
             return "parameter"
         del left[found]
@@ -59,11 +71,13 @@ def error_kind(answers: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str
 
 
 def parse_calls(text: str) -> list[Call] | None:
-    """The (name, arguments) of each call in `text`; None when it holds no call, or anything that claims to be one and is not.
+    """The (name, arguments) of each call in `text`; None when it holds no call, or anything that
+    claims to be one and is not.
 
-    Accepted: <tool_call> blocks, each with one call or a list of them, among any other text; else one JSON call or list of calls that is
-    the whole text or the only ``` fence in it. A call has the keys "name" and "arguments" (or "parameters"). What precedes </think> is
-    thought, not a call. An empty list is well formed: it declares that nothing is called.
+    Accepted: <tool_call> blocks, each with one call or a list of them, among any other text; else
+    one JSON call or list of calls that is the whole text or the only ``` fence in it. A call has
+    the keys "name" and "arguments" (or "parameters"). What precedes </think> is thought, not a
+    call. An empty list is well formed: it declares that nothing is called.
     """
     if len(text) > MAX_CHARS:
         return None
@@ -82,7 +96,8 @@ def parse_calls(text: str) -> list[Call] | None:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two JSON values are equal: 1 equals 1.0, but neither "1" nor true; lists in order, objects in any order."""
+    """Whether two JSON values are equal: 1 equals 1.0, but neither "1" nor true; lists in order,
+    objects in any order."""
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, dict) and isinstance(b, dict):
@@ -116,7 +131,8 @@ def _parse(text: str) -> Any:
         value = _DECODER.decode(text.strip())
     except (ValueError, RecursionError):
         return None
-    # Anything deep enough for a RecursionError is too deep anyway, so the verdict does not depend on the caller's stack.
+    # Anything deep enough for a RecursionError is too deep anyway, so the verdict does not depend
+    # on the caller's stack.
     return value if _shallow(value, MAX_DEPTH) else None
 
 
@@ -144,13 +160,18 @@ def _constant(name: str) -> NoReturn:
     raise _NotStrictError(name)
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_int, parse_float=_float, parse_constant=_constant)
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_int=_int, parse_float=_float, parse_constant=_constant
+)
 
 
 def _shallow(value: Any, levels: int) -> bool:
     if not isinstance(value, (dict, list)):
         return True
-    return levels > 0 and all(_shallow(item, levels - 1) for item in (value.values() if isinstance(value, dict) else value))
+    return levels > 0 and all(
+        _shallow(item, levels - 1)
+        for item in (value.values() if isinstance(value, dict) else value)
+    )
 
 
 def _call(value: Any) -> Call | None:
@@ -161,6 +182,11 @@ def _call(value: Any) -> Call | None:
 
 
 def _defaults(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """The stated defaults of a tool in the xLAM schema; a parameter that is marked required has none."""
+    """The stated defaults of a tool in the xLAM schema; a parameter that is marked required has
+    none."""
     parameters = tool.get("parameters") or {}
-    return {name: spec["default"] for name, spec in parameters.items() if "default" in spec and spec.get("required") is not True}
+    return {
+        name: spec["default"]
+        for name, spec in parameters.items()
+        if "default" in spec and spec.get("required") is not True
+    }

@@ -1,7 +1,9 @@
-"""Numbers: does a text state the gold number? (ReFT, arXiv 2401.08967, section 3: the number after the last "the answer is".)
+"""Numbers: does a text state the gold number? (ReFT, arXiv 2401.08967, section 3: the number after
+the last "the answer is".)
 
-Invariant: pure, total and bounded. A statement counts when it is ONE number in a plain form, with or without a unit; a range, two
-numbers, a denial or a sum that is not worked out states none. Numbers are exact fractions: a tolerance of 0.01 is not a float near it.
+Invariant: pure, total and bounded. A statement counts when it is ONE number in a plain form, with
+or without a unit; a range, two numbers, a denial or a sum that is not worked out states none.
+Numbers are exact fractions: a tolerance of 0.01 is not a float near it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from minirl.verify.stated import MAX_STATEMENT, stated
 
 Evaluate = Callable[[str], float | None]
 
-# A thousands separator stands before groups of exactly three digits; a decimal comma is not read, as 1,234 would then mean two numbers.
+# A thousands separator stands before groups of exactly three digits; a decimal comma is not read,
+# as 1,234 would then mean two numbers.
 _PLAIN = r"(?:(?:[1-9][0-9]{0,2}(?:(?:,|\{,\}|\\,|[\u2009\u202f])[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++)"
 _EXPONENT = r"[+-]?[0-9]{1,3}(?![0-9])"
 _POWER = rf"(?:[eE](?P<e>{_EXPONENT})|\s*(?:[x×*·]|\\times|\\cdot)\s*10\s*(?:\^|\*\*)\s*[{{(]?(?P<power>{_EXPONENT})[)}}]?)"
@@ -34,17 +37,27 @@ _NUMBER = re.compile(
     rf"|(?P<plain>{_PLAIN}){_POWER}?)",
     re.IGNORECASE,
 )
-# Numbers in words, where they are not part of a longer one: "two-seaters" is a unit, "two" and "three-quarters" are numbers.
+# Numbers in words, where they are not part of a longer one: "two-seaters" is a unit, "two" and
+# "three-quarters" are numbers.
 _IN_WORDS = (
     r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen"
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|million|billion|trillion)(?!-(?!quarters?\b))"
 )
 _PERCENT = re.compile(r"\s*(?:\\?%|(?:percent|per\s?cent|pct)\b)", re.IGNORECASE)
 _SCALE = re.compile(
-    rf"\s*(?:(?P<word>hundred|thousand|million|billion|trillion|dozen)s?|(?P<k>k))\b(?!\s*,\s*{_IN_WORDS}\b)", re.IGNORECASE
+    rf"\s*(?:(?P<word>hundred|thousand|million|billion|trillion|dozen)s?|(?P<k>k))\b(?!\s*,\s*{_IN_WORDS}\b)",
+    re.IGNORECASE,
 )
-_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-# A unit is words, which may carry a power (m^2, cm3), among closing marks. A digit or an operator that is left over makes it no unit.
+_SCALES = {
+    "hundred": 100,
+    "thousand": 1000,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+    "dozen": 12,
+}
+# A unit is words, which may carry a power (m^2, cm3), among closing marks. A digit or an operator
+# that is left over makes it no unit.
 _WORD = r"(?:[-/]?[^\W\d_\u00b2\u00b3\u00b9\u2070-\u209f]++(?:[²³]|\^?\{?[23]\}?(?![0-9]))?+)"
 _UNIT = re.compile(rf"(?:[\s*_\"'”’`)\]{{}}\\$€£¥₹¢°]|/(?=\s)|{_WORD})*+")
 _END = re.compile(r"\Z|[.!](?![0-9])|[;,(](?![\s*_\\(+$€£¥₹.~-]*+[0-9])")
@@ -57,41 +70,57 @@ _NOT_A_UNIT = re.compile(
 )
 _HEDGED = re.compile(r"[.,;(!\s]*+(?:or|maybe|perhaps)\b", re.IGNORECASE)
 _FRAC = re.compile(rf"\\[dt]?frac\s*\{{\s*(-?{_PLAIN})\s*\}}\s*\{{\s*({_PLAIN})\s*\}}")
-# What may stand left of an equals sign: at most one letter with its own, and arithmetic. "5, 6 = 6" and "x = 5 and y = 6" do not.
+# What may stand left of an equals sign: at most one letter with its own, and arithmetic. "5, 6 = 6"
+# and "x = 5 and y = 6" do not.
 _EQUATION = re.compile(r"[\s*(\[$]*+(?:[A-Za-z]\s*=)?(?:[\s0-9+\-*/×÷·()$%=^]|\.|,(?=[0-9]{3}))*+")
 _FIGURE = re.compile(rf"{_PLAIN}(?:\s*/\s*{_PLAIN})?")
-_CHARACTERS = {ord(char): "-" for char in "−–—‐‑﹣－"} | {ord(char): " " for char in "\u00a0\u2002\u2003\u2007\u3000"}
-_CHARACTERS |= {ord(char): "" for char in "\u200b\u200c\u200d\u2060\ufeff"} | {ord("⁄"): "/", ord("∕"): "/"}
+_CHARACTERS = {ord(char): "-" for char in "−–—‐‑﹣－"} | {
+    ord(char): " " for char in "\u00a0\u2002\u2003\u2007\u3000"
+}
+_CHARACTERS |= {ord(char): "" for char in "\u200b\u200c\u200d\u2060\ufeff"} | {
+    ord("⁄"): "/",
+    ord("∕"): "/",
+}
 _CHARACTERS |= {ord(sign): f" {value}" for sign, value in FRACTIONS.items()}
 
-_SPACING = (("\\!", ""), ("~", " "), ("^{\\circ}", "°"), ("^\\circ", "°"))  # 1,\!000 and 12~\text{cm}
+_SPACING = (
+    ("\\!", ""),
+    ("~", " "),
+    ("^{\\circ}", "°"),
+    ("^\\circ", "°"),
+)  # 1,\!000 and 12~\text{cm}
 
 
 class Number(NamedTuple):
-    """A stated number. scale: what its unit multiplies it by: 1/100 for a percentage, 12 for dozens, 10**6 for millions, else 1."""
+    """A stated number. scale: what its unit multiplies it by: 1/100 for a percentage, 12 for
+    dozens, 10**6 for millions, else 1."""
 
     value: Fraction
     scale: Fraction = Fraction(1)
 
     @property
     def canonical(self) -> str:
-        """What it votes for: "2 dozen" for 24; "50%" for 50, which is what a word problem that asks for a percentage has as its answer."""
+        """What it votes for: "2 dozen" for 24; "50%" for 50, which is what a word problem that asks
+        for a percentage has as its answer."""
         return canonical(self.value * max(self.scale, Fraction(1)))
 
     def equals(self, gold: Fraction, tolerance: Fraction) -> bool:
-        """|difference| <= tolerance, in either reading: "50%" states 50 (what percentage?) and 0.5 (what share?), "2 dozen" 2 and 24.
+        """|difference| <= tolerance, in either reading: "50%" states 50 (what percentage?) and 0.5
+        (what share?), "2 dozen" 2 and 24.
 
-        The text does not say which of the two was asked for, and data sets hold both; the difference of a percentage is taken in points, so
-        that 51% is not 0.5 within 0.01.
+        The text does not say which of the two was asked for, and data sets hold both; the
+        difference of a percentage is taken in points, so that 51% is not 0.5 within 0.01.
         """
         scaled = abs(self.value * self.scale - gold) <= tolerance * min(self.scale, Fraction(1))
         return scaled or abs(self.value - gold) <= tolerance
 
 
 def number(text: str) -> Number | None:
-    """The one number that `text` is, its unit aside: "$ 1,234.50", "12 apples", "-3/4", "1 1/2", "15 %", "2.5e3"; None for anything else.
+    """The one number that `text` is, its unit aside: "$ 1,234.50", "12 apples", "-3/4", "1 1/2",
+    "15 %", "2.5e3"; None for anything else.
 
-    Also "2 + 3 = 5" and "x = 5", where the last side counts. A fraction is read as its value whether or not it is in lowest terms.
+    Also "2 + 3 = 5" and "x = 5", where the last side counts. A fraction is read as its value
+    whether or not it is in lowest terms.
     """
     text = text[:MAX_STATEMENT].translate(_CHARACTERS)
     for latex, plain in _SPACING:
@@ -105,14 +134,15 @@ def number(text: str) -> Number | None:
 
 
 def extract(text: str) -> Number | None:
-    """The number that `text` states as its answer; None where it states none, or not plainly one."""
+    """The number that `text` states as its answer; None where it states none, or not plainly
+    one."""
     found = stated(text)
     return None if found is None else number(found.statement)
 
 
 def canonical(value: Fraction) -> str:
-    """One text for all ways to write a number, so that answers can vote: whole numbers in full, others to nine significant digits, because
-    programs return 0.1 + 0.2 where a text says 0.3."""
+    """One text for all ways to write a number, so that answers can vote: whole numbers in full,
+    others to nine significant digits, because programs return 0.1 + 0.2 where a text says 0.3."""
     if value.denominator == 1:
         return str(value.numerator)
     try:
@@ -122,7 +152,8 @@ def canonical(value: Fraction) -> str:
 
 
 def figures(text: str) -> list[Fraction]:
-    """The readings of the last figure in `text`, words around it or not: a fraction's value and its last number; [] where it has none."""
+    """The readings of the last figure in `text`, words around it or not: a fraction's value and its
+    last number; [] where it has none."""
     found = _FIGURE.findall(text[-MAX_STATEMENT:])
     if not found:
         return []
@@ -131,12 +162,21 @@ def figures(text: str) -> list[Fraction]:
     return [_plain(upper) / readings[0], *readings] if slash and readings[0] else readings
 
 
-def verify(gold: str | float, text: str, credit: MathsCredit, *, tolerance: float = 0.01, symbolic: Evaluate | None = None) -> Verdict:
-    """Score 1.0 when the number that `text` states last differs from `gold` by at most `tolerance`, else what `credit` gives.
+def verify(
+    gold: str | float,
+    text: str,
+    credit: MathsCredit,
+    *,
+    tolerance: float = 0.01,
+    symbolic: Evaluate | None = None,
+) -> Verdict:
+    """Score 1.0 when the number that `text` states last differs from `gold` by at most `tolerance`,
+    else what `credit` gives.
 
-    parts["error_kind"]: "wrong_answer" (another number), "no_answer" (none that can be read), or None. parts["answer"]: the number in a
-    form that equal numbers share, None for none. symbolic: values an expression that
-    is not a plain number, such as 4\\pi or 2\\sqrt{3}, or gives None. Raises ValueError for a `gold` that is no number.
+    parts["error_kind"]: "wrong_answer" (another number), "no_answer" (none that can be read), or
+    None. parts["answer"]: the number in a form that equal numbers share, None for none. symbolic:
+    values an expression that is not a plain number, such as 4\\pi or 2\\sqrt{3}, or gives None.
+    Raises ValueError for a `gold` that is no number.
     """
     target = number(str(gold))
     if target is None:
@@ -150,11 +190,14 @@ def verify(gold: str | float, text: str, credit: MathsCredit, *, tolerance: floa
         return Verdict(credit.no_answer, False, {"error_kind": "no_answer", "answer": None})
     if answer.equals(target.value, Fraction(str(tolerance))):
         return Verdict(1.0, True, {"error_kind": None, "answer": answer.canonical})
-    return Verdict(credit.wrong_answer, False, {"error_kind": "wrong_answer", "answer": answer.canonical})
+    return Verdict(
+        credit.wrong_answer, False, {"error_kind": "wrong_answer", "answer": answer.canonical}
+    )
 
 
 def _read(text: str) -> Number | None:
-    """The number at the head of `text`, when a unit and the end of a sentence are all that follows it."""
+    """The number at the head of `text`, when a unit and the end of a sentence are all that follows
+    it."""
     if text.startswith("<"):  # SVAMP's prose chains state <203>; an open < alone is "less than"
         inner, closed, rest = text[1:].partition(">")
         text = inner + rest if closed else ""

@@ -1,8 +1,10 @@
-"""Options: does a text choose the gold letter of a multiple-choice question? (MathQA in ReFT, arXiv 2401.08967, section 3.)
+"""Options: does a text choose the gold letter of a multiple-choice question? (MathQA in ReFT, arXiv
+2401.08967, section 3.)
 
-Invariant: pure, total and bounded. Only a statement that chooses ONE letter counts, as `c`, `(C)`, `c ) 38` or `option c`; two letters, a
-letter in a word and the article "a" choose none. A right letter may stand below a wrong chain (section 3.6: reward hacking);
-parts["value_agrees"] and parts["lucky"] say so without changing the score.
+Invariant: pure, total and bounded. Only a statement that chooses ONE letter counts, as `c`, `(C)`,
+`c ) 38` or `option c`; two letters, a letter in a word and the article "a" choose none. A right
+letter may stand below a wrong chain (section 3.6: reward hacking); parts["value_agrees"] and
+parts["lucky"] say so without changing the score.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from minirl.verify.stated import Stated, stated
 
 LETTERS = "abcde"
 _LEAD = r"(?:[\s*_\"'“‘`(\[{<$]|\\\(|\\(?:text|textbf|mathrm|mathbf)\b|(?:the\s++)?(?:answer\s++)?(?:option|choice|letter)\b)*+"
-_CLOSE = r"[\s*_\"'”’`$]*+(?P<bracket>[)\]}>:]|\.(?=\s*[^\s\w]*[0-9]))?(?:[\s*_\"'”’`$)\]}>]|\\\))*+"
+_CLOSE = (
+    r"[\s*_\"'”’`$]*+(?P<bracket>[)\]}>:]|\.(?=\s*[^\s\w]*[0-9]))?(?:[\s*_\"'”’`$)\]}>]|\\\))*+"
+)
 _CHOICE = re.compile(rf"{_LEAD}(?P<letter>[A-Za-z])(?![\w'’+#-]){_CLOSE}", re.IGNORECASE)
 _END = re.compile(r"\Z|[.!](?!\w)|[;,(]")
 # A second letter in the form of an option, or a word that takes the first one back.
@@ -30,12 +34,16 @@ _SECOND = re.compile(
 )
 # The next sentence is about something else, unless it goes on with "or".
 _NEXT = re.compile(r"(?<=[.!])\s+(?!(?i:or|and|nor|not|maybe|perhaps)\b)[A-Z]")
-# What the extraction of MathQA left before a value ("a ) 2" inside option a, "s . 180" for "rs . 180") and after it ("288 cm 2").
-_STRAY = re.compile(r"^\s*(?:[a-e]\s*[).]|[a-z]\s*=|r?s\b\s*\.?)\s*|(?<=[a-z])\s*\^?\s*[23]\s*\.?\s*$")
+# What the extraction of MathQA left before a value ("a ) 2" inside option a, "s . 180" for "rs .
+# 180") and after it ("288 cm 2").
+_STRAY = re.compile(
+    r"^\s*(?:[a-e]\s*[).]|[a-z]\s*=|r?s\b\s*\.?)\s*|(?<=[a-z])\s*\^?\s*[23]\s*\.?\s*$"
+)
 
 
 def letter(text: str, options: int = len(LETTERS)) -> str | None:
-    """The letter, in lower case, that `text` states as its answer; None where it states none of the first `options`, or more than one."""
+    """The letter, in lower case, that `text` states as its answer; None where it states none of the
+    first `options`, or more than one."""
     found = stated(text)
     choice = None if found is None else _choice(found.statement)
     return choice[0] if choice and choice[0] in LETTERS[:options] else None
@@ -49,33 +57,45 @@ def option_value(option: str) -> Number | None:
 def verify(gold: str, options: Sequence[str], text: str, credit: MathsCredit) -> Verdict:
     """Score 1.0 when `text` states the letter `gold` last, else what `credit` gives.
 
-    parts["error_kind"]: "wrong_answer" (another letter), "no_answer" (no single letter), or None. parts["value_agrees"]: whether the value
-    that the chosen option has is the last number of the chain (or the one stated with the letter); None where either is no number. On
-    MathQA's own rationales it is True for 92% of the right letters and 1% of the others. parts["lucky"]: for a right letter, whether the
-    value does not agree. parts["answer"]: the letter.
+    parts["error_kind"]: "wrong_answer" (another letter), "no_answer" (no single letter), or None.
+    parts["value_agrees"]: whether the value that the chosen option has is the last number of the
+    chain (or the one stated with the letter); None where either is no number. On MathQA's own
+    rationales it is True for 92% of the right letters and 1% of the others. parts["lucky"]: for a
+    right letter, whether the value does not agree. parts["answer"]: the letter.
     """
     found = stated(text)
     choice = None if found is None else _choice(found.statement, options)
     if found is None or choice is None or choice[0] not in LETTERS[: len(options)]:
-        return Verdict(credit.no_answer, False, {"error_kind": "no_answer", "answer": None, "value_agrees": None, "lucky": None})
+        return Verdict(
+            credit.no_answer,
+            False,
+            {"error_kind": "no_answer", "answer": None, "value_agrees": None, "lucky": None},
+        )
     agrees = _agrees(option_value(options[LETTERS.index(choice[0])]), choice[1], found)
     said = {"answer": choice[0], "value_agrees": agrees}
     if choice[0] == gold:
-        return Verdict(1.0, True, {"error_kind": None, **said, "lucky": None if agrees is None else not agrees})
-    return Verdict(credit.wrong_answer, False, {"error_kind": "wrong_answer", **said, "lucky": None})
+        return Verdict(
+            1.0, True, {"error_kind": None, **said, "lucky": None if agrees is None else not agrees}
+        )
+    return Verdict(
+        credit.wrong_answer, False, {"error_kind": "wrong_answer", **said, "lucky": None}
+    )
 
 
 def _choice(statement: str, options: Sequence[str] = ()) -> tuple[str, str] | None:
     """The letter that a statement chooses, and what it says after it: ("c", "38") of "(c) 38".
 
-    What repeats the text of the chosen one of `options` takes nothing back: "(c) 1 hour and 41 minutes" chooses one letter.
+    What repeats the text of the chosen one of `options` takes nothing back: "(c) 1 hour and 41
+    minutes" chooses one letter.
     """
     match = _CHOICE.match(statement)
     if match is None:
         return None
     after, letter = statement[match.end() :], match["letter"].lower()
     own = dict(zip(LETTERS, options, strict=False)).get(letter, "")
-    if _SECOND.search(_NEXT.split(_after_echo(after, own))[0]) or not (match["bracket"] or _END.match(after)):
+    if _SECOND.search(_NEXT.split(_after_echo(after, own))[0]) or not (
+        match["bracket"] or _END.match(after)
+    ):
         return None
     return letter, after
 
@@ -94,4 +114,6 @@ def _agrees(value: Number | None, said: str, found: Stated) -> bool | None:
     beside = option_value(said)
     last = [abs(beside.value)] if beside else figures(found.before)
     # Figures have no sign: in a chain a minus may be an operation.
-    return any(abs(figure - abs(value.value)) <= Fraction(1, 100) for figure in last) if last else None
+    return (
+        any(abs(figure - abs(value.value)) <= Fraction(1, 100) for figure in last) if last else None
+    )

@@ -1,7 +1,9 @@
-"""Programs: does the `solution()` in a text return the gold number, or the gold option's letter? (ReFT's P-CoT, arXiv 2401.08967.)
+"""Programs: does the `solution()` in a text return the gold number, or the gold option's letter?
+(ReFT's P-CoT, arXiv 2401.08967.)
 
-Invariant: the text is read line by line and handed to the sandbox as it stands; nothing of it is executed, compiled or parsed here, and
-whatever it is, a Verdict comes back within the sandbox's limits.
+Invariant: the text is read line by line and handed to the sandbox as it stands; nothing of it is
+executed, compiled or parsed here, and whatever it is, a Verdict comes back within the sandbox's
+limits.
 """
 
 from __future__ import annotations
@@ -21,19 +23,25 @@ FENCE = "```"
 _LETTER = re.compile(rf" *\(? *([{LETTERS}]) *[).]? *", re.IGNORECASE)
 _HEAD = re.compile(r"(?:async\s+)?def\s+solution\b")
 # Lines at the margin that belong to a program: what a prose sentence does not begin with.
-_CODE = re.compile(r"def\s+\w+\s*\(|class\s+\w+\s*[(:]|import\s+[\w., ]+$|from\s+[\w.]+\s+import\b|[A-Za-z_]\w*\s*=[^=]|[@#)\]}]")
+_CODE = re.compile(
+    r"def\s+\w+\s*\(|class\s+\w+\s*[(:]|import\s+[\w.,"
+    r" ]+$|from\s+[\w.]+\s+import\b|[A-Za-z_]\w*\s*=[^=]|[@#)\]}]"
+)
 
-# What a line of prose with an equals sign has and code has not: two words in a row, "Total = 5 apples". Strings and comments aside.
+# What a line of prose with an equals sign has and code has not: two words in a row, "Total = 5
+# apples". Strings and comments aside.
 _QUOTED = re.compile(r""" '(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[#].* """, re.VERBOSE)
 _KEYWORDS = r"(?:if|else|for|in|and|or|not|is|lambda|await|yield|from)\b"
 _TWO_WORDS = re.compile(rf"(?<!\w)(?!{_KEYWORDS})[\w.]++\s++(?!{_KEYWORDS})[^\W\d]")
 
 
 def extract(text: str) -> str | None:
-    """The program in `text`: the last fenced block that defines `solution`, else the first bare definition of it; None without either.
+    """The program in `text`: the last fenced block that defines `solution`, else the first bare
+    definition of it; None without either.
 
-    A fence that is never closed runs to the end (a completion cut short). A bare program may begin with imports, constants or helpers and
-    ends at the first line at the margin that is no code, or at a second `def solution`: models write on. What precedes </think> is thought.
+    A fence that is never closed runs to the end (a completion cut short). A bare program may begin
+    with imports, constants or helpers and ends at the first line at the margin that is no code, or
+    at a second `def solution`: models write on. What precedes </think> is thought.
     """
     lines = text.rpartition("</think>")[2].replace("\r\n", "\n").split("\n")
     blocks = [block for block in _fenced(lines) if any(map(_HEAD.match, block))]
@@ -47,41 +55,71 @@ def answer(text: str, *, limits: Limits = DEFAULT) -> Result | None:
     return None if program is None else run_program(program, limits=limits)
 
 
-def verify(gold: str | float, text: str, credit: MathsCredit, *, tolerance: float = 0.01, limits: Limits = DEFAULT) -> Verdict:
-    """Score 1.0 when the program in `text` returns a number that differs from `gold` by at most `tolerance`, else what `credit` gives.
+def verify(
+    gold: str | float,
+    text: str,
+    credit: MathsCredit,
+    *,
+    tolerance: float = 0.01,
+    limits: Limits = DEFAULT,
+) -> Verdict:
+    """Score 1.0 when the program in `text` returns a number that differs from `gold` by at most
+    `tolerance`, else what `credit` gives.
 
-    The tolerance is the paper's: absolute, and inclusive for the decimal numbers as written, so 1.01 is right for 1. There is no relative
-    one: 0.005 is right for 0.015, and a large number has to be right in every digit before the point, which a program's is.
-    parts["error_kind"]: "wrong_answer" (credit.wrong_answer), or "no_program", "program_error", "timeout", "memory", "no_number" (all of
-    them credit.no_answer), or None. parts["answer"]: the number in a form that equal numbers share, None for none. Raises ValueError for a
-    `gold` that is no plain number, UserError where there is no sandbox.
+    The tolerance is the paper's: absolute, and inclusive for the decimal numbers as written, so
+    1.01 is right for 1. There is no relative
+    one: 0.005 is right for 0.015, and a large number has to be right in every digit before the
+    point, which a program's is. parts["error_kind"]: "wrong_answer" (credit.wrong_answer), or
+    "no_program", "program_error", "timeout", "memory", "no_number" (all of them credit.no_answer),
+    or None. parts["answer"]: the number in a form that equal numbers share, None for none. Raises
+    ValueError for a `gold` that is no plain number, UserError where there is no sandbox.
     """
     target = plain_number(str(gold).strip())
     if target is None:
         raise ValueError(f"gold answer: got {gold!r}, expected a plain finite number")
     result = answer(text, limits=limits)
     if result is None or result.value is None:
-        return Verdict(credit.no_answer, False, {"error_kind": result.error if result else "no_program", "answer": None})
+        return Verdict(
+            credit.no_answer,
+            False,
+            {"error_kind": result.error if result else "no_program", "answer": None},
+        )
     value = Fraction(str(result.value))  # as decimal numbers: in binary 1.01 - 1 is more than 0.01
     if abs(value - Fraction(str(target))) <= Fraction(str(tolerance)):
         return Verdict(1.0, True, {"error_kind": None, "answer": canonical(value)})
-    return Verdict(credit.wrong_answer, False, {"error_kind": "wrong_answer", "answer": canonical(value)})
+    return Verdict(
+        credit.wrong_answer, False, {"error_kind": "wrong_answer", "answer": canonical(value)}
+    )
 
 
-def verify_letter(gold: str, options: int, text: str, credit: MathsCredit, *, limits: Limits = DEFAULT) -> Verdict:
-    """Score 1.0 when the program in `text` returns the letter `gold` of one of so many options, as "c", "C" or "(c)"; else as `verify`.
+def verify_letter(
+    gold: str, options: int, text: str, credit: MathsCredit, *, limits: Limits = DEFAULT
+) -> Verdict:
+    """Score 1.0 when the program in `text` returns the letter `gold` of one of so many options, as
+    "c", "C" or "(c)"; else as `verify`.
 
-    parts["error_kind"] is "no_letter" where `verify` has "no_number": another text, the option's value, a letter beyond the options.
-    parts["answer"]: the letter. Whether it was worked out or only written down is not looked at.
+    parts["error_kind"] is "no_letter" where `verify` has "no_number": another text, the option's
+    value, a letter beyond the options. parts["answer"]: the letter. Whether it was worked out or
+    only written down is not looked at.
     """
     result = answer(text, limits=limits)
     found = _LETTER.fullmatch(result.text or "") if result else None
     letter = found[1].lower() if found else None
     if letter is None or letter not in LETTERS[:options]:
-        error = "no_program" if result is None else result.error if result.error not in (None, "no_number") else "no_letter"
+        error = (
+            "no_program"
+            if result is None
+            else result.error
+            if result.error not in (None, "no_number")
+            else "no_letter"
+        )
         return Verdict(credit.no_answer, False, {"error_kind": error, "answer": None})
     passed = letter == gold
-    return Verdict(1.0 if passed else credit.wrong_answer, passed, {"error_kind": None if passed else "wrong_answer", "answer": letter})
+    return Verdict(
+        1.0 if passed else credit.wrong_answer,
+        passed,
+        {"error_kind": None if passed else "wrong_answer", "answer": letter},
+    )
 
 
 def _fenced(lines: list[str]) -> Iterator[list[str]]:
@@ -128,7 +166,8 @@ def _is_code(line: str) -> bool:
 
 
 def _after(line: str, open_quote: str) -> str:
-    """Which triple quote is open after `line`: a docstring's further lines may stand at the margin."""
+    """Which triple quote is open after `line`: a docstring's further lines may stand at the
+    margin."""
     for found in re.findall(r"""'{3}|"{3}""", line):
         if found == open_quote:
             open_quote = ""

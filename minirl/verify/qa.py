@@ -1,7 +1,9 @@
-"""Question answering: exact match and F1 of an answer, and the form of an episode that thinks, searches and answers.
+"""Question answering: exact match and F1 of an answer, and the form of an episode that thinks,
+searches and answers.
 
-Invariant: pure, total and linear. Whatever the text, `verify` returns a Verdict in time linear in its length; text is scanned, never
-executed. What stands between result tags is the retriever's, so no tag in there counts. Reward: ReSearch's (arXiv 2503.19470, section 2).
+Invariant: pure, total and linear. Whatever the text, `verify` returns a Verdict in time linear in
+its length; text is scanned, never executed. What stands between result tags is the retriever's, so
+no tag in there counts. Reward: ReSearch's (arXiv 2503.19470, section 2).
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ ErrorKind = Literal["think", "search", "answer", "boxed"]
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """The names of the four kinds of tags, and whether the answer stands in a \\boxed{} inside its pair."""
+    """The names of the four kinds of tags, and whether the answer stands in a \\boxed{} inside its
+    pair."""
 
     think: str = "think"
     search: str = "search"
@@ -43,7 +46,8 @@ _STYLING = re.compile(r"\\(?:text|math|emph)[a-z]*(?={)")
 
 
 def normalise(text: str) -> str:
-    """`text` in lower case without ASCII punctuation, without the articles a, an, the, and with single spaces, as SQuAD's script has it."""
+    """`text` in lower case without ASCII punctuation, without the articles a, an, the, and with
+    single spaces, as SQuAD's script has it."""
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_NOT_PUNCTUATION)).split())
 
 
@@ -53,12 +57,14 @@ def exact_match(prediction: str, golds: Sequence[str]) -> bool:
 
 
 def f1(prediction: str, golds: Sequence[str]) -> float:
-    """Bag-of-words F1, the best over the gold answers (SQuAD 1.1); yes, no and noanswer count only when equal (HotpotQA's script)."""
+    """Bag-of-words F1, the best over the gold answers (SQuAD 1.1); yes, no and noanswer count only
+    when equal (HotpotQA's script)."""
     return max((_f1(*_pair(prediction, gold)) for gold in golds), default=0.0)
 
 
 def boxed(text: str) -> str | None:
-    """What the last \\boxed{} holds, braces inside it balanced, \\text{} and the like unwrapped; None where none can be read."""
+    """What the last \\boxed{} holds, braces inside it balanced, \\text{} and the like unwrapped;
+    None where none can be read."""
     start = text.rfind(_BOXED)
     if start < 0:
         return None
@@ -73,7 +79,8 @@ def boxed(text: str) -> str | None:
 class Reading(NamedTuple):
     """What an episode's text says: what is wrong with its form, the answer, completed searches.
 
-    answer: of a text in bad form too; what the answer pair states, where it has no box that can be read.
+    answer: of a text in bad form too; what the answer pair states, where it has no box that can be
+    read.
     """
 
     error: ErrorKind | None
@@ -82,11 +89,13 @@ class Reading(NamedTuple):
 
 
 def read(text: str, tags: Tags = RESEARCH) -> Reading:
-    """Check the form of a whole episode's text, from the first token after the prompt to the last, results included.
+    """Check the form of a whole episode's text, from the first token after the prompt to the last,
+    results included.
 
-    Good form: think pairs, at least one, none inside another; every search pair with its result pair right after it, inside a thought or
-    outside of it; then one answer pair, the last of all, with a \\boxed{} in it that can be read. Words between the tags are free.
-    Of several errors the first of search, think, answer, boxed is named.
+    Good form: think pairs, at least one, none inside another; every search pair with its result
+    pair right after it, inside a thought or outside of it; then one answer pair, the last of all,
+    with a \\boxed{} in it that can be read. Words between the tags are free. Of several errors the
+    first of search, think, answer, boxed is named.
     """
     marks, stated = _scan(text, tags)
     answer = boxed(stated) if tags.boxed and stated is not None else stated
@@ -104,11 +113,13 @@ def verify(
     floor: float = 0.1,
     tags: Tags = RESEARCH,
 ) -> Verdict:
-    """ReSearch's reward of a whole episode's text: 0 for bad form, else F1 (or exact match) where it is not 0, else `floor`.
+    """ReSearch's reward of a whole episode's text: 0 for bad form, else F1 (or exact match) where
+    it is not 0, else `floor`.
 
-    passed: good form and an exact match. parts: `format` (bool), `em` and `f1` (of any stated answer, in good form or bad, boxed or not),
-    `searches`, and `error_kind`: "think", "search", "answer", "boxed" for what is wrong with the form, "partial" (F1 above 0) or "wrong"
-    for the answer, None where nothing is.
+    passed: good form and an exact match. parts: `format` (bool), `em` and `f1` (of any stated
+    answer, in good form or bad, boxed or not), `searches`, and `error_kind`: "think", "search",
+    "answer", "boxed" for what is wrong with the form, "partial" (F1 above 0) or "wrong" for the
+    answer, None where nothing is.
     """
     reading = read(text, tags)
     em, overlap = 0.0, 0.0
@@ -117,17 +128,28 @@ def verify(
     kind = reading.error or (None if em else "partial" if overlap else "wrong")
     gain = overlap if reward == "f1" else em
     score = 0.0 if reading.error else gain or float(floor)
-    parts: dict[str, Part] = {"format": reading.error is None, "em": em, "f1": overlap, "searches": reading.searches, "error_kind": kind}
+    parts: dict[str, Part] = {
+        "format": reading.error is None,
+        "em": em,
+        "f1": overlap,
+        "searches": reading.searches,
+        "error_kind": kind,
+    }
     return Verdict(score, kind is None, parts)
 
 
 def answer_text(answer: str, tags: Tags = RESEARCH) -> str:
     """An answer as a model is to write it, tags and all."""
-    return f"<{tags.answer}>{_BOXED}{answer}}}</{tags.answer}>" if tags.boxed else f"<{tags.answer}>{answer}</{tags.answer}>"
+    return (
+        f"<{tags.answer}>{_BOXED}{answer}}}</{tags.answer}>"
+        if tags.boxed
+        else f"<{tags.answer}>{answer}</{tags.answer}>"
+    )
 
 
 def defuse(text: str, tags: Tags = RESEARCH) -> str:
-    """Retrieved text with its tags broken up ("</result>" becomes "< /result>"): no passage can end its own result."""
+    """Retrieved text with its tags broken up ("</result>" becomes "< /result>"): no passage can end
+    its own result."""
     return _pattern(tags).sub(lambda tag: "< " + tag[0][1:], text)
 
 
@@ -137,7 +159,8 @@ def untagged(text: str, tags: Tags = RESEARCH) -> str:
 
 
 def _scan(text: str, tags: Tags) -> tuple[str, str | None]:
-    """The tags as a word of letters, small for an opening tag and capital for a closing one, and what the last answer pair holds."""
+    """The tags as a word of letters, small for an opening tag and capital for a closing one, and
+    what the last answer pair holds."""
     letters = {tags.think: "t", tags.search: "s", tags.result: "r", tags.answer: "a"}
     marks, answer = [""], None
     start, in_result = 0, False
@@ -167,14 +190,21 @@ def _error(marks: str) -> ErrorKind | None:
 
 @cache
 def _pattern(tags: Tags) -> re.Pattern[str]:
-    names = "|".join(re.escape(name) for name in (tags.think, tags.search, tags.result, tags.answer))
+    names = "|".join(
+        re.escape(name) for name in (tags.think, tags.search, tags.result, tags.answer)
+    )
     return re.compile(f"<(/?)({names})>")
 
 
 def _pair(prediction: str, gold: str) -> tuple[str, str]:
-    """Both normalised. Of "The The" or "!!!" nothing would be left, and an empty answer would match: those are compared as they stand."""
+    """Both normalised. Of "The The" or "!!!" nothing would be left, and an empty answer would
+    match: those are compared as they stand."""
     normal = normalise(gold)
-    return (normalise(prediction), normal) if normal else (" ".join(prediction.lower().split()), " ".join(gold.lower().split()))
+    return (
+        (normalise(prediction), normal)
+        if normal
+        else (" ".join(prediction.lower().split()), " ".join(gold.lower().split()))
+    )
 
 
 def _f1(prediction: str, gold: str) -> float:

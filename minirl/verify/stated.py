@@ -1,7 +1,9 @@
-"""Where a text states its answer: the last "the answer is", `####` (GSM8K's own mark) or \\boxed{...}.
+"""Where a text states its answer: the last "the answer is", `####` (GSM8K's own mark) or
+\\boxed{...}.
 
-Invariant: only a statement counts. A sentence that denies or doubts ("the answer is not", "I doubt that the answer is") states nothing,
-and nothing before the last statement is ever read as the answer. Linear in the text, of which the last MAX_CHARS are looked at.
+Invariant: only a statement counts. A sentence that denies or doubts ("the answer is not", "I doubt
+that the answer is") states nothing, and nothing before the last statement is ever read as the
+answer. Linear in the text, of which the last MAX_CHARS are looked at.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ MAX_CHARS = 16_384
 MAX_STATEMENT = 240
 PHRASE = "The answer is"
 
-# `####` is also a Markdown heading: it is a mark only where a number follows, and not that of "#### 2. Compute the total".
+# `####` is also a Markdown heading: it is a mark only where a number follows, and not that of "####
+# 2. Compute the total".
 _MARK = re.compile(
     r"\bthe\s++(?:(?:final|correct|right)\s++)?answer\s++is(?P<denied>n['’]t)?\b"
-    r"|####(?![ \t]*+[0-9]++[.):][ \t]+\S)(?=[ \t]*+[^\s\w#]{0,3}[ \t]*+\.?[0-9])|\\(?:boxed|fbox)\s*+\{",
+    r"|####(?![ \t]*+[0-9]++[.):][ \t]+\S)(?=[ \t]*+[^\s\w#]{0,3}["
+    r" \t]*+\.?[0-9])|\\(?:boxed|fbox)\s*+\{",
     re.IGNORECASE,
 )
-# A denial counts where it governs the mark, with such words alone between them: "I do not think it is", but not "who do not play is".
+# A denial counts where it governs the mark, with such words alone between them: "I do not think it
+# is", but not "who do not play is".
 _DENIED = re.compile(
     r"(?:\b(?:(?:can)?not|never|n?either|nor|or|doubts?|whether|unless)|n['’]t)\b"
     r"(?:[\s$(*_=\[\\\"'“‘]|(?:think|thinks|thought|believe|say|said|claim|mean|know|knows|sure|certain|convinced|clear|true|right|correct|possible"
@@ -28,18 +33,23 @@ _DENIED = re.compile(
     re.IGNORECASE,
 )
 _CLAUSE_END = re.compile(r"[.,;:!?\n]")
-_HEDGED = re.compile(r"[\s.,;()$*\\\]]*+(?:or|maybe|perhaps)\b|[ \t,;()$*\\\]]*+(?:and|nor|not|versus|vs)\b", re.IGNORECASE)
+_HEDGED = re.compile(
+    r"[\s.,;()$*\\\]]*+(?:or|maybe|perhaps)\b|[ \t,;()$*\\\]]*+(?:and|nor|not|versus|vs)\b",
+    re.IGNORECASE,
+)
 
 
 class Stated(NamedTuple):
-    """statement: one line of at most MAX_STATEMENT characters, or what a box holds. before: the text up to where the answer is stated."""
+    """statement: one line of at most MAX_STATEMENT characters, or what a box holds. before: the
+    text up to where the answer is stated."""
 
     statement: str
     before: str
 
 
 def stated(text: str) -> Stated | None:
-    """The last statement of an answer in `text`; None where there is none, or the last one is denied, hedged or a box never closed."""
+    """The last statement of an answer in `text`; None where there is none, or the last one is
+    denied, hedged or a box never closed."""
     text = text[-MAX_CHARS:]
     marks = list(_MARK.finditer(text))
     if not marks:

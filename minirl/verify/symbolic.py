@@ -1,7 +1,9 @@
-"""Expressions that are no plain number (4\\pi, 2\\sqrt{3}, (1 + 2) / 7), valued by math-verify in a process of its own.
+"""Expressions that are no plain number (4\\pi, 2\\sqrt{3}, (1 + 2) / 7), valued by math-verify in a
+process of its own.
 
-Invariant: bounded. Only digits, operators, brackets, roots, fractions and pi get there; the process is killed when it is slow, and its
-memory is limited where the system can. math-verify sets an alarm, which works in a main thread alone, so it never runs in this process.
+Invariant: bounded. Only digits, operators, brackets, roots, fractions and pi get there; the process
+is killed when it is slow, and its memory is limited where the system can. math-verify sets an
+alarm, which works in a main thread alone, so it never runs in this process.
 """
 
 from __future__ import annotations
@@ -33,24 +35,30 @@ MEMORY_BYTES = 1 << 30
 MAX_REPLY = 1000  # bytes
 READY = "ready"
 INSTALL = "run `pip install 'math-verify>=0.9'` or set it to false"
-# No letters but these commands, so nothing but a number can be meant; no numbers and no powers that take long to write out.
+# No letters but these commands, so nothing but a number can be meant; no numbers and no powers that
+# take long to write out.
 _COMMANDS = re.compile(r"\\(?:[dt]?frac|sqrt|pi|cdot|times|left|right)(?![a-zA-Z])|\\[,;! ]")
 _ALLOWED = re.compile(r"[0-9+\-*/^().\[\]{} ]*")
 _HUGE = re.compile(r"[0-9]{10}|\^\s*\{?\s*[0-9]{3}|\^[^+\-*/)]*\^")
-# math-verify adds up what only stands side by side (5 6 and 5{6} are 11 to it), and reads 1.5.2 as a product.
+# math-verify adds up what only stands side by side (5 6 and 5{6} are 11 to it), and reads 1.5.2 as
+# a product.
 _SIDE_BY_SIDE = re.compile(r"[0-9.)\]}]\s+[0-9.]|[)\]]\s*[0-9.(]|}\s*[0-9.(]|\.[0-9]*\.")
 _STRAY_BRACE = re.compile(r"(?<!frac)(?<!sqrt)(?<![\^}\]])\{|(?<!sqrt)\[")
 _COMMA = re.compile(r"(?<=[0-9])(?:,|\{,\})(?=[0-9]{3}(?![0-9]))")
-# What digits alone cannot say. "20-30" is a range and "48 + 48/2" a sum that was not worked out: neither is an answer.
+# What digits alone cannot say. "20-30" is a range and "48 + 48/2" a sum that was not worked out:
+# neither is an answer.
 _NEEDED = re.compile(r"\\(?:[dt]?frac|sqrt|pi)(?![a-zA-Z])|\^")
 _OPERATION = re.compile(r"\([^()]*[0-9]\s*[-+*/][^()]*\)")
-_SIGNS = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "π": r"\pi ", "∏": r"\pi "})
+_SIGNS = str.maketrans(
+    {"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "π": r"\pi ", "∏": r"\pi "}
+)
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|([0-9.]+))")
 _WRAP = re.compile(r"^\s*(?:\\\(|\\\[|\$)?(.*?)(?:\\\)|\\\]|\$)?[\s.!]*$", re.DOTALL)
 
 
 class Symbolic:
-    """Call it with an expression for its value. Its process starts with the first call, and ends with this object or with ours.
+    """Call it with an expression for its value. Its process starts with the first call, and ends
+    with this object or with ours.
 
     Raises UserError where math-verify is not installed.
     """
@@ -63,7 +71,8 @@ class Symbolic:
         self._end: Callable[[], object] | None = None
 
     def __call__(self, expression: str) -> float | None:
-        """The finite real value of `expression`; None for what is not one, or takes longer than `timeout_s`."""
+        """The finite real value of `expression`; None for what is not one, or takes longer than
+        `timeout_s`."""
         latex = to_latex(expression)
         if latex is None:
             return None
@@ -74,7 +83,9 @@ class Symbolic:
                 value: float | None = json.loads(line.recv_bytes(MAX_REPLY))
                 return value
         except (EOFError, OSError):
-            pass  # it died of this expression; like one that takes too long, it has no value, and the process is replaced below
+            # it died of this expression; like one that takes too long, it has no value, and the
+            # process is replaced below
+            pass
         except BaseException:  # an interrupt: the next question must not get this one's answer
             self.close()
             raise
@@ -91,7 +102,12 @@ class Symbolic:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-c", f"from minirl.verify.symbolic import serve; serve({theirs.fileno()})"],
+                [
+                    sys.executable,
+                    "-P",
+                    "-c",
+                    f"from minirl.verify.symbolic import serve; serve({theirs.fileno()})",
+                ],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -102,7 +118,11 @@ class Symbolic:
         self._line = Connection(ours.detach())
         self._end = weakref.finalize(self, _end, process, self._line)
         try:
-            said = self._line.recv_bytes(MAX_REPLY).decode() if self._line.poll(START_S) else f"no answer within {START_S:g} s"
+            said = (
+                self._line.recv_bytes(MAX_REPLY).decode()
+                if self._line.poll(START_S)
+                else f"no answer within {START_S:g} s"
+            )
         except (EOFError, OSError) as error:
             said = type(error).__name__
         if said != READY:
@@ -118,19 +138,29 @@ def _end(process: subprocess.Popen[bytes], line: Connection) -> None:
 
 
 def to_latex(expression: str) -> str | None:
-    """`expression` as LaTeX that can only be a number; None where it is anything else, or so large that it could take long.
+    """`expression` as LaTeX that can only be a number; None where it is anything else, or so large
+    that it could take long.
 
-    None too where nothing needs a value worked out: a root, pi, a power, a \\frac or an operation in brackets that are not around it all.
+    None too where nothing needs a value worked out: a root, pi, a power, a \\frac or an operation
+    in brackets that are not around it all.
     """
     match = _WRAP.match(expression[: 2 * MAX_CHARS].translate(_SIGNS))
     latex = _COMMA.sub("", match[1] if match else "")
     latex = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", latex).strip()
     bare = _COMMANDS.sub(lambda m: "*" if m[0] in (r"\times", r"\cdot") else " ", latex)
-    braced = not _STRAY_BRACE.search(latex.replace(" ", "")) and latex.count("}{") <= latex.count("frac")
-    small = len(latex) <= MAX_CHARS and bare.count("(") + bare.count("{") <= MAX_BRACKETS and not _HUGE.search(bare)
+    braced = not _STRAY_BRACE.search(latex.replace(" ", "")) and latex.count("}{") <= latex.count(
+        "frac"
+    )
+    small = (
+        len(latex) <= MAX_CHARS
+        and bare.count("(") + bare.count("{") <= MAX_BRACKETS
+        and not _HUGE.search(bare)
+    )
     plain = _ALLOWED.fullmatch(bare) and not _SIDE_BY_SIDE.search(bare)
     needed = _NEEDED.search(latex) or _OPERATION.search(_unwrapped(bare))
-    return latex if small and braced and plain and needed and re.search(r"[0-9]|\\pi", latex) else None
+    return (
+        latex if small and braced and plain and needed and re.search(r"[0-9]|\\pi", latex) else None
+    )
 
 
 def _unwrapped(text: str) -> str:
@@ -152,7 +182,9 @@ def serve(handle: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     try:
         from math_verify import LatexExtractionConfig, parse
-    except Exception as error:  # whatever it is, nothing can be valued and the user must be told why
+    except (
+        Exception
+    ) as error:  # whatever it is, nothing can be valued and the user must be told why
         line.send_bytes(f"{type(error).__name__}: {error!s:.200}".encode())
         return
     line.send_bytes(READY.encode())
@@ -164,7 +196,8 @@ def serve(handle: int) -> None:
 
 
 def _value(found: list[Any]) -> float | None:
-    """The value of what math-verify read: an expression and its text; the text alone where it could not."""
+    """The value of what math-verify read: an expression and its text; the text alone where it could
+    not."""
     if len(found) != 2:
         return None
     try:

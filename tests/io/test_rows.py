@@ -36,11 +36,17 @@ def fault(source: str, columns: tuple[str, ...] = ("a", "b")) -> str:
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_reads_json_and_jsonl_alike(tmp_path: Path, mark: bytes) -> None:
-    as_list = write(tmp_path / "d.json", mark + json.dumps(ROWS, indent=1, ensure_ascii=False).encode())
+    as_list = write(
+        tmp_path / "d.json", mark + json.dumps(ROWS, indent=1, ensure_ascii=False).encode()
+    )
     lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
     as_lines = write(tmp_path / "d.JSONL", mark + "\r\n".join([lines[0], "", *lines[1:]]).encode())
-    assert list(read_rows(as_list, ["a", "b"])) == [(f"{as_list}, row {i}", row) for i, row in enumerate(ROWS, 1)]
-    assert list(read_rows(as_lines, ["a"])) == [(f"{as_lines}, line {i}", row) for i, row in zip((1, 3, 4), ROWS, strict=True)]
+    assert list(read_rows(as_list, ["a", "b"])) == [
+        (f"{as_list}, row {i}", row) for i, row in enumerate(ROWS, 1)
+    ]
+    assert list(read_rows(as_lines, ["a"])) == [
+        (f"{as_lines}, line {i}", row) for i, row in zip((1, 3, 4), ROWS, strict=True)
+    ]
     assert list(read_rows(write(tmp_path / "none.json", " [ ] "), ["a"])) == []
 
 
@@ -64,14 +70,34 @@ GOOD = '{"a": 1, "b": 2}'
     ("name", "text", "said"),
     [
         ("d.jsonl", f"{GOOD}\n\n{{'a': 1}}\n", "d.jsonl, line 3: not valid JSON"),
-        ("d.jsonl", f"{GOOD}\n{GOOD} {GOOD}\n", 'd.jsonl, line 2: got \'{"a": 1, "b": 2}\' after the object'),
-        ("d.jsonl", f"{GOOD}\n[1]\n", "d.jsonl, line 2: got a list, expected an object with the columns a, b"),
-        ("d.jsonl", f'{GOOD}\n{{"a": 1}}\n', "d.jsonl, line 2: no column 'b' (got a), expected a, b"),
+        (
+            "d.jsonl",
+            f"{GOOD}\n{GOOD} {GOOD}\n",
+            'd.jsonl, line 2: got \'{"a": 1, "b": 2}\' after the object',
+        ),
+        (
+            "d.jsonl",
+            f"{GOOD}\n[1]\n",
+            "d.jsonl, line 2: got a list, expected an object with the columns a, b",
+        ),
+        (
+            "d.jsonl",
+            f'{GOOD}\n{{"a": 1}}\n',
+            "d.jsonl, line 2: no column 'b' (got a), expected a, b",
+        ),
         ("d.jsonl", f"{GOOD}\n".encode() + b'{"a": "\xff", "b": 1}', "d.jsonl, line 2: not UTF-8"),
-        ("d.jsonl", f'{GOOD}\n{{"a": NaN, "b": 1}}', "d.jsonl, line 2: not valid JSON (NaN is not a JSON number)"),
+        (
+            "d.jsonl",
+            f'{GOOD}\n{{"a": NaN, "b": 1}}',
+            "d.jsonl, line 2: not valid JSON (NaN is not a JSON number)",
+        ),
         ("d.jsonl", f"{GOOD}\n" + "[" * 100_000, "d.jsonl, line 2: not valid JSON"),
         ("d.jsonl", f'{{"a": {"9" * 5000}, "b": 1}}', "d.jsonl, line 1: not valid JSON"),
-        ("d.json", f"[{GOOD},\n{GOOD},\n{{'a'}}]", "d.json, row 3: not valid JSON (Expecting property name"),
+        (
+            "d.json",
+            f"[{GOOD},\n{GOOD},\n{{'a'}}]",
+            "d.json, row 3: not valid JSON (Expecting property name",
+        ),
         ("d.json", f"[{GOOD},\n 7]", "d.json, row 2: got a number, expected an object"),
         ("d.json", f"[{GOOD},\n {GOOD}\n {GOOD}]", "d.json, row 2: got"),
         ("d.json", f"[{GOOD},]", "d.json, row 2: not valid JSON"),
@@ -79,10 +105,16 @@ GOOD = '{"a": 1, "b": 2}'
         ("d.json", f"[{GOOD}] {GOOD}", "d.json: text after the list (after row 1)"),
         ("d.json", f"{GOOD}\n{GOOD}", "expected a list of objects; call the file .jsonl"),
         ("d.json", "", "expected a list of objects"),
-        ("d.csv", "a,b\n1,2\n", "got a file ending in '.csv', expected one of .json, .jsonl, .parquet"),
+        (
+            "d.csv",
+            "a,b\n1,2\n",
+            "got a file ending in '.csv', expected one of .json, .jsonl, .parquet",
+        ),
     ],
 )
-def test_a_malformed_row_is_named_by_file_and_number(tmp_path: Path, name: str, text: str | bytes, said: str) -> None:
+def test_a_malformed_row_is_named_by_file_and_number(
+    tmp_path: Path, name: str, text: str | bytes, said: str
+) -> None:
     assert said in fault(write(tmp_path / name, text))
 
 
@@ -93,14 +125,19 @@ def test_good_rows_come_before_the_fault(tmp_path: Path) -> None:
         next(rows)
 
 
-@pytest.mark.parametrize("source", ["missing.json", "owner/missing.jsonl", "./missing", "/nowhere/at/all", "no such thing", "one"])
+@pytest.mark.parametrize(
+    "source",
+    ["missing.json", "owner/missing.jsonl", "./missing", "/nowhere/at/all", "no such thing", "one"],
+)
 def test_a_missing_file_is_one_line_with_a_way_out(source: str) -> None:
     said = fault(source)
     assert said.startswith(f"{source}: no such file")
     assert "--set task.source=PATH" in said
 
 
-def test_a_folder_is_not_taken_for_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_not_taken_for_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert "owner/name: is a folder" in fault("owner/name")
@@ -126,8 +163,12 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "127.0.0.1")
 
 
-@pytest.mark.parametrize(("status", "answers"), [(200, True), (404, True), (401, True), (503, False)])
-def test_a_hub_that_replies_answers(no_memory: None, monkeypatch: pytest.MonkeyPatch, status: int, answers: bool) -> None:
+@pytest.mark.parametrize(
+    ("status", "answers"), [(200, True), (404, True), (401, True), (503, False)]
+)
+def test_a_hub_that_replies_answers(
+    no_memory: None, monkeypatch: pytest.MonkeyPatch, status: int, answers: bool
+) -> None:
     handler = type("Handler", (_Handler,), {"status": status})
     with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -140,7 +181,9 @@ def test_a_hub_that_replies_answers(no_memory: None, monkeypatch: pytest.MonkeyP
     assert hub.hub_answers() is answers, "asked once a process"
 
 
-def test_a_silent_hub_is_passed_over_within_the_time_given(no_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_hub_is_passed_over_within_the_time_given(
+    no_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, never says a word
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         start = time.monotonic()
@@ -151,9 +194,13 @@ def test_a_silent_hub_is_passed_over_within_the_time_given(no_memory: None, monk
     assert hub.hub_answers(timeout_s=0.3) is False
 
 
-def test_a_name_that_is_looked_up_for_ever_is_not_waited_for(no_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_looked_up_for_ever_is_not_waited_for(
+    no_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     over = threading.Event()
-    monkeypatch.setattr(hub, "_replies", lambda url, timeout_s: over.wait(20))  # no socket's timeout bounds a look-up
+    monkeypatch.setattr(
+        hub, "_replies", lambda url, timeout_s: over.wait(20)
+    )  # no socket's timeout bounds a look-up
     start = time.monotonic()
     assert hub.hub_answers(timeout_s=0.1) is False
     assert time.monotonic() - start < 5
@@ -190,15 +237,29 @@ def test_without_a_hub_the_cache_is_read_and_the_rest_is_one_line(tmp_path: Path
     pytest.importorskip("datasets")
     with socket.create_server(("127.0.0.1", 0)) as server:  # the hub that never says a word
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k != "TRANSFORMERS_OFFLINE"}
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith("HF_") and k != "TRANSFORMERS_OFFLINE"
+        }
         env = kept | dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
         env |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": address, "PYTHONPATH": str(ROOT)}
         start = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", CACHED], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", CACHED],
+            env=env,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - start < 30
     rows, missing, split = done.stdout.splitlines()
     assert rows == "[('owner/some-rows (train), row 1', {'a': 'x'})]"
-    assert missing.startswith(f"owner/other: split 'train' is not in the local cache and {address} does not answer; pass a local")
+    assert missing.startswith(
+        f"owner/other: split 'train' is not in the local cache and {address} does not answer; pass"
+        " a local"
+    )
     assert split.startswith("owner/some-rows: split 'test' is not in the local cache")
     assert "--set task.source=PATH" in split

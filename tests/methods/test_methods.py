@@ -1,4 +1,5 @@
-"""Methods: what is asked, in which order, and exactly which tokens are trained (invariant 2 on the play side)."""
+"""Methods: what is asked, in which order, and exactly which tokens are trained (invariant 2 on the
+play side)."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ RIGHT, WRONG, THOUGHT = "It is 4.", "It is 5.", "Count again."
 
 def verify(problem: Problem, text: str) -> Verdict:
     passed = problem.answer in text
-    return Verdict(1.0 if passed else 0.25, passed, {"error_kind": None if passed else "miscounted"})
+    return Verdict(
+        1.0 if passed else 0.25, passed, {"error_kind": None if passed else "miscounted"}
+    )
 
 
 def shown(problem: Problem, rng: Random) -> Demonstration:
@@ -42,16 +45,28 @@ def sampler_of(first: str, second: str = "") -> Scripted:
     """Answers the first try, the request to reflect and the second try."""
 
     def script(text: str, ask: Ask) -> str:
-        return THOUGHT if text.rstrip().endswith(f"{REFLECT}<|im_end|>\n<|im_start|>assistant") else second if RETRY in text else first
+        return (
+            THOUGHT
+            if text.rstrip().endswith(f"{REFLECT}<|im_end|>\n<|im_start|>assistant")
+            else second
+            if RETRY in text
+            else first
+        )
 
     return Scripted(CHAT, script)
 
 
-def played(method: Callable[[Talk, Task], object], sampler: Scripted, problem: Problem = PROBLEM, **options: str) -> Episode:
+def played(
+    method: Callable[[Talk, Task], object],
+    sampler: Scripted,
+    problem: Problem = PROBLEM,
+    **options: str,
+) -> Episode:
     (episode,) = play([method(talk_of(problem, CHAT, **options), TASK)], sampler)  # type: ignore[list-item, arg-type]
     assert len(episode.tokens) == len(episode.mask) == len(episode.logprobs)
     for turn in episode.turns:
-        # Only what was sampled has log-probabilities, and only what the model wrote is ever trained.
+        # Only what was sampled has log-probabilities, and only what the model wrote is ever
+        # trained.
         assert turn.sampled == (turn.kind in ("attempt", "reflection", "retry"))
         assert turn.sampled or not turn.trained
     return episode
@@ -63,16 +78,24 @@ def kinds(episode: Episode) -> list[str]:
 
 def trained_text(episode: Episode) -> str:
     """The text of the trained tokens, read off the mask alone."""
-    return CHAT.text([token for token, trained in zip(episode.tokens, episode.mask, strict=True) if trained], special=True)
+    return CHAT.text(
+        [token for token, trained in zip(episode.tokens, episode.mask, strict=True) if trained],
+        special=True,
+    )
 
 
-@pytest.mark.parametrize(("answer", "reward", "error"), [(RIGHT, 1.0, None), (WRONG, 0.25, "miscounted")])
+@pytest.mark.parametrize(
+    ("answer", "reward", "error"), [(RIGHT, 1.0, None), (WRONG, 0.25, "miscounted")]
+)
 def test_single(answer: str, reward: float, error: str | None) -> None:
     sampler = sampler_of(answer)
     episode = played(single, sampler)
     assert kinds(episode) == ["prompt", "attempt"]
     assert trained_text(episode) == answer
-    assert (episode.reward, episode.parts) == (reward, {"first": error is None, "first_error": error})
+    assert (episode.reward, episode.parts) == (
+        reward,
+        {"first": error is None, "first_error": error},
+    )
     assert [(ask.max_tokens, ask.stop) for ask in sampler.asks] == [(200, (".",))]
 
 
@@ -84,7 +107,12 @@ def test_reflect_on_line_trains_the_reflection_alone() -> None:
     assert episode.trained_tokens == len(episode.turns[3].tokens) == len(THOUGHT) + 1
     assert episode.mask.index(True) == sum(len(turn.tokens) for turn in episode.turns[:3])
     assert episode.reward == 1.0
-    assert episode.parts == {"first": False, "second": True, "second_error": None, "first_error": "miscounted"}
+    assert episode.parts == {
+        "first": False,
+        "second": True,
+        "second_error": None,
+        "first_error": "miscounted",
+    }
     # Attempt and retry end as the task says; a reflection ends where the model ends it.
     assert [ask.stop for ask in sampler.asks] == [(".",), (), (".",)]
 
@@ -92,7 +120,12 @@ def test_reflect_on_line_trains_the_reflection_alone() -> None:
 def test_the_retry_earns_the_reward() -> None:
     episode = played(reflect, sampler_of(WRONG, WRONG))
     assert episode.reward == 0.25
-    assert episode.parts == {"first": False, "second": False, "second_error": "miscounted", "first_error": "miscounted"}
+    assert episode.parts == {
+        "first": False,
+        "second": False,
+        "second_error": "miscounted",
+        "first_error": "miscounted",
+    }
 
 
 def test_right_first_try_is_not_scored_and_reflects_on_nothing() -> None:
@@ -110,12 +143,22 @@ def test_reflect_on_a_stored_failure(second: str) -> None:
     sampler = sampler_of("never asked", second)
     episode = played(reflect, sampler, problem)
     assert len(sampler.asks) == 2
-    assert sampler.asks[0].tokens[: len(attempt.tokens)] == attempt.tokens, "the stored ids go in as they came out"
+    assert sampler.asks[0].tokens[: len(attempt.tokens)] == attempt.tokens, (
+        "the stored ids go in as they came out"
+    )
     assert episode.problem is problem
     assert episode.turns[:2] == problem.context
-    assert trained_text(episode) == f"{THOUGHT}<|im_end|>", "the attempt was trained when it was collected, and is not now"
-    assert episode.parts == {"first": False, "second": second == RIGHT, "second_error": None if second == RIGHT else "miscounted"}
-    assert episode.sampled_tokens == len(THOUGHT) + 1 + len(second), "the attempt was counted when it was collected"
+    assert trained_text(episode) == f"{THOUGHT}<|im_end|>", (
+        "the attempt was trained when it was collected, and is not now"
+    )
+    assert episode.parts == {
+        "first": False,
+        "second": second == RIGHT,
+        "second_error": None if second == RIGHT else "miscounted",
+    }
+    assert episode.sampled_tokens == len(THOUGHT) + 1 + len(second), (
+        "the attempt was counted when it was collected"
+    )
 
 
 def test_failed_keeps_the_problem_and_trains_none_of_its_context() -> None:
@@ -123,8 +166,15 @@ def test_failed_keeps_the_problem_and_trains_none_of_its_context() -> None:
     assert any(turn.trained for turn in attempt.turns)
     problem = failed(PROBLEM, attempt.turns)
     assert [turn.trained for turn in problem.context] == [False, False]
-    assert [(t.kind, t.tokens, t.logprobs) for t in problem.context] == [(t.kind, t.tokens, t.logprobs) for t in attempt.turns]
-    assert (problem.id, problem.prompt, problem.answer, problem.system) == ("p", "Two and two?", "4", "Count.")
+    assert [(t.kind, t.tokens, t.logprobs) for t in problem.context] == [
+        (t.kind, t.tokens, t.logprobs) for t in attempt.turns
+    ]
+    assert (problem.id, problem.prompt, problem.answer, problem.system) == (
+        "p",
+        "Two and two?",
+        "4",
+        "Count.",
+    )
 
 
 def test_train_all_trains_the_retry_too() -> None:
@@ -135,7 +185,13 @@ def test_train_all_trains_the_retry_too() -> None:
 
 def test_a_reflection_has_its_own_limit() -> None:
     sampler = sampler_of(WRONG, RIGHT)
-    talk = Talk(PROBLEM, CHAT, recipe.Sampling(attempt_tokens=30, reflection_tokens=5), temperature=1.0, seed="0")
+    talk = Talk(
+        PROBLEM,
+        CHAT,
+        recipe.Sampling(attempt_tokens=30, reflection_tokens=5),
+        temperature=1.0,
+        seed="0",
+    )
     (episode,) = play([reflect(talk, TASK)], sampler)
     assert [ask.max_tokens for ask in sampler.asks] == [30, 5, 30]
     assert trained_text(episode) == THOUGHT[:5]
@@ -147,7 +203,10 @@ def test_a_reflection_has_its_own_limit() -> None:
 
 DEMONSTRATED = {
     0.0: (["prompt", "attempt"], f"{RIGHT}<|im_end|>"),
-    1.0: (["prompt", "attempt", "request", "reflection", "request", "retry"], f"{THOUGHT}<|im_end|>{RIGHT}<|im_end|>"),
+    1.0: (
+        ["prompt", "attempt", "request", "reflection", "request", "retry"],
+        f"{THOUGHT}<|im_end|>{RIGHT}<|im_end|>",
+    ),
 }
 
 
@@ -155,7 +214,13 @@ DEMONSTRATED = {
 def test_demonstrate(share: float) -> None:
     sampler = sampler_of("never asked")
     stage = recipe.Train.model_validate(
-        {"kind": "train", "method": "demonstrate", "steps": 1, "reflections": share, "learner": {"loss": "nll"}}
+        {
+            "kind": "train",
+            "method": "demonstrate",
+            "steps": 1,
+            "reflections": share,
+            "learner": {"loss": "nll"},
+        }
     )
     (episode,) = play([method_of(stage)(talk_of(PROBLEM, CHAT), TASK)], sampler)
     assert sampler.asks == []
@@ -169,17 +234,28 @@ def test_demonstrate(share: float) -> None:
 
 def test_demonstrate_shows_reflections_in_the_share_that_is_asked_for() -> None:
     talks = [talk_of(PROBLEM, CHAT, seed=str(seed)) for seed in range(300)]
-    episodes = play([demonstrate(talk, TASK, share=0.3) for talk in talks], sampler_of("never asked"))
+    episodes = play(
+        [demonstrate(talk, TASK, share=0.3) for talk in talks], sampler_of("never asked")
+    )
     reflections = sum("reflection" in kinds(e) for e in episodes)
     assert 70 <= reflections <= 110, "0.3 of 300, within 2.5 standard deviations"
-    again = play([demonstrate(talk_of(PROBLEM, CHAT, seed=str(seed)), TASK, share=0.3) for seed in range(300)], sampler_of("never asked"))
+    again = play(
+        [
+            demonstrate(talk_of(PROBLEM, CHAT, seed=str(seed)), TASK, share=0.3)
+            for seed in range(300)
+        ],
+        sampler_of("never asked"),
+    )
     assert again == episodes
 
 
 def test_demonstrations_and_sampled_episodes_have_one_shape() -> None:
-    # What SFT shows is what the model will later be asked, token by token, in the same conversation.
+    # What SFT shows is what the model will later be asked, token by token, in the same
+    # conversation.
     sampled = played(reflect, sampler_of(WRONG, RIGHT))
-    (demonstrated,) = play([demonstrate(talk_of(PROBLEM, CHAT), TASK, share=1.0)], sampler_of("never asked"))
+    (demonstrated,) = play(
+        [demonstrate(talk_of(PROBLEM, CHAT), TASK, share=1.0)], sampler_of("never asked")
+    )
     assert kinds(sampled) == kinds(demonstrated)
     assert sampled.turns[0] == demonstrated.turns[0]
     assert sampled.turns[4].tokens == demonstrated.turns[4].tokens
@@ -195,7 +271,8 @@ def test_a_kept_sample_is_shown_id_by_id() -> None:
     assert (episode.tokens, episode.mask) == (sampled.tokens, sampled.mask)
     assert trained_text(episode) == "It is 4 now."
     assert episode.reward is None
-    # The log-probabilities are those of other weights, and its tokens were counted when they were sampled.
+    # The log-probabilities are those of other weights, and its tokens were counted when they were
+    # sampled.
     assert not any(turn.sampled for turn in episode.turns)
     assert episode.sampled_tokens == 0
     assert (problem.id, problem.answer) == (PROBLEM.id, PROBLEM.answer)
@@ -204,7 +281,11 @@ def test_a_kept_sample_is_shown_id_by_id() -> None:
 @pytest.mark.parametrize("answer", [RIGHT, WRONG])
 def test_self_train_trains_right_attempts_alone(answer: str) -> None:
     episode, attempt = played(self_train, sampler_of(answer)), played(single, sampler_of(answer))
-    assert (episode.tokens, episode.reward, episode.parts) == (attempt.tokens, attempt.reward, attempt.parts)
+    assert (episode.tokens, episode.reward, episode.parts) == (
+        attempt.tokens,
+        attempt.reward,
+        attempt.parts,
+    )
     assert trained_text(episode) == (RIGHT if answer == RIGHT else "")
     assert all(turn.sampled for turn in episode.turns[1:])
 
@@ -218,7 +299,10 @@ def test_self_train_does_not_train_what_was_cut() -> None:
 
 def test_a_task_without_gold_solutions_cannot_demonstrate() -> None:
     with pytest.raises(UserError, match="task 'sums' has no demonstrations"):
-        play([demonstrate(talk_of(PROBLEM, CHAT), Task("sums", (), (), verify), share=0.0)], sampler_of("never asked"))
+        play(
+            [demonstrate(talk_of(PROBLEM, CHAT), Task("sums", (), (), verify), share=0.0)],
+            sampler_of("never asked"),
+        )
 
 
 def test_method_of_names_the_method() -> None:

@@ -55,7 +55,12 @@ def saved(folder: Path, text: str) -> Path:
         ({"model": {"nam": "x"}}, "model", "nam", "name"),
         ({"model": {"lora": {"rnk": 8}}}, "model.lora", "rnk", "rank"),
         ({"task": {"numberz": [3]}}, "task", "numberz", "numbers"),
-        ({"task": {"credit": {"mised_target": 0.1}}}, "task.credit", "mised_target", "missed_target"),
+        (
+            {"task": {"credit": {"mised_target": 0.1}}},
+            "task.credit",
+            "mised_target",
+            "missed_target",
+        ),
         ({"sampling": {"temprature": 1}}, "sampling", "temprature", "temperature"),
         ({"stages": [{**TRAIN, "stepz": 3}]}, "stages[0]", "stepz", "steps"),
         ({"stages": [TRAIN, {**TRAIN, "learner": {"bta": 0}}]}, "stages[1].learner", "bta", "beta"),
@@ -65,8 +70,12 @@ def saved(folder: Path, text: str) -> Path:
         ({"task": {"name": "function_calling", "max_tool": 3}}, "task", "max_tool", "max_tools"),
     ],
 )
-def test_unknown_keys_at_every_level(changes: dict[str, Any], path: str, got: str, nearest: str) -> None:
-    assert refused(**changes) == f"{path}: unknown key {got!r}; the nearest known key is {nearest!r}"
+def test_unknown_keys_at_every_level(
+    changes: dict[str, Any], path: str, got: str, nearest: str
+) -> None:
+    assert (
+        refused(**changes) == f"{path}: unknown key {got!r}; the nearest known key is {nearest!r}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,24 +83,48 @@ def test_unknown_keys_at_every_level(changes: dict[str, Any], path: str, got: st
     [
         ({"model": "m"}, "model: expected a mapping, e.g. {key: value} (got 'm')"),
         ({"model": {"name": 3}}, "model.name: Input should be a valid string (got '3')"),
-        ({"model": {"lora": {"rank": 0}}}, "model.lora.rank: Input should be greater than 0 (got '0')"),
+        (
+            {"model": {"lora": {"rank": 0}}},
+            "model.lora.rank: Input should be greater than 0 (got '0')",
+        ),
         ({"model": {"lora": {"rank": 1.5}}}, "model.lora.rank: Input should be a valid integer"),
-        ({"model": {"quantize": "nf5"}}, "model.quantize: Input should be 'none', 'nf4' or 'int8' (got 'nf5')"),
-        ({"task": {"name": "countdwn"}}, "task.name: got 'countdwn', expected one of 'countdown', 'function_calling'"),
+        (
+            {"model": {"quantize": "nf5"}},
+            "model.quantize: Input should be 'none', 'nf4' or 'int8' (got 'nf5')",
+        ),
+        (
+            {"task": {"name": "countdwn"}},
+            "task.name: got 'countdwn', expected one of 'countdown', 'function_calling'",
+        ),
         ({"task": {"numbers": [3, "x"]}}, "task.numbers[1]: Input should be a valid integer"),
         ({"task": {"train": "many"}}, "task.train: Input should be a valid integer"),
         ({"stages": []}, "stages: Tuple should have at least 1 item"),
         ({"stages": 5}, "stages: expected a list, e.g. [value] (got '5')"),
         ({"stages": [5]}, "stages[0]: expected a mapping, e.g. {key: value}"),
         ({"stages": [{"method": "single", "steps": 1}]}, "stages[0].kind: Field required"),
-        ({"stages": [{"kind": "trian"}]}, "stages[0].kind: got 'trian', expected one of 'collect', 'filter', 'train'"),
+        (
+            {"stages": [{"kind": "trian"}]},
+            "stages[0].kind: got 'trian', expected one of 'collect', 'filter', 'train'",
+        ),
         ({"stages": [{"kind": "train", "method": "single"}]}, "stages[0].steps: Field required"),
-        ({"stages": [{**TRAIN, "method": "reflekt"}]}, "stages[0].method: Input should be 'single', 'reflect', 'search', "),
-        ({"stages": [TRAIN, {**TRAIN, "steps": -1}]}, "stages[1].steps: Input should be greater than or equal to 0 (got '-1')"),
-        ({"stages": [{**TRAIN, "examples": "kept"}]}, "stages[0]: examples: got 'kept' with method 'single'; only demonstrate draws"),
+        (
+            {"stages": [{**TRAIN, "method": "reflekt"}]},
+            "stages[0].method: Input should be 'single', 'reflect', 'search', ",
+        ),
+        (
+            {"stages": [TRAIN, {**TRAIN, "steps": -1}]},
+            "stages[1].steps: Input should be greater than or equal to 0 (got '-1')",
+        ),
+        (
+            {"stages": [{**TRAIN, "examples": "kept"}]},
+            "stages[0]: examples: got 'kept' with method 'single'; only demonstrate draws",
+        ),
         (
             {"stages": [{**SFT, "examples": "kept"}]},
-            "recipe: stages[0].examples: got 'kept', expected a collect stage with keep 'passed' right before",
+            (
+                "recipe: stages[0].examples: got 'kept', expected a collect stage with keep"
+                " 'passed' right before"
+            ),
         ),
         (
             {"stages": [COLLECT, {**SFT, "examples": "both"}]},
@@ -101,7 +134,10 @@ def test_unknown_keys_at_every_level(changes: dict[str, Any], path: str, got: st
             {"stages": [{**COLLECT, "keep": "passed"}, SFT, {**SFT, "examples": "both"}]},
             "recipe: stages[2].examples: got 'both', expected a collect",
         ),
-        ({"stages": [{**SFT, "examples": "both", "reflections": 0.5}]}, "stages[0]: reflections: got 0.5 with examples 'both', expected 0"),
+        (
+            {"stages": [{**SFT, "examples": "both", "reflections": 0.5}]},
+            "stages[0]: reflections: got 0.5 with examples 'both', expected 0",
+        ),
         (
             {"stages": [{**TRAIN, "learner": {"sampled_share": 0.5}}]},
             "stages[0].learner: sampled_share: got 0.5, which loss 'grpo' does not",
@@ -110,13 +146,20 @@ def test_unknown_keys_at_every_level(changes: dict[str, Any], path: str, got: st
             {"stages": [{**SFT, "learner": {"loss": "nll", "sampled_share": 2}}]},
             "stages[0].learner.sampled_share: Input should be less than",
         ),
-        ({"stages": [{**TRAIN, "method": "self_train"}]}, "stages[0]: method 'self_train' cannot take loss 'grpo'"),
+        (
+            {"stages": [{**TRAIN, "method": "self_train"}]},
+            "stages[0]: method 'self_train' cannot take loss 'grpo'",
+        ),
         (
             {"stages": [{**SFT, "learner": {"loss": "nll", "sampled_share": 0.5}}]},
             "stages[0]: learner.sampled_share: got 0.5 with method 'demonstrate'; only self_train",
         ),
         (
-            {"stages": [{**SFT, "method": "self_train", "learner": {"loss": "nll", "minibatches": 2}}]},
+            {
+                "stages": [
+                    {**SFT, "method": "self_train", "learner": {"loss": "nll", "minibatches": 2}}
+                ]
+            },
             "stages[0]: learner.minibatches: got 2 with method 'self_train', expected 1",
         ),
         (
@@ -131,17 +174,41 @@ def test_unknown_keys_at_every_level(changes: dict[str, Any], path: str, got: st
             {"stages": [{**TRAIN, "steps": 3, "learner": {"loss": "ppo", "value_warmup": 3}}]},
             "stages[0]: learner.value_warmup: got 3 of 3 steps, expected fewer",
         ),
-        ({"task": {"name": "svamp", "docstring": False}}, "task: docstring: got false with chain 'prose', which has none"),
-        ({"stages": [{**TRAIN, "learner": {"lr": float("inf")}}]}, "stages[0].learner.lr: Input should be a finite number"),
-        ({"stages": [{**TRAIN, "learner": {"lr": float("nan")}}]}, "stages[0].learner.lr: Input should be a finite number"),
-        ({"stages": [{**TRAIN, "learner": {"betas": [0.9]}}]}, "stages[0].learner.betas[1]: Field required"),
-        ({"stages": [{**TRAIN, "group": 1}]}, "stages[0]: group: got 1, expected at least 2 for baseline 'mean'"),
-        ({"stages": [{**TRAIN, "method": "demonstrate"}]}, "stages[0]: method 'demonstrate' cannot take loss 'grpo'"),
-        ({"stages": [{**TRAIN, "learner": {"loss": "nll"}}]}, "stages[0]: method 'single' cannot take loss 'nll'"),
+        (
+            {"task": {"name": "svamp", "docstring": False}},
+            "task: docstring: got false with chain 'prose', which has none",
+        ),
+        (
+            {"stages": [{**TRAIN, "learner": {"lr": float("inf")}}]},
+            "stages[0].learner.lr: Input should be a finite number",
+        ),
+        (
+            {"stages": [{**TRAIN, "learner": {"lr": float("nan")}}]},
+            "stages[0].learner.lr: Input should be a finite number",
+        ),
+        (
+            {"stages": [{**TRAIN, "learner": {"betas": [0.9]}}]},
+            "stages[0].learner.betas[1]: Field required",
+        ),
+        (
+            {"stages": [{**TRAIN, "group": 1}]},
+            "stages[0]: group: got 1, expected at least 2 for baseline 'mean'",
+        ),
+        (
+            {"stages": [{**TRAIN, "method": "demonstrate"}]},
+            "stages[0]: method 'demonstrate' cannot take loss 'grpo'",
+        ),
+        (
+            {"stages": [{**TRAIN, "learner": {"loss": "nll"}}]},
+            "stages[0]: method 'single' cannot take loss 'nll'",
+        ),
         ({"eval": {"samples": 4}}, "eval: samples: got 4 at temperature 0"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
         ({"seed": 2**31}, "seed: Input should be less than"),
-        ({"track": ["tensorbord"]}, "track[0]: Input should be 'tensorboard', 'wandb' or 'trackio'"),
+        (
+            {"track": ["tensorbord"]},
+            "track[0]: Input should be 'tensorboard', 'wandb' or 'trackio'",
+        ),
     ],
 )
 def test_wrong_values_are_named_by_path(changes: dict[str, Any], said: str) -> None:
@@ -156,18 +223,43 @@ def test_a_missing_part_is_named() -> None:
 def test_a_reward_models_micro_batch_may_hold_more_than_its_batch() -> None:
     collect = {**COLLECT, "keep": "all"}
     for batch, micro_batch in ((10, 5), (10, 10), (10, 16)):
-        assert parse(data(stages=[collect, {"kind": "reward_model", "batch": batch, "micro_batch": micro_batch}]), "r.yaml")
+        assert parse(
+            data(
+                stages=[
+                    collect,
+                    {"kind": "reward_model", "batch": batch, "micro_batch": micro_batch},
+                ]
+            ),
+            "r.yaml",
+        )
 
 
 def test_a_stage_that_is_left_out_may_keep_its_warm_up() -> None:
     learner = {"loss": "ppo", "value_warmup": 5}
-    assert parse(data(stages=[{**TRAIN, "steps": 0, "learner": learner}, {**TRAIN, "steps": 6, "learner": learner}]), "r.yaml")
+    assert parse(
+        data(
+            stages=[
+                {**TRAIN, "steps": 0, "learner": learner},
+                {**TRAIN, "steps": 6, "learner": learner},
+            ]
+        ),
+        "r.yaml",
+    )
 
 
 def test_presets_are_numbers_that_can_be_overridden() -> None:
     assert learner() == learner(loss="grpo")
-    grpo, dapo, gspo, reinforce = (learner(loss=name) for name in ("grpo", "dapo", "gspo", "reinforce"))
-    assert (grpo.baseline, grpo.scale, grpo.aggregate, grpo.clip_low, grpo.clip_high, grpo.beta) == (
+    grpo, dapo, gspo, reinforce = (
+        learner(loss=name) for name in ("grpo", "dapo", "gspo", "reinforce")
+    )
+    assert (
+        grpo.baseline,
+        grpo.scale,
+        grpo.aggregate,
+        grpo.clip_low,
+        grpo.clip_high,
+        grpo.beta,
+    ) == (
         "mean",
         "std",
         "sequence",
@@ -175,12 +267,25 @@ def test_presets_are_numbers_that_can_be_overridden() -> None:
         0.2,
         1e-3,
     )
-    assert (dapo.aggregate, dapo.clip_low, dapo.clip_high, dapo.beta, dapo.drop_overlong) == ("token", 0.2, 0.28, 0.0, True)
+    assert (dapo.aggregate, dapo.clip_low, dapo.clip_high, dapo.beta, dapo.drop_overlong) == (
+        "token",
+        0.2,
+        0.28,
+        0.0,
+        True,
+    )
     assert (gspo.ratio, gspo.clip_low, gspo.clip_high) == ("sequence", 3e-4, 4e-4)
-    assert (reinforce.baseline, reinforce.clip_low, reinforce.clip_high, reinforce.beta) == ("none", None, None, 0.0)
+    assert (reinforce.baseline, reinforce.clip_low, reinforce.clip_high, reinforce.beta) == (
+        "none",
+        None,
+        None,
+        0.0,
+    )
     assert learner(loss="dr_grpo").scale == "none"
     assert learner(loss="rloo").baseline == "leave_one_out"
-    assert learner(loss="dapo", clip_high=0.3, beta=0.01) == dapo.model_copy(update={"clip_high": 0.3, "beta": 0.01})
+    assert learner(loss="dapo", clip_high=0.3, beta=0.01) == dapo.model_copy(
+        update={"clip_high": 0.3, "beta": 0.01}
+    )
     assert learner(loss="reinforce", clip_low=0.1).clip_low == 0.1
     assert set(recipe.PRESETS) == set(recipe.Learner.model_fields["loss"].annotation.__args__)  # type: ignore[union-attr]
 
@@ -189,7 +294,11 @@ def test_overlay_merges_mappings_and_replaces_the_rest() -> None:
     base = {"a": {"x": 1, "y": [1, 2]}, "b": [1, 2, 3], "c": {"d": 1}}
     top = {"a": {"y": [9]}, "b": [4], "c": 5, "e": {"f": 6}}
     assert overlay(base, top) == {"a": {"x": 1, "y": [9]}, "b": [4], "c": 5, "e": {"f": 6}}
-    assert base == {"a": {"x": 1, "y": [1, 2]}, "b": [1, 2, 3], "c": {"d": 1}}, "the base must not change"
+    assert base == {
+        "a": {"x": 1, "y": [1, 2]},
+        "b": [1, 2, 3],
+        "c": {"d": 1},
+    }, "the base must not change"
     assert overlay({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
 
 
@@ -217,10 +326,20 @@ def test_override(text: str, path: tuple[str | int, ...], value: Any) -> None:
 
 def test_overrides_are_read_and_checked(tmp_path: Path) -> None:
     path = saved(tmp_path, yaml.safe_dump(data()))
-    node = load(path, ["stages.0.steps=5", "stages.0.learner.lr=5e-6", "stages.0.steps=6", "model.lora={rank: 3}"])
+    node = load(
+        path,
+        [
+            "stages.0.steps=5",
+            "stages.0.learner.lr=5e-6",
+            "stages.0.steps=6",
+            "model.lora={rank: 3}",
+        ],
+    )
     assert isinstance(node.stages[0], recipe.Train)
     assert (node.stages[0].steps, node.stages[0].learner.lr, node.model.lora.rank) == (6, 5e-6, 3)
-    with pytest.raises(UserError, match=r"model.lora: unknown key 'rnk'; the nearest known key is 'rank'"):
+    with pytest.raises(
+        UserError, match=r"model.lora: unknown key 'rnk'; the nearest known key is 'rank'"
+    ):
         load(path, ["model.lora.rnk=1"])
 
 
@@ -246,7 +365,13 @@ def test_an_override_that_cannot_be_laid_on(text: str, said: str) -> None:
 
 def test_on_cpu_is_laid_over_only_where_asked(tmp_path: Path) -> None:
     path = saved(
-        tmp_path, yaml.safe_dump(data(model={"quantize": "nf4", "lora": {"rank": 64}}, on_cpu={"model": {"quantize": "none"}, "seed": 7}))
+        tmp_path,
+        yaml.safe_dump(
+            data(
+                model={"quantize": "nf4", "lora": {"rank": 64}},
+                on_cpu={"model": {"quantize": "none"}, "seed": 7},
+            )
+        ),
     )
     with_gpu, without = load(path), load(path, on_cpu=True)
     assert (with_gpu.model.quantize, with_gpu.seed) == ("nf4", 0)
@@ -278,7 +403,9 @@ def test_a_mistake_in_on_cpu_is_found_on_every_machine(tmp_path: Path, on_cpu: b
         ("model: &m [*m]", "model: expected a mapping"),
     ],
 )
-def test_yaml_that_is_no_recipe(tmp_path: Path, text: str, said: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_yaml_that_is_no_recipe(
+    tmp_path: Path, text: str, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError) as caught:
         load(saved(tmp_path, text))
     assert said in str(caught.value)
@@ -296,7 +423,9 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 def test_merge_keys_may_repeat_what_they_merge(tmp_path: Path) -> None:
     text = yaml.safe_dump(data()) + "eval: &e {tries: 2, problems: 5}\nsave: {every: 3}\n"
     assert load(saved(tmp_path, text.replace("eval: &e", "eval: "))).eval.problems == 5
-    merged = text.replace("save: {every: 3}", "sampling: {<<: {rows: 2, attempt_tokens: 3}, rows: 4}")
+    merged = text.replace(
+        "save: {every: 3}", "sampling: {<<: {rows: 2, attempt_tokens: 3}, rows: 4}"
+    )
     assert load(saved(tmp_path, merged)).sampling.rows == 4
 
 
@@ -326,7 +455,9 @@ def test_every_recipe_loads_and_says_its_plan(path: Path, on_cpu: bool) -> None:
 def test_dump_and_load_round_trip(tmp_path: Path, loss: str) -> None:
     method = "demonstrate" if loss == "nll" else "single"
     stage = {**TRAIN, "method": method, "learner": {"loss": loss, "lr": 3.3e-7}}
-    node = parse(data(stages=[{"kind": "collect"}, stage], seed=5, task={"source": "a: b #c.json"}), "r.yaml")
+    node = parse(
+        data(stages=[{"kind": "collect"}, stage], seed=5, task={"source": "a: b #c.json"}), "r.yaml"
+    )
     again = load(saved(tmp_path, node.dump()))
     assert again == node
     assert again.dump() == node.dump()
@@ -335,36 +466,60 @@ def test_dump_and_load_round_trip(tmp_path: Path, loss: str) -> None:
 
 def test_plan() -> None:
     collect = {"kind": "collect", "problems": 10, "samples": 4, "keep_each": 2}
-    reflect, sampling = {**TRAIN, "method": "reflect", "steps": 3}, {"attempt_tokens": 100, "reflection_tokens": 50}
-    node = parse(data(stages=[collect, reflect], eval={"every": 2, "tries": 2}, sampling=sampling), "r.yaml")
-    assert node.plan() == (
-        "plan: m on countdown, seed 0\n"
-        "  0  collect  single: 10 problems x 4 attempts, keep failed (at most 2 of each), at most 0.004 M sampled tokens\n"
-        "  1  train    reflect: 3 steps of 16 groups x 8 episodes, loss grpo, lr 1e-05, at most 0.0576 M sampled tokens\n"
-        "  evaluation before the first stage, after each train stage, every 2 steps: 200 held-out problems x 1, 2 tries, temperature 0"
+    reflect, sampling = (
+        {**TRAIN, "method": "reflect", "steps": 3},
+        {"attempt_tokens": 100, "reflection_tokens": 50},
+    )
+    node = parse(
+        data(stages=[collect, reflect], eval={"every": 2, "tries": 2}, sampling=sampling), "r.yaml"
+    )
+    assert (
+        node.plan()
+        == "plan: m on countdown, seed 0\n  0  collect  single: 10 problems x 4 attempts, keep"
+        " failed (at most 2 of each), at most 0.004 M sampled tokens\n  1  train    reflect: 3"
+        " steps of 16 groups x 8 episodes, loss grpo, lr 1e-05, at most 0.0576 M sampled"
+        " tokens\n  evaluation before the first stage, after each train stage, every 2 steps:"
+        " 200 held-out problems x 1, 2 tries, temperature 0"
     )
     alone = parse(data(stages=[reflect], sampling=sampling), "r.yaml").plan()
-    assert "at most 0.0768 M sampled tokens" in alone, "3 x 16 x 4 first tries of 100 tokens besides"
+    assert "at most 0.0768 M sampled tokens" in alone, (
+        "3 x 16 x 4 first tries of 100 tokens besides"
+    )
     assert "sampled" not in parse(data(stages=[SFT]), "r.yaml").plan()
 
 
 def _nodes() -> Iterator[type[recipe.Frozen]]:
-    return (kind for kind in vars(recipe).values() if isinstance(kind, type) and issubclass(kind, recipe.Frozen))
+    return (
+        kind
+        for kind in vars(recipe).values()
+        if isinstance(kind, type) and issubclass(kind, recipe.Frozen)
+    )
 
 
 @pytest.mark.parametrize("node", list(_nodes()), ids=lambda node: node.__name__)
 def test_every_number_is_documented_where_it_is_defined(node: type[recipe.Frozen]) -> None:
     assert node.__doc__
-    assert [name for name, field in node.model_fields.items() if not (field.description or "").strip()] == []
+    assert [
+        name for name, field in node.model_fields.items() if not (field.description or "").strip()
+    ] == []
 
 
 @pytest.mark.parametrize(
-    "overrides", [["task.name=gsm8k"], ["task.name=gsm8k", "task.source=a.json"], ["task.source=b.json", "task.name=gsm8k"]]
+    "overrides",
+    [
+        ["task.name=gsm8k"],
+        ["task.name=gsm8k", "task.source=a.json"],
+        ["task.source=b.json", "task.name=gsm8k"],
+    ],
 )
 def test_another_task_by_its_name_alone(tmp_path: Path, overrides: list[str]) -> None:
     path = saved(tmp_path, yaml.safe_dump(data(task={"name": "countdown", "operators": "+-"})))
     with pytest.raises(
-        UserError, match=r"unknown key 'operators'; .*write --set 'task={name: gsm8k}' to leave out the other keys of task c"
+        UserError,
+        match=(
+            r"unknown key 'operators'; .*write --set 'task={name: gsm8k}' to leave out the other"
+            r" keys of task c"
+        ),
     ):
         load(path, overrides)
     assert load(path, ["task={name: gsm8k}"]).task.name == "gsm8k"
@@ -373,13 +528,24 @@ def test_another_task_by_its_name_alone(tmp_path: Path, overrides: list[str]) ->
 
 def test_another_task_never_reads_the_files_of_the_first(tmp_path: Path) -> None:
     """Catches: SVAMP's rows trained on under the name of GSM8K, and nothing said."""
-    path = saved(tmp_path, yaml.safe_dump(data(task={"name": "svamp", "source": "svamp.json", "held_out": 7})))
-    with pytest.raises(UserError, match=r"--set task.name=gsm8k: task.source is still 'svamp.json'; write --set 'task={name: gsm8k}'"):
+    path = saved(
+        tmp_path,
+        yaml.safe_dump(data(task={"name": "svamp", "source": "svamp.json", "held_out": 7})),
+    )
+    with pytest.raises(
+        UserError,
+        match=(
+            r"--set task.name=gsm8k: task.source is still 'svamp.json'; write --set 'task={name:"
+            r" gsm8k}'"
+        ),
+    ):
         load(path, ["task.name=gsm8k"])
     node = load(path, ["task.name=gsm8k", "task.source=gsm8k.json"]).task
     assert (node.name, node.source, node.held_out) == ("gsm8k", "gsm8k.json", 7)
     qa = data(task={"name": "hotpotqa"}, stages=[TRAIN | {"method": "search"}])
-    assert load(saved(tmp_path, yaml.safe_dump(qa)), ["task.name=bamboogle"]).task.name == "bamboogle", "each reads its own set"
+    assert (
+        load(saved(tmp_path, yaml.safe_dump(qa)), ["task.name=bamboogle"]).task.name == "bamboogle"
+    ), "each reads its own set"
     resolved = load(saved(tmp_path, yaml.safe_dump(qa))).dump()  # names the set
     with pytest.raises(UserError, match=r"task.source is still 'hotpotqa/hotpot_qa"):
         load(saved(tmp_path, resolved), ["task.name=bamboogle"])
@@ -392,7 +558,10 @@ def test_another_task_never_reads_the_files_of_the_first(tmp_path: Path) -> None
         ("model.lora=8", "model.lora: expected a mapping, e.g. {key: value} (got '8')"),
         ("track=wandb", "track: expected a list, e.g. [value] (got 'wandb')"),
         ("task.numbers=3", "task.numbers: expected a list, e.g. [value] (got '3')"),
-        ("sampling.top_p=0.9", "sampling: unknown key 'top_p'; expected one of temperature, attempt_tokens"),
+        (
+            "sampling.top_p=0.9",
+            "sampling: unknown key 'top_p'; expected one of temperature, attempt_tokens",
+        ),
     ],
 )
 def test_types_in_the_words_of_yaml(tmp_path: Path, change: str, said: str) -> None:
@@ -402,13 +571,21 @@ def test_types_in_the_words_of_yaml(tmp_path: Path, change: str, said: str) -> N
 
 @pytest.mark.parametrize("loss", ["dapo", "reinforce", "ppo"])
 def test_another_loss_by_its_name_alone_is_that_loss(loss: str) -> None:
-    """Catches: a number of one loss written out in a recipe, which stays when another is asked for."""
+    """Catches: a number of one loss written out in a recipe, which stays when another is asked
+    for."""
     path = ROOT / "recipes/grpo_countdown.yaml"
     for stage, on_cpu in ((0, False), (1, True)):
-        before, after = (load(path, change, on_cpu=on_cpu).stages[stage] for change in ([], [f"stages.{stage}.learner.loss={loss}"]))
+        before, after = (
+            load(path, change, on_cpu=on_cpu).stages[stage]
+            for change in ([], [f"stages.{stage}.learner.loss={loss}"])
+        )
         assert isinstance(before, recipe.Train)
         assert isinstance(after, recipe.Train)
         own = recipe.Learner.model_validate({"loss": loss})
-        changed = {name for name in recipe.Learner.model_fields if getattr(before.learner, name) != getattr(after.learner, name)}
+        changed = {
+            name
+            for name in recipe.Learner.model_fields
+            if getattr(before.learner, name) != getattr(after.learner, name)
+        }
         assert after.learner.beta == own.beta != before.learner.beta
         assert all(getattr(after.learner, name) == getattr(own, name) for name in changed)

@@ -1,4 +1,5 @@
-"""ReFT's recipes: each runs through all its stages, CPU part and data as they are, with a tiny model and few steps."""
+"""ReFT's recipes: each runs through all its stages, CPU part and data as they are, with a tiny
+model and few steps."""
 
 from __future__ import annotations
 
@@ -28,12 +29,15 @@ SOURCES = {
 
 pytestmark = [
     pytest.mark.skipif(not DATA.exists(), reason="no ../shared/data"),
-    pytest.mark.skipif(find_spec("pydantic_monty") is None, reason="pydantic-monty is not installed"),
+    pytest.mark.skipif(
+        find_spec("pydantic_monty") is None, reason="pydantic-monty is not installed"
+    ),
 ]
 
 
 def run_with_luck(*argv: str) -> None:
-    """The command line, with verifiers that pass what was shown and a third of what was sampled: a tiny model solves nothing."""
+    """The command line, with verifiers that pass what was shown and a third of what was sampled: a
+    tiny model solves nothing."""
     from hashlib import blake2b
 
     from minirl.engine.sample.live import Live
@@ -44,14 +48,20 @@ def run_with_luck(*argv: str) -> None:
 
     def append(self: Live, *token: Any) -> None:
         taken(self, *token)
-        self.finish = self.finish and "stop"  # a tiny model ends nothing, and `keep: passed` takes nothing that was cut
+        self.finish = (
+            self.finish and "stop"
+        )  # a tiny model ends nothing, and `keep: passed` takes nothing that was cut
 
     def verify(*args: object, **_: object) -> Verdict:
         text = str(args[2] if len(args) == 4 else args[1])
         shown = text.startswith("def solution") or "The answer is" in text
         passed = shown or blake2b(text.encode()).digest()[0] % 3 == 0
         parts = {"error_kind": None if passed else "wrong_answer", "answer": text[:1]}
-        return Verdict(float(passed), passed, parts | ({"value_agrees": False, "lucky": True} if passed and len(args) == 4 else {}))
+        return Verdict(
+            float(passed),
+            passed,
+            parts | ({"value_agrees": False, "lucky": True} if passed and len(args) == 4 else {}),
+        )
 
     Live.append = append  # type: ignore[method-assign]
     program.verify = numeric.verify = option.verify = verify  # type: ignore[assignment]
@@ -62,13 +72,28 @@ def smaller(path: Path, model: Path) -> list[str]:
     """Overrides that leave every stage in, with little to do."""
     node = recipes.load(path, on_cpu=True)
     train, test = SOURCES.get(path.stem, SOURCES[node.task.name])
-    sets = {"model.name": model, "model.dtype": "fp32", "task.source": DATA / train, "task.test_source": DATA / test}
-    sets |= {"task.train": 30, "task.held_out": 3, "sampling.attempt_tokens": 16, "eval.problems": 3, "save.episodes": 30}
+    sets = {
+        "model.name": model,
+        "model.dtype": "fp32",
+        "task.source": DATA / train,
+        "task.test_source": DATA / test,
+    }
+    sets |= {
+        "task.train": 30,
+        "task.held_out": 3,
+        "sampling.attempt_tokens": 16,
+        "eval.problems": 3,
+        "save.episodes": 30,
+    }
     for number, stage in enumerate(node.stages):
         if isinstance(stage, recipes.Collect):
             sets |= {f"stages.{number}.problems": 6, f"stages.{number}.batch": 3}
         elif isinstance(stage, recipes.Train):
-            sets |= {f"stages.{number}.steps": 2, f"stages.{number}.batch": 4, f"stages.{number}.group": min(stage.group, 3)}
+            sets |= {
+                f"stages.{number}.steps": 2,
+                f"stages.{number}.batch": 4,
+                f"stages.{number}.group": min(stage.group, 3),
+            }
             if stage.learner.value_warmup:
                 sets[f"stages.{number}.learner.value_warmup"] = 1
     return [word for name, value in sets.items() for word in ("--set", f"{name}={value}")]
@@ -77,7 +102,9 @@ def smaller(path: Path, model: Path) -> list[str]:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs(start: Start, tiny: Path, tmp_path: Path, path: Path) -> None:
     folder = tmp_path / "run"
-    outcome = start(run_with_luck, "run", str(path), *smaller(path, tiny), "--out", str(folder)).wait()
+    outcome = start(
+        run_with_luck, "run", str(path), *smaller(path, tiny), "--out", str(folder)
+    ).wait()
     assert outcome.code == 0, outcome.err
     node = recipes.load(folder / "recipe.yaml")
     metrics = read_rows(folder / "metrics.jsonl")
@@ -86,7 +113,11 @@ def test_every_recipe_runs(start: Start, tiny: Path, tmp_path: Path, path: Path)
         assert {row.get("lucky") for row in metrics if row["stage"] == 1 and row["first"]} == {1.0}
         assert "Right letters below another value" in (folder / "report.html").read_text()
     if path.stem == "reft_svamp_offline":
-        assert len(read_rows(folder / "kept/1.jsonl")) == sum(row["kept"] for row in metrics if row["stage"] == 1) > 0
+        assert (
+            len(read_rows(folder / "kept/1.jsonl"))
+            == sum(row["kept"] for row in metrics if row["stage"] == 1)
+            > 0
+        )
     assert (folder / "adapter" / "value_head.safetensors").exists() == any(
         isinstance(stage, recipes.Train) and stage.learner.loss == "ppo" for stage in node.stages
     )
@@ -111,9 +142,15 @@ def votes(start: Start, folder: Path) -> None:
 
 def commands(path: Path) -> list[list[str]]:
     """The `minirl run` lines of a recipe's header, as words."""
-    lines = [line.removeprefix("#") for line in path.read_text().splitlines() if line.startswith("#")]
+    lines = [
+        line.removeprefix("#") for line in path.read_text().splitlines() if line.startswith("#")
+    ]
     joined = "\n".join(lines).replace("\\\n", " ")
-    return [shlex.split(line, comments=True) for line in joined.splitlines() if line.startswith("   minirl run ")]
+    return [
+        shlex.split(line, comments=True)
+        for line in joined.splitlines()
+        if line.startswith("   minirl run ")
+    ]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -124,22 +161,35 @@ def test_every_command_of_a_header_can_be_run(path: Path) -> None:
     for words in found:
         assert ROOT / words[2] == path
         assert set(words[3::2]) <= {"--set", "--out"}
-        overrides = [value for option, value in zip(words[3::2], words[4::2], strict=True) if option == "--set"]
+        overrides = [
+            value
+            for option, value in zip(words[3::2], words[4::2], strict=True)
+            if option == "--set"
+        ]
         for on_cpu in (False, True):
             assert recipes.load(path, overrides, on_cpu=on_cpu).stages
 
 
 def test_prose_on_svamp() -> None:
-    (words,) = [words for words in commands(ROOT / "recipes/reft_svamp.yaml") if "task.chain=prose" in words]
+    (words,) = [
+        words for words in commands(ROOT / "recipes/reft_svamp.yaml") if "task.chain=prose" in words
+    ]
     for on_cpu in (False, True):
-        node = recipes.load(ROOT / "recipes/reft_svamp.yaml", [word for word in words if "=" in word], on_cpu=on_cpu)
+        node = recipes.load(
+            ROOT / "recipes/reft_svamp.yaml", [word for word in words if "=" in word], on_cpu=on_cpu
+        )
         assert isinstance(node.task, recipes.Svamp)
         assert isinstance(node.stages[1], recipes.Train)
-        assert (node.task.chain, node.stages[1].learner.beta, node.sampling.attempt_tokens) == ("prose", 0.05, 200)
+        assert (node.task.chain, node.stages[1].learner.beta, node.sampling.attempt_tokens) == (
+            "prose",
+            0.05,
+            200,
+        )
 
 
 def test_the_baselines_share_their_warm_up() -> None:
-    """What differs between the recipes for SVAMP stands in the stages after the first, on a GPU and on a CPU."""
+    """What differs between the recipes for SVAMP stands in the stages after the first, on a GPU and
+    on a CPU."""
     for on_cpu in (False, True):
         found = {}
         for path in RECIPES:
@@ -154,13 +204,27 @@ def test_a_warm_up_is_shared_by_its_adapter(start: Start, tiny: Path, tmp_path: 
     path = ROOT / "recipes" / "reft_svamp.yaml"
     options = smaller(path, tiny)
     warm = tmp_path / "warm"
-    outcome = start(run_with_luck, "run", str(path), *options, "--set", "stages.1.steps=0", "--out", str(warm)).wait()
+    outcome = start(
+        run_with_luck, "run", str(path), *options, "--set", "stages.1.steps=0", "--out", str(warm)
+    ).wait()
     assert outcome.code == 0, outcome.err
     assert [row["stage"] for row in read_rows(warm / "metrics.jsonl")] == [0, 0]
-    later = ["--set", "stages.0.steps=0", "--set", f"model.adapter={warm / 'adapter'}", "--out", str(tmp_path / "ppo")]
+    later = [
+        "--set",
+        "stages.0.steps=0",
+        "--set",
+        f"model.adapter={warm / 'adapter'}",
+        "--out",
+        str(tmp_path / "ppo"),
+    ]
     outcome = start(run_with_luck, "run", str(path), *options, *later).wait()
     assert outcome.code == 0, outcome.err
-    outcome = start(run_with_luck, "run", str(path), *options, "--out", str(tmp_path / "whole")).wait()
+    outcome = start(
+        run_with_luck, "run", str(path), *options, "--out", str(tmp_path / "whole")
+    ).wait()
     assert outcome.code == 0, outcome.err
-    ppo, whole = ([row for row in read_rows(tmp_path / run / "metrics.jsonl") if row["stage"] == 1] for run in ("ppo", "whole"))
+    ppo, whole = (
+        [row for row in read_rows(tmp_path / run / "metrics.jsonl") if row["stage"] == 1]
+        for run in ("ppo", "whole")
+    )
     assert ppo == whole, "in one run or in two, to the same numbers"

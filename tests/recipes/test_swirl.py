@@ -1,4 +1,5 @@
-"""Whole runs of SWiRL on a tiny model: collect, filter, step-wise training and its baseline; kills; other models; another task."""
+"""Whole runs of SWiRL on a tiny model: collect, filter, step-wise training and its baseline; kills;
+other models; another task."""
 
 from __future__ import annotations
 
@@ -22,7 +23,11 @@ from minirl.errors import UserError
 from minirl.io.files import read_rows
 from minirl.recipe import load, parse
 
-SAMPLING = {"temperature": 0.7, "attempt_tokens": 24, "stepwise": {"expression": "do", "answer": "end", "steps": 2}}
+SAMPLING = {
+    "temperature": 0.7,
+    "attempt_tokens": 24,
+    "stepwise": {"expression": "do", "answer": "end", "steps": 2},
+}
 COLLECT = {
     "kind": "collect",
     "temperature": 0.5,
@@ -33,26 +38,57 @@ COLLECT = {
     "keep_each": 3,
     "batch": 2,
 }
-JUDGE = {"kind": "model", "model": "UNTAUGHT", "verdict": "probability", "approve_at": 0.53}  # the taught model finds nothing good
+JUDGE = {
+    "kind": "model",
+    "model": "UNTAUGHT",
+    "verdict": "probability",
+    "approve_at": 0.53,
+}  # the taught model finds nothing good
 FILTER = {"kind": "filter", "keep": "process", "judge": JUDGE, "parts": 3}
-STEP = {"kind": "train", "method": "step", "steps": 3, "group": 4, "batch": 2, "judge": JUDGE, "learner": {"lr": 5e-3, "beta": 0.01}}
-SHOWN = {"kind": "train", "method": "demonstrate_stepwise", "steps": 2, "group": 1, "batch": 2, "learner": {"loss": "nll", "lr": 1e-4}}
+STEP = {
+    "kind": "train",
+    "method": "step",
+    "steps": 3,
+    "group": 4,
+    "batch": 2,
+    "judge": JUDGE,
+    "learner": {"lr": 5e-3, "beta": 0.01},
+}
+SHOWN = {
+    "kind": "train",
+    "method": "demonstrate_stepwise",
+    "steps": 2,
+    "group": 1,
+    "batch": 2,
+    "learner": {"loss": "nll", "lr": 1e-4},
+}
 Write = Callable[..., Path]
-ROWS = ("metrics.jsonl", "evals.jsonl", "episodes.jsonl", "kept/1.jsonl", "kept/2.jsonl", "adapter/adapter_model.safetensors")
+ROWS = (
+    "metrics.jsonl",
+    "evals.jsonl",
+    "episodes.jsonl",
+    "kept/1.jsonl",
+    "kept/2.jsonl",
+    "adapter/adapter_model.safetensors",
+)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The task part of a recipe over a file of twelve rows."""
     path = tmp_path_factory.mktemp("gsm8k") / "rows.jsonl"
-    rows = [{"question": f"Child {n} has 2, 3 and 4 clips. How many?", "answer": SOLUTION} for n in range(12)]
+    rows = [
+        {"question": f"Child {n} has 2, 3 and 4 clips. How many?", "answer": SOLUTION}
+        for n in range(12)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"name": "gsm8k", "source": str(path), "chain": "calls", "train": 8, "held_out": 4}
 
 
 @pytest.fixture(scope="module")
 def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny model whose turns are mostly calls of the calculator, and none of them right by intent."""
+    """The folder of a tiny model whose turns are mostly calls of the calculator, and none of them
+    right by intent."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     outcome = start(teach, folder, 150, ("<do>{a}+{b}</do>", "<do>{b}*{a}</do>")).wait()
     assert outcome.code == 0, outcome.err
@@ -60,13 +96,18 @@ def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def write(tiny: Path, data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def write(
+    tiny: Path, data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
     """write(stages, part=...) -> a recipe's file."""
     untaught = save_tiny(tmp_path_factory.mktemp("judge"))
 
     def write(stages: list[dict[str, Any]], **parts: Any) -> Path:
         path = recipe(tmp_path_factory.mktemp("recipe") / "recipe.yaml", tiny, stages, **parts)
-        body = yaml.safe_load(path.read_text()) | {"task": data, "sampling": SAMPLING | {"rows": 64} | parts.get("sampling", {})}
+        body = yaml.safe_load(path.read_text()) | {
+            "task": data,
+            "sampling": SAMPLING | {"rows": 64} | parts.get("sampling", {}),
+        }
         path.write_text(yaml.safe_dump(body).replace("UNTAUGHT", str(untaught)))
         return path
 
@@ -74,7 +115,9 @@ def write(tiny: Path, data: dict[str, Any], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def whole(cli: Cli, write: Write, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+def whole(
+    cli: Cli, write: Write, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, str]:
     """A recipe with all four stages, the folder of its uninterrupted run, and what it said."""
     path, folder = write([SHOWN, COLLECT, FILTER, STEP]), tmp_path_factory.mktemp("swirl") / "whole"
     outcome = cli("run", path, "--out", folder)
@@ -95,32 +138,57 @@ def test_a_run_of_all_stages(whole: tuple[Path, Path, str]) -> None:
     assert str(collected[0].parts["by"]).startswith("policy ")
     rows = read_rows(folder / "metrics.jsonl")
     parts = [row for row in rows if row["stage"] == 2]
-    assert [sum(row[name] for row in parts) for name in ("trajectories", "kept")] == [len(collected), len(kept)]
-    assert sum(row["states"] for row in parts) == sum(sum(t.trained for t in e.turns) for e in collected)
-    assert sum(row[f"pairs_{ab}"] for row in parts for ab in ("11", "10", "01", "00")) == sum(row["states"] for row in parts)
+    assert [sum(row[name] for row in parts) for name in ("trajectories", "kept")] == [
+        len(collected),
+        len(kept),
+    ]
+    assert sum(row["states"] for row in parts) == sum(
+        sum(t.trained for t in e.turns) for e in collected
+    )
+    assert sum(row[f"pairs_{ab}"] for row in parts for ab in ("11", "10", "01", "00")) == sum(
+        row["states"] for row in parts
+    )
     assert 0 < len(kept) < len(collected), "the filter bites"
     assert all(set(str(e.parts["verdicts"])) == {"G"} for e in kept)
     assert {e.tokens for e in kept} < {e.tokens for e in collected}
     steps = [row for row in rows if row["stage"] == 3]
-    assert all(0 < row["reward"] < 1 and row["unscored"] == 0 and row["trained_tokens"] > 0 for row in steps)
+    assert all(
+        0 < row["reward"] < 1 and row["unscored"] == 0 and row["trained_tokens"] > 0
+        for row in steps
+    )
     assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-9)
     assert max(row["mismatch_kl"] for row in steps) < 1e-5
     assert f"collected {len(collected)} trajectories of 4 questions" in out
     assert "filter process: judge against rules, step by step: agree" in out
-    trained = [Episode.from_json(row) for row in read_rows(folder / "episodes.jsonl") if row["stage"] == 3 and row["label"] == "train"]
+    trained = [
+        Episode.from_json(row)
+        for row in read_rows(folder / "episodes.jsonl")
+        if row["stage"] == 3 and row["label"] == "train"
+    ]
     for e in trained:
         assert [t.trained for t in e.turns] == [False] * (len(e.turns) - 1) + [True]
-        assert any(k.tokens[: len(e.tokens) - len(e.turns[-1].tokens)] == e.tokens[: -len(e.turns[-1].tokens)] for k in kept)
+        assert any(
+            k.tokens[: len(e.tokens) - len(e.turns[-1].tokens)]
+            == e.tokens[: -len(e.turns[-1].tokens)]
+            for k in kept
+        )
 
 
-def test_killed_while_collecting_and_judging(start: Start, cli: Cli, whole: tuple[Path, Path, str], tmp_path: Path) -> None:
-    """Kills at twelve random moments: nothing is lost, doubled or judged twice, and the run ends in the same bytes."""
+def test_killed_while_collecting_and_judging(
+    start: Start, cli: Cli, whole: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    """Kills at twelve random moments: nothing is lost, doubled or judged twice, and the run ends in
+    the same bytes."""
     path, reference, _ = whole
     rng, struck = Random(0), 0
     watched = ("metrics.jsonl", "kept/1.jsonl", "kept/2.jsonl", "verdicts.jsonl")
 
     def written(folder: Path) -> int:
-        return sum((folder / name).read_bytes().count(b"\n") for name in watched if (folder / name).exists())
+        return sum(
+            (folder / name).read_bytes().count(b"\n")
+            for name in watched
+            if (folder / name).exists()
+        )
 
     total = written(reference)
     for folder in (tmp_path / str(n) for n in range(3)):
@@ -135,58 +203,113 @@ def test_killed_while_collecting_and_judging(start: Start, cli: Cli, whole: tupl
         outcome = cli("run", path, "--out", folder)
         assert outcome.code == 0, outcome.err
         for name in ROWS:
-            assert (folder / name).read_bytes() == (reference / name).read_bytes(), f"{folder.name}/{name}"
+            assert (folder / name).read_bytes() == (reference / name).read_bytes(), (
+                f"{folder.name}/{name}"
+            )
         verdicts = read_rows(folder / "verdicts.jsonl")
         assert len({row["key"] for row in verdicts}) == len(verdicts), "asked twice"
-        assert sorted(map(str, verdicts)) == sorted(map(str, read_rows(reference / "verdicts.jsonl")))
+        assert sorted(map(str, verdicts)) == sorted(
+            map(str, read_rows(reference / "verdicts.jsonl"))
+        )
     assert struck >= 8
 
 
 @pytest.mark.parametrize("keep", ["none", "both"])
-def test_another_run_is_the_source_and_states_are_equal(keep: str, cli: Cli, write: Write, whole: Any, tmp_path: Path) -> None:
+def test_another_run_is_the_source_and_states_are_equal(
+    keep: str, cli: Cli, write: Write, whole: Any, tmp_path: Path
+) -> None:
     _, reference, _ = whole
-    filtered = {"kind": "filter", "keep": keep, "source": str(reference), "parts": 2, "judge": {"kind": "verifier"}}
-    imitated = {"kind": "train", "method": "imitate", "steps": 2, "group": 1, "batch": 2, "states": 5, "learner": {"loss": "nll"}}
+    filtered = {
+        "kind": "filter",
+        "keep": keep,
+        "source": str(reference),
+        "parts": 2,
+        "judge": {"kind": "verifier"},
+    }
+    imitated = {
+        "kind": "train",
+        "method": "imitate",
+        "steps": 2,
+        "group": 1,
+        "batch": 2,
+        "states": 5,
+        "learner": {"loss": "nll"},
+    }
     parts = {"model": {"adapter": str(reference / "adapter")}}
     outcome = cli("run", write([filtered, imitated], **parts), "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     if keep == "both":  # nothing it says is right
-        assert "WARNING: stages[1]: the filter before it kept nothing; nothing is trained" in " ".join(outcome.out.split())
+        assert (
+            "WARNING: stages[1]: the filter before it kept nothing; nothing is trained"
+            in " ".join(outcome.out.split())
+        )
         assert {row["stage"] for row in read_rows(tmp_path / "run/metrics.jsonl")} == {0}
-        assert (tmp_path / "run/adapter/adapter_model.safetensors").exists(), "the run went on to its end"
+        assert (tmp_path / "run/adapter/adapter_model.safetensors").exists(), (
+            "the run went on to its end"
+        )
         return
     assert len(episodes(tmp_path / "run/kept/0.jsonl")) == len(episodes(reference / "kept/1.jsonl"))
     assert (
-        f"stage 1: 5 of {sum(row['states'] for row in read_rows(tmp_path / 'run/metrics.jsonl') if row['stage'] == 0)} states"
-        in outcome.out
+        "stage 1: 5 of"
+        f" {sum(row['states'] for row in read_rows(tmp_path / 'run/metrics.jsonl') if row['stage'] == 0)}"
+        " states" in outcome.out
     )
-    for row in (r for r in read_rows(tmp_path / "run/episodes.jsonl") if r["stage"] == 1 and r["label"] == "train"):
+    for row in (
+        r
+        for r in read_rows(tmp_path / "run/episodes.jsonl")
+        if r["stage"] == 1 and r["label"] == "train"
+    ):
         shown = Episode.from_json(row)
         assert [t.trained for t in shown.turns] == [False] * (len(shown.turns) - 1) + [True]
         assert shown.turns[-1].logprobs is None
-    found = sum(row["states"] for row in read_rows(tmp_path / "run/metrics.jsonl") if row["stage"] == 0)
-    outcome = cli("run", write([filtered, imitated | {"states": 1000}], **parts), "--out", tmp_path / "more")
+    found = sum(
+        row["states"] for row in read_rows(tmp_path / "run/metrics.jsonl") if row["stage"] == 0
+    )
+    outcome = cli(
+        "run", write([filtered, imitated | {"states": 1000}], **parts), "--out", tmp_path / "more"
+    )
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert f"stages[1].states: got 1000, but there are {found} states" in outcome.err
     assert f"--set stages.1.states={found} and another --out" in outcome.err
     judged = FILTER | {"source": str(reference), "keep": "both"}
     outcome = cli("run", write([judged, imitated], **parts), "--out", tmp_path / "judged")
     assert outcome.code == 0, outcome.err
-    assert not (tmp_path / "judged/verdicts.jsonl").read_bytes(), "the source's judge has said it all"
+    assert not (tmp_path / "judged/verdicts.jsonl").read_bytes(), (
+        "the source's judge has said it all"
+    )
 
 
 def test_credit_by_step_on_line(cli: Cli, write: Write, tmp_path: Path) -> None:
-    online = {"kind": "train", "method": "stepwise", "credit": "step", "steps": 2, "group": 3, "batch": 2, "judge": JUDGE}
+    online = {
+        "kind": "train",
+        "method": "stepwise",
+        "credit": "step",
+        "steps": 2,
+        "group": 3,
+        "batch": 2,
+        "judge": JUDGE,
+    }
     outcome = cli("run", write([online | {"learner": {"lr": 5e-3}}]), "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     rows = read_rows(tmp_path / "run/metrics.jsonl")
-    assert all(row["dead"] == 0 and row["trained_tokens"] > 0 and 0 <= row["approved"] <= 1 for row in rows)
-    shown = [Episode.from_json(row) for row in read_rows(tmp_path / "run/episodes.jsonl") if row["label"] == "train"]
-    assert all(e.step_rewards is not None and len(e.step_rewards) == e.parts["steps"] for e in shown)
+    assert all(
+        row["dead"] == 0 and row["trained_tokens"] > 0 and 0 <= row["approved"] <= 1 for row in rows
+    )
+    shown = [
+        Episode.from_json(row)
+        for row in read_rows(tmp_path / "run/episodes.jsonl")
+        if row["label"] == "train"
+    ]
+    assert all(
+        e.step_rewards is not None and len(e.step_rewards) == e.parts["steps"] for e in shown
+    )
 
 
-def test_the_base_judge_is_the_model_without_its_adapter(cli: Cli, write: Write, whole: Any, tmp_path: Path) -> None:
-    """Under a trained adapter it says of every step what it says under a fresh one, which changes nothing."""
+def test_the_base_judge_is_the_model_without_its_adapter(
+    cli: Cli, write: Write, whole: Any, tmp_path: Path
+) -> None:
+    """Under a trained adapter it says of every step what it says under a fresh one, which changes
+    nothing."""
     _, reference, _ = whole
     judge = {"kind": "base", "verdict": "probability", "approve_at": 0.0}
     stages = [{"kind": "filter", "keep": "none", "source": str(reference), "judge": judge}]
@@ -194,31 +317,65 @@ def test_the_base_judge_is_the_model_without_its_adapter(cli: Cli, write: Write,
     for name, model in (("trained", {"adapter": str(reference / "adapter")}), ("fresh", {})):
         outcome = cli("run", write(stages, model=model), "--out", tmp_path / name)
         assert outcome.code == 0, outcome.err
-        said.append({row["key"]: row["verdict"] for row in read_rows(tmp_path / name / "verdicts.jsonl")})
+        said.append(
+            {row["key"]: row["verdict"] for row in read_rows(tmp_path / name / "verdicts.jsonl")}
+        )
     assert len(said[0]) > 10
     assert max(said[0].values()) > 0
     assert said[0] == pytest.approx(said[1], rel=1e-5)
 
 
 def test_a_judge_that_never_answers_stops_nothing(cli: Cli, write: Write, tmp_path: Path) -> None:
-    """Every step is left without a score: nothing is trained, the run goes on to its end and says how many."""
-    dead = {"kind": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0, "timeout_s": 1}
-    stages = [COLLECT | {"problems": 2}, {"kind": "filter", "keep": "none", "judge": dead, "parts": 1}, STEP | {"judge": dead, "steps": 2}]
+    """Every step is left without a score: nothing is trained, the run goes on to its end and says
+    how many."""
+    dead = {
+        "kind": "endpoint",
+        "url": "http://127.0.0.1:9/v1",
+        "model": "m",
+        "retries": 0,
+        "timeout_s": 1,
+    }
+    stages = [
+        COLLECT | {"problems": 2},
+        {"kind": "filter", "keep": "none", "judge": dead, "parts": 1},
+        STEP | {"judge": dead, "steps": 2},
+    ]
     outcome = cli("run", write(stages), "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     rows = read_rows(tmp_path / "run/metrics.jsonl")
-    assert [(r["unanswered"] > 0, r["kept"] - r["trajectories"]) for r in rows if r["stage"] == 1] == [(True, 0)]
-    assert [(r["unscored"] > 0, r["dead"], r["trained_tokens"]) for r in rows if r["stage"] == 2] == [(True, 2.0, 0.0)] * 2
+    assert [
+        (r["unanswered"] > 0, r["kept"] - r["trajectories"]) for r in rows if r["stage"] == 1
+    ] == [(True, 0)]
+    assert [
+        (r["unscored"] > 0, r["dead"], r["trained_tokens"]) for r in rows if r["stage"] == 2
+    ] == [(True, 2.0, 0.0)] * 2
     assert outcome.out.count("WARNING: the judge gave no answer to") == 2, "once a stage"
-    assert " ".join(outcome.out.split()).count("nor trained (http://127.0.0.1:9/v1: no answer in 1 tries") == 2, "and why"
+    assert (
+        " ".join(outcome.out.split()).count(
+            "nor trained (http://127.0.0.1:9/v1: no answer in 1 tries"
+        )
+        == 2
+    ), "and why"
 
 
-DEAD = {"kind": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0, "timeout_s": 1}
+DEAD = {
+    "kind": "endpoint",
+    "url": "http://127.0.0.1:9/v1",
+    "model": "m",
+    "retries": 0,
+    "timeout_s": 1,
+}
 
 
 def test_a_dead_judge_of_a_filter_ends_in_a_warning(cli: Cli, write: Write, tmp_path: Path) -> None:
-    """Catches: a run that stops for good, blaming another stage, because its filter could keep nothing."""
-    stages = [COLLECT | {"problems": 2}, FILTER | {"judge": DEAD, "parts": 2}, STEP | {"judge": DEAD, "states": 2}, SHOWN]
+    """Catches: a run that stops for good, blaming another stage, because its filter could keep
+    nothing."""
+    stages = [
+        COLLECT | {"problems": 2},
+        FILTER | {"judge": DEAD, "parts": 2},
+        STEP | {"judge": DEAD, "states": 2},
+        SHOWN,
+    ]
     outcome = cli("run", write(stages), "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     said = " ".join(outcome.out.split())
@@ -241,7 +398,11 @@ def test_steps_that_were_not_answered_are_asked_for_once_more(
         return completion("GOOD") if known else (503, b"")
 
     judge = DEAD | {"url": serve(stumble).url}
-    stages = [COLLECT | {"problems": 3, "samples": 1}, FILTER | {"judge": judge, "parts": 3}, STEP | {"steps": 1}]
+    stages = [
+        COLLECT | {"problems": 3, "samples": 1},
+        FILTER | {"judge": judge, "parts": 3},
+        STEP | {"steps": 1},
+    ]
     outcome = cli("run", write(stages), "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     rows = [row for row in read_rows(tmp_path / "run/metrics.jsonl") if row["stage"] == 1]
@@ -252,15 +413,28 @@ def test_steps_that_were_not_answered_are_asked_for_once_more(
 
 
 def test_credit_by_step_goes_on_without_its_judge(cli: Cli, write: Write, tmp_path: Path) -> None:
-    online = {"kind": "train", "method": "stepwise", "credit": "step", "steps": 2, "group": 3, "batch": 2, "judge": DEAD}
+    online = {
+        "kind": "train",
+        "method": "stepwise",
+        "credit": "step",
+        "steps": 2,
+        "group": 3,
+        "batch": 2,
+        "judge": DEAD,
+    }
     outcome = cli("run", write([online]), "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     rows = read_rows(tmp_path / "run/metrics.jsonl")
-    assert [(row["unscored"] > 0, row["dead"], row["trained_tokens"], row["grad_norm"]) for row in rows] == [(True, 2.0, 0.0, 0.0)] * 2
+    assert [
+        (row["unscored"] > 0, row["dead"], row["trained_tokens"], row["grad_norm"]) for row in rows
+    ] == [(True, 2.0, 0.0, 0.0)] * 2
 
 
-def test_another_model_writes(cli: Cli, write: Write, tiny: Path, serve: Callable[[Reply], Server], tmp_path: Path) -> None:
-    """A server and a local model in the policy's place: their words in the policy's tokens, never with log-probabilities."""
+def test_another_model_writes(
+    cli: Cli, write: Write, tiny: Path, serve: Callable[[Reply], Server], tmp_path: Path
+) -> None:
+    """A server and a local model in the policy's place: their words in the policy's tokens, never
+    with log-probabilities."""
     bodies: list[dict[str, Any]] = []
 
     def reply(body: dict[str, Any]) -> tuple[int, bytes]:
@@ -269,18 +443,28 @@ def test_another_model_writes(cli: Cli, write: Write, tiny: Path, serve: Callabl
         return completion(("Add. <do>2 + 3", "Done. <end>5")[turn])  # the stop string is left out
 
     there = {"kind": "endpoint", "url": serve(reply).url, "model": "m"}
-    stages = [COLLECT | {"speaker": there, "samples": 1, "keep_each": 1}, {"kind": "filter", "keep": "none"}]
+    stages = [
+        COLLECT | {"speaker": there, "samples": 1, "keep_each": 1},
+        {"kind": "filter", "keep": "none"},
+    ]
     train = STEP | {"judge": {"kind": "verifier"}, "steps": 1}
     outcome = cli("run", write([*stages, train]), "--out", tmp_path / "far")
     assert outcome.code == 0, outcome.err
     found = episodes(tmp_path / "far/kept/0.jsonl")
     assert [t.logprobs for e in found for t in e.turns] == [None] * 16
-    assert {(e.parts["answer"], e.parts["steps"], e.parts["by"]) for e in found} == {("5", 2, "endpoint m")}
+    assert {(e.parts["answer"], e.parts["steps"], e.parts["by"]) for e in found} == {
+        ("5", 2, "endpoint m")
+    }
     last = next(body["messages"] for body in bodies if len(body["messages"]) == 4)
     assert [m["role"] for m in last] == ["system", "user", "assistant", "user"]
     assert (last[2]["content"], last[3]["content"]) == ("Add. <do>2 + 3</do>", "2 + 3 -> 5")
     near = {"kind": "model", "model": str(tiny)}
-    outcome = cli("run", write([COLLECT | {"speaker": near}, {"kind": "filter", "keep": "none"}, train]), "--out", tmp_path / "near")
+    outcome = cli(
+        "run",
+        write([COLLECT | {"speaker": near}, {"kind": "filter", "keep": "none"}, train]),
+        "--out",
+        tmp_path / "near",
+    )
     assert outcome.code == 0, outcome.err
     found = episodes(tmp_path / "near/kept/0.jsonl")
     assert all(t.logprobs is None for e in found for t in e.turns)
@@ -288,11 +472,25 @@ def test_another_model_writes(cli: Cli, write: Write, tiny: Path, serve: Callabl
     assert len({e.tokens for e in found}) == len(found) >= 8
 
 
-def test_a_reply_that_is_cut_is_no_call(cli: Cli, write: Write, serve: Callable[[Reply], Server], tmp_path: Path) -> None:
+def test_a_reply_that_is_cut_is_no_call(
+    cli: Cli, write: Write, serve: Callable[[Reply], Server], tmp_path: Path
+) -> None:
     """Catches: half an expression closed with its tag, and worked out."""
-    there = {"kind": "endpoint", "url": serve(lambda body: completion("Add. <do>4 * 1", "length")).url, "model": "m"}
-    stages = [COLLECT | {"speaker": there, "samples": 1, "keep_each": 1, "problems": 1}, {"kind": "filter", "keep": "none"}]
-    outcome = cli("run", write([*stages, STEP | {"judge": {"kind": "verifier"}, "steps": 1}]), "--out", tmp_path / "far")
+    there = {
+        "kind": "endpoint",
+        "url": serve(lambda body: completion("Add. <do>4 * 1", "length")).url,
+        "model": "m",
+    }
+    stages = [
+        COLLECT | {"speaker": there, "samples": 1, "keep_each": 1, "problems": 1},
+        {"kind": "filter", "keep": "none"},
+    ]
+    outcome = cli(
+        "run",
+        write([*stages, STEP | {"judge": {"kind": "verifier"}, "steps": 1}]),
+        "--out",
+        tmp_path / "far",
+    )
     assert outcome.code == 0, outcome.err
     (episode,) = episodes(tmp_path / "far/kept/0.jsonl")
     assert [episode.parts[name] for name in ("steps", "calls", "malformed")] == [2, 0, 2]
@@ -311,55 +509,133 @@ def test_another_task_is_tried(cli: Cli, write: Write, whole: Any, data: dict[st
 
 
 def test_wrong_recipes_are_told_in_one_line(write: Write, tiny: Path, data: dict[str, Any]) -> None:
-    whole: dict[str, Any] = {"model": {"name": str(tiny)}, "task": data, "stages": [COLLECT, FILTER, STEP]}
+    whole: dict[str, Any] = {
+        "model": {"name": str(tiny)},
+        "task": data,
+        "stages": [COLLECT, FILTER, STEP],
+    }
     parse(whole, "r")
     train = {"kind": "train", "steps": 1}
     searched = {"name": "hotpotqa", "source": "x.json"}
     for change, said in [
         ({"stages": [FILTER]}, r"stages\[0\]: got a filter without trajectories"),
-        ({"stages": [STEP]}, r"stages\[0\]\.method: got 'step'; step and imitate stand after a filter"),
-        ({"stages": [COLLECT, train | {"method": "stepwise"}]}, r"stages\[1\]\.method: got 'stepwise'"),
-        ({"stages": [COLLECT, {k: v for k, v in FILTER.items() if k != "judge"}]}, "judge: got none with keep 'process'"),
-        ({"stages": [COLLECT, FILTER | {"judge": {"kind": "verifier", "gold": True}}]}, "never sees the gold answer"),
-        ({"stages": [COLLECT, FILTER | {"outcome": "judge"}]}, r"stages\[1\]\.outcome: got 'judge' for task 'gsm8k'"),
-        ({"stages": [COLLECT, FILTER, {k: v for k, v in STEP.items() if k != "judge"}]}, "judge: got none with method 'step'"),
+        (
+            {"stages": [STEP]},
+            r"stages\[0\]\.method: got 'step'; step and imitate stand after a filter",
+        ),
+        (
+            {"stages": [COLLECT, train | {"method": "stepwise"}]},
+            r"stages\[1\]\.method: got 'stepwise'",
+        ),
+        (
+            {"stages": [COLLECT, {k: v for k, v in FILTER.items() if k != "judge"}]},
+            "judge: got none with keep 'process'",
+        ),
+        (
+            {"stages": [COLLECT, FILTER | {"judge": {"kind": "verifier", "gold": True}}]},
+            "never sees the gold answer",
+        ),
+        (
+            {"stages": [COLLECT, FILTER | {"outcome": "judge"}]},
+            r"stages\[1\]\.outcome: got 'judge' for task 'gsm8k'",
+        ),
+        (
+            {"stages": [COLLECT, FILTER, {k: v for k, v in STEP.items() if k != "judge"}]},
+            "judge: got none with method 'step'",
+        ),
         ({"stages": [COLLECT, STEP | {"method": "imitate"}]}, "imitate"),
-        ({"stages": [train | {"method": "stepwise", "judge": JUDGE}]}, "judge: got one with method 'stepwise'"),
-        ({"stages": [train | {"method": "stepwise", "credit": "step", "judge": JUDGE, "learner": {"loss": "ppo"}}]}, "credit: got 'step'"),
+        (
+            {"stages": [train | {"method": "stepwise", "judge": JUDGE}]},
+            "judge: got one with method 'stepwise'",
+        ),
+        (
+            {
+                "stages": [
+                    train
+                    | {
+                        "method": "stepwise",
+                        "credit": "step",
+                        "judge": JUDGE,
+                        "learner": {"loss": "ppo"},
+                    }
+                ]
+            },
+            "credit: got 'step'",
+        ),
         ({"stages": [train | {"method": "stepwise", "states": 3}]}, "states: got 3"),
-        ({"stages": [train | {"method": "single"}]}, r"stages\[0\]\.method: got 'single' for task 'gsm8k' with chain 'calls'"),
-        ({"task": data | {"chain": "prose"}}, r"stages\[0\]\.method: got 'stepwise' for task 'gsm8k' with chain 'prose'"),
-        ({"task": data | {"chain": "prose", "most_calls": 2}}, "most_calls: got 2 with chain 'prose'"),
+        (
+            {"stages": [train | {"method": "single"}]},
+            r"stages\[0\]\.method: got 'single' for task 'gsm8k' with chain 'calls'",
+        ),
+        (
+            {"task": data | {"chain": "prose"}},
+            r"stages\[0\]\.method: got 'stepwise' for task 'gsm8k' with chain 'prose'",
+        ),
+        (
+            {"task": data | {"chain": "prose", "most_calls": 2}},
+            "most_calls: got 2 with chain 'prose'",
+        ),
         ({"sampling": {"stepwise": {"answer": "<a>"}}}, "answer: got '<a>', expected a tag's name"),
         ({"sampling": {"stepwise": {"answer": "math_exp"}}}, "expected three that differ"),
-        ({"task": searched, "eval": {"judge": {"kind": "verifier"}}}, r"eval\.judge\.kind: got 'verifier'"),
-        ({"stages": [COLLECT | {"method": "single", "speaker": {"kind": "model", "model": "m"}}]}, "speaker: got one with method 'single'"),
+        (
+            {"task": searched, "eval": {"judge": {"kind": "verifier"}}},
+            r"eval\.judge\.kind: got 'verifier'",
+        ),
+        (
+            {
+                "stages": [
+                    COLLECT | {"method": "single", "speaker": {"kind": "model", "model": "m"}}
+                ]
+            },
+            "speaker: got one with method 'single'",
+        ),
     ]:
         with pytest.raises(UserError, match=said) as error:
             parse(whole | change, "r")
         assert "\n" not in str(error.value)
 
 
-def test_wrong_sources_are_told_in_one_line(cli: Cli, write: Write, whole: Any, tmp_path: Path) -> None:
+def test_wrong_sources_are_told_in_one_line(
+    cli: Cli, write: Write, whole: Any, tmp_path: Path
+) -> None:
     filtered = {"kind": "filter", "keep": "none", "source": str(tmp_path / "none")}
     outcome = cli("run", write([filtered, STEP]), "--out", tmp_path / "run")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "is no run folder" in outcome.err
-    before_any_model = write([filtered, STEP], model={"name": "no/such/model", "adapter": str(tmp_path / "none")})
-    for said in ("model.adapter: ", "has no adapter_config.json, expected a folder that peft saved; check the path, or run the recipe"):
+    before_any_model = write(
+        [filtered, STEP], model={"name": "no/such/model", "adapter": str(tmp_path / "none")}
+    )
+    for said in (
+        "model.adapter: ",
+        (
+            "has no adapter_config.json, expected a folder that peft saved; check the path, or run"
+            " the recipe"
+        ),
+    ):
         assert said in cli("run", before_any_model, "--out", tmp_path / "run2").err
     source = {"kind": "filter", "keep": "none", "source": str(whole[1])}
     more = {"stepwise": {"expression": "do", "answer": "end", "steps": 4}}
     for path, said in [
-        (write([source, STEP], sampling=more), "sampling.stepwise.steps 2, expected 4; take another run, or set sampling.stepwise.steps"),
-        (write([source, STEP], model={"template": "plain"}), "model.template 'chat', expected 'plain'"),
+        (
+            write([source, STEP], sampling=more),
+            (
+                "sampling.stepwise.steps 2, expected 4; take another run, or set"
+                " sampling.stepwise.steps"
+            ),
+        ),
+        (
+            write([source, STEP], model={"template": "plain"}),
+            "model.template 'chat', expected 'plain'",
+        ),
         (write([source, STEP], model={"dtype": "bf16"}), "has trajectories of other base weights"),
     ]:
         outcome = cli("run", path, "--out", tmp_path / said[:20])
         assert (outcome.code, outcome.err.count("\n")) == (2, 1)
         assert said in outcome.err
     leaking = write([source, STEP])
-    leaking.write_text(leaking.read_text().replace("held_out: 4", "held_out: 11").replace("train: 8", "train: 1"))
+    leaking.write_text(
+        leaking.read_text().replace("held_out: 4", "held_out: 11").replace("train: 8", "train: 1")
+    )
     outcome = cli("run", leaking, "--out", tmp_path / "leaking")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "has a trajectory about problem 'gsm8k/" in outcome.err

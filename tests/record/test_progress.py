@@ -1,4 +1,5 @@
-"""The display: plain lines at once without a terminal, a live panel on one, and no number that can break it."""
+"""The display: plain lines at once without a terminal, a live panel on one, and no number that can
+break it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,17 @@ from rich.console import Console
 from minirl.record.progress import Progress
 from minirl.record.statistics import Interval
 
-ROW = {"stage": 1, "step": 3, "reward": 0.25, "first": 0.5, "second": 0.625, "dead": 3, "groups": 16, "kl": 0.00123, "entropy": 1.5}
+ROW = {
+    "stage": 1,
+    "step": 3,
+    "reward": 0.25,
+    "first": 0.5,
+    "second": 0.625,
+    "dead": 3,
+    "groups": 16,
+    "kl": 0.00123,
+    "entropy": 1.5,
+}
 TIMES = {"sample_s": 2.0, "learn_s": 1.0, "sample_tps": 1234.5, "learn_tps": 507.0}
 
 
@@ -42,12 +53,15 @@ def test_plain_lines_come_at_once_and_unwrapped() -> None:
         assert sink.flushed == "1 reflect: 10 steps, 4 already done\n"
         clock.now += 6
         progress.step(ROW, TIMES)
-        assert sink.flushed.splitlines()[1] == (
-            "1 reflect 5/10  reward 0.250  first 0.500  second 0.625  dead 3/16  KL 0.0012  entropy 1.500  "
-            "sampling tok/s 1,234  learning tok/s 507  eta 0:30"
+        assert (
+            sink.flushed.splitlines()[1]
+            == "1 reflect 5/10  reward 0.250  first 0.500  second 0.625  dead 3/16  KL 0.0012 "
+            " entropy 1.500  sampling tok/s 1,234  learning tok/s 507  eta 0:30"
         )
         progress.say("evaluation [bold]at step 5[/bold]")
-        assert sink.flushed.endswith("evaluation [bold]at step 5[/bold]\n")  # text is never taken for markup
+        assert sink.flushed.endswith(
+            "evaluation [bold]at step 5[/bold]\n"
+        )  # text is never taken for markup
 
 
 def test_missing_and_odd_numbers_are_left_out() -> None:
@@ -55,7 +69,18 @@ def test_missing_and_odd_numbers_are_left_out() -> None:
     with progress:
         progress.stage("0 collect", 2, 0)
         progress.step({})
-        progress.step({"reward": None, "kl": float("nan"), "entropy": float("inf"), "loss": "?", "dead": 1, "lr": True, "kept": 31}, {})
+        progress.step(
+            {
+                "reward": None,
+                "kl": float("nan"),
+                "entropy": float("inf"),
+                "loss": "?",
+                "dead": 1,
+                "lr": True,
+                "kept": 31,
+            },
+            {},
+        )
     assert sink.flushed.splitlines()[1:] == ["0 collect 1/2", "0 collect 2/2  kept 31  dead 1"]
 
 
@@ -70,10 +95,18 @@ def test_skipped_steps_are_shown_once_there_are_any() -> None:
 
 def test_an_evaluation_is_one_line() -> None:
     progress, sink, _ = plain()
-    summary = {"first": Interval(0.25, 0.1, 0.456), "second": Interval(0.5, 0.3, 0.7), "fixed": None, "problems": 20}
+    summary = {
+        "first": Interval(0.25, 0.1, 0.456),
+        "second": Interval(0.5, 0.3, 0.7),
+        "fixed": None,
+        "problems": 20,
+    }
     with progress:
         progress.evaluation("start", summary)
-    line = "evaluation start on 20 problems: 1st try 25.0% [10.0%, 45.6%], within 2 tries 50.0% [30.0%, 70.0%]\n"
+    line = (
+        "evaluation start on 20 problems: 1st try 25.0% [10.0%, 45.6%], within 2 tries 50.0%"
+        " [30.0%, 70.0%]\n"
+    )
     assert sink.flushed == line
 
 

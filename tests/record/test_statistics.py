@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 
 from minirl.errors import UserError
 from minirl.record.evals import compare, pool, summarise
-from minirl.record.statistics import Z, auc, cluster_interval, majority, mean_interval, paired, pass_at_k, ratio_interval, wilson
+from minirl.record.statistics import (
+    Z,
+    auc,
+    cluster_interval,
+    majority,
+    mean_interval,
+    paired,
+    pass_at_k,
+    ratio_interval,
+    wilson,
+)
 
 
 def test_wilson_against_textbook_values() -> None:
@@ -37,7 +47,9 @@ def test_clusters_count_as_much_as_they_tell() -> None:
     assert cluster_interval([1.0] * 6 + [0.0] * 4, samples=4)[1:] == pytest.approx(wilson(6, 10))
     # ... samples that scatter within problems alone are worth all 40 and no more ...
     assert cluster_interval([0.5] * 10, samples=4)[1:] == pytest.approx(wilson(20, 40))
-    assert cluster_interval([0.5] * 8 + [0.25, 0.75], samples=4)[1:] == pytest.approx(wilson(20, 40))
+    assert cluster_interval([0.5] * 8 + [0.25, 0.75], samples=4)[1:] == pytest.approx(
+        wilson(20, 40)
+    )
     # ... and where all passed, each problem counts once.
     assert cluster_interval([1.0] * 10, samples=4)[1:] == pytest.approx(wilson(10, 10))
     # By hand: means 1, .5, .5, 0 have variance 0.125; 0.25 / (0.125 / 4) = 8 effective samples.
@@ -46,14 +58,16 @@ def test_clusters_count_as_much_as_they_tell() -> None:
 
 def test_ratio_weighs_by_trials() -> None:
     assert ratio_interval([1, 0], [1, 3]).value == 0.25
-    # By hand: residuals 1 - 0.25 and 0 - 0.75, variance 2 * 0.5625 / 16; size 0.1875 / 0.0703125 = 8/3.
+    # By hand: residuals 1 - 0.25 and 0 - 0.75, variance 2 * 0.5625 / 16; size 0.1875 / 0.0703125 =
+    # 8/3.
     assert ratio_interval([1, 0], [1, 3])[1:] == pytest.approx(wilson(0.25 * 8 / 3, 8 / 3))
     with pytest.raises(ValueError, match="no trials"):
         ratio_interval([], [])
 
 
 def test_interval_covers_the_truth() -> None:
-    """Clustered data with a wide spread between problems: about 95 % of the intervals must hold the true mean."""
+    """Clustered data with a wide spread between problems: about 95 % of the intervals must hold the
+    true mean."""
     rng, hits = Random(7), 0
     for _ in range(400):
         chances = [rng.betavariate(0.5, 1.0) for _ in range(60)]  # mean 1/3
@@ -85,13 +99,17 @@ def test_sign_flip_equals_enumeration() -> None:
     before = [rng.randrange(9) / 8 for _ in range(10)]
     after = [min(1.0, b + rng.randrange(3) / 8) for b in before]
     changes = [round(8 * (b - a)) for a, b in zip(before, after, strict=True)]
-    far = sum(abs(sum(s * d for s, d in zip(signs, changes, strict=True))) >= abs(sum(changes)) for signs in product((1, -1), repeat=10))
+    far = sum(
+        abs(sum(s * d for s, d in zip(signs, changes, strict=True))) >= abs(sum(changes))
+        for signs in product((1, -1), repeat=10)
+    )
     assert paired(before, after).p == pytest.approx(far / 2**10)
 
 
 def test_sign_flip_by_chance_agrees_with_the_exact_one() -> None:
     before, after = [0.0] * 9 + [1.0] * 3, [1.0] * 9 + [0.0] * 3
-    # 9 against 3: |sum| >= 6 in 2 * (1 + 12 + 66 + 220) of 2^12 patterns, |sum| = 6 in 2 * 220 of them.
+    # 9 against 3: |sum| >= 6 in 2 * (1 + 12 + 66 + 220) of 2^12 patterns, |sum| = 6 in 2 * 220 of
+    # them.
     assert paired(before, after).p == pytest.approx(598 / 4096)
     # A thirteenth change of 1/997 lies on no coarse grid, so flips are drawn; it halves the ties.
     drawn = paired([*before, 0.0], [*after, 1 / 997])
@@ -101,7 +119,10 @@ def test_sign_flip_by_chance_agrees_with_the_exact_one() -> None:
 
 def test_sign_flip_holds_its_level() -> None:
     rng = Random(5)
-    draws = [paired([rng.randrange(2) for _ in range(40)], [rng.randrange(2) for _ in range(40)]).p for _ in range(400)]
+    draws = [
+        paired([rng.randrange(2) for _ in range(40)], [rng.randrange(2) for _ in range(40)]).p
+        for _ in range(400)
+    ]
     assert sum(p <= 0.05 for p in draws) / 400 <= 0.07
 
 
@@ -125,7 +146,8 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_success() -> None:
         ([None, None, "4"], [0, 0, 1], 1.0),  # no answer has no vote, however many give none
         ([None, None], [0, 0], 0.0),
         ([], [], 0.0),
-        # "50%" and "50" are one answer, of which only the first states 0.5: most of those who give it are right, or wrong, or neither.
+        # "50%" and "50" are one answer, of which only the first states 0.5: most of those who give
+        # it are right, or wrong, or neither.
         (["50", "50", "50"], [1, 0, 1], 1.0),
         (["50", "50", "50"], [1, 0, 0], 0.0),
         (["50", "50", "0.5"], [1, 0, 1], 0.5),
@@ -135,9 +157,15 @@ def test_majority(answers: list[str | None], passed: list[int], right: float) ->
     assert majority(answers, [bool(x) for x in passed]) == right
 
 
-@given(st.lists(st.tuples(st.sampled_from(["1", "2", "3", None]), st.booleans()), max_size=12), st.randoms(use_true_random=False))
-def test_majority_does_not_depend_on_the_order(samples: list[tuple[str | None, bool]], rng: Random) -> None:
-    """Catches: the verdict of the sample that came first, a tie that goes to the answer given first."""
+@given(
+    st.lists(st.tuples(st.sampled_from(["1", "2", "3", None]), st.booleans()), max_size=12),
+    st.randoms(use_true_random=False),
+)
+def test_majority_does_not_depend_on_the_order(
+    samples: list[tuple[str | None, bool]], rng: Random
+) -> None:
+    """Catches: the verdict of the sample that came first, a tie that goes to the answer given
+    first."""
     shuffled = rng.sample(samples, len(samples))
     found = majority([answer for answer, _ in samples], [passed for _, passed in samples])
     assert majority([answer for answer, _ in shuffled], [passed for _, passed in shuffled]) == found
@@ -151,10 +179,14 @@ def test_auc_is_the_share_of_pairs_in_order(cases: list[tuple[float, bool]]) -> 
     pairs = [1.0 if r > w else 0.5 if r == w else 0.0 for r in right for w in wrong]
     found = auc([score for score, _ in cases], [label for _, label in cases])
     assert found == pytest.approx(sum(pairs) / len(pairs)) if pairs else found != found
-    assert isnan(auc([*(score for score, _ in cases), float("nan")], [*(label for _, label in cases), True])), "and comes to an end"
+    assert isnan(
+        auc([*(score for score, _ in cases), float("nan")], [*(label for _, label in cases), True])
+    ), "and comes to an end"
 
 
-def evaluation(first: list[list[int]], second: list[list[int | None]], tries: int = 2, **more: Any) -> dict[str, Any]:
+def evaluation(
+    first: list[list[int]], second: list[list[int | None]], tries: int = 2, **more: Any
+) -> dict[str, Any]:
     problems = [
         {
             "id": f"p{i}",
@@ -165,7 +197,14 @@ def evaluation(first: list[list[int]], second: list[list[int | None]], tries: in
         }
         for i, (f, s) in enumerate(zip(first, second, strict=True))
     ]
-    row = {"label": "start", "stage": 0, "step": 0, "tries": tries, "samples": len(first[0]), "temperature": 0.0}
+    row = {
+        "label": "start",
+        "stage": 0,
+        "step": 0,
+        "tries": tries,
+        "samples": len(first[0]),
+        "temperature": 0.0,
+    }
     return row | {"problems": problems} | more
 
 
@@ -176,7 +215,9 @@ def test_summary_of_two_tries() -> None:
     assert said["second"].value == pytest.approx(4 / 6)
     assert said["fixed"].value == pytest.approx(1 / 3)
     assert said["pass_at_k"][1] == pytest.approx(said["first"])
-    assert said["pass_at_k"][2].value == pytest.approx(2 / 3)  # the first problem passes with one of its two samples
+    assert said["pass_at_k"][2].value == pytest.approx(
+        2 / 3
+    )  # the first problem passes with one of its two samples
     assert said["first_errors"] == {"missed_target": 3}
     assert said["second_errors"] == {"wrong_numbers": 2}
     assert (said["problems"], said["samples"], said["label"]) == (3, 2, "start")
@@ -214,14 +255,21 @@ def test_compare_pairs_by_id() -> None:
     assert compare(before, after) == {"first": None, "second": None, "fixed": None}
 
 
-@pytest.mark.parametrize("problems", [[], [{"id": "a"}], [{"id": "a", "first": []}], [3], [{"id": "a", "first": [1]}] * 2, None])
+@pytest.mark.parametrize(
+    "problems",
+    [[], [{"id": "a"}], [{"id": "a", "first": []}], [3], [{"id": "a", "first": [1]}] * 2, None],
+)
 def test_rows_that_are_no_evaluation(problems: Any) -> None:
     with pytest.raises(UserError, match="evaluation 'start': not a row of evals"):
         summarise({"label": "start", "tries": 1, "problems": problems})
 
 
 def test_scores_are_summarised_over_the_problems_that_have_them() -> None:
-    scores = [{"f1": [1.0], "searches": [2.0], "recall": [None]}, {"f1": [0.5], "searches": [4.0], "recall": [0.5]}, {"f1": [0.0]}]
+    scores = [
+        {"f1": [1.0], "searches": [2.0], "recall": [None]},
+        {"f1": [0.5], "searches": [4.0], "recall": [0.5]},
+        {"f1": [0.0]},
+    ]
     problems = [{"id": str(n), "first": [0], "scores": found} for n, found in enumerate(scores)]
     found = summarise({"label": "start", "problems": problems})["scores"]
     assert found["f1"].value == pytest.approx(0.5)
@@ -234,12 +282,26 @@ def test_scores_are_summarised_over_the_problems_that_have_them() -> None:
 
 
 def test_runs_of_several_seeds_are_pooled_by_problem() -> None:
-    """More seeds are more draws of the same problems: equal ones leave the interval as wide as it was."""
+    """More seeds are more draws of the same problems: equal ones leave the interval as wide as it
+    was."""
 
     def run(*f1: float | None) -> dict[str, Any]:
-        scores = [{} if value is None else {"scores": {"f1": [value], "searches": [2 * value]}} for value in f1]
-        problems = [{"id": str(n), "first": [int(n == 0)], "first_error": [None], **found} for n, found in enumerate(scores)]
-        return {"label": "adapter", "tries": 1, "samples": 1, "temperature": 0.0, "changed": [], "problems": problems}
+        scores = [
+            {} if value is None else {"scores": {"f1": [value], "searches": [2 * value]}}
+            for value in f1
+        ]
+        problems = [
+            {"id": str(n), "first": [int(n == 0)], "first_error": [None], **found}
+            for n, found in enumerate(scores)
+        ]
+        return {
+            "label": "adapter",
+            "tries": 1,
+            "samples": 1,
+            "temperature": 0.0,
+            "changed": [],
+            "problems": problems,
+        }
 
     first, second = run(1.0, 0.5, 0.0, None), run(0.0, 0.5, 0.5, 0.5)
     second["problems"].reverse()
@@ -259,13 +321,22 @@ def test_runs_of_several_seeds_are_pooled_by_problem() -> None:
     alike = [run(1.0, 0.0, 0.0, 1.0)] * 2
     for name, interval in summarise(alike[0])["scores"].items():
         assert summarise(pool(alike))["scores"][name] == pytest.approx(interval)
-    for other in (run(1.0), run(*[0.0] * 4) | {"temperature": 1.0}, run(*[0.0] * 4) | {"changed": ["a=1"]}):
-        with pytest.raises(UserError, match="evaluation 'adapter': the runs' rows differ in problems or settings"):
+    for other in (
+        run(1.0),
+        run(*[0.0] * 4) | {"temperature": 1.0},
+        run(*[0.0] * 4) | {"changed": ["a=1"]},
+    ):
+        with pytest.raises(
+            UserError, match="evaluation 'adapter': the runs' rows differ in problems or settings"
+        ):
             pool([first, other])
 
 
 def test_compare_pairs_the_scores_that_are_shares() -> None:
-    before, after = evaluation([[0], [0], [0]], [[None]] * 3, tries=1), evaluation([[1], [0], [0]], [[None]] * 3, tries=1)
+    before, after = (
+        evaluation([[0], [0], [0]], [[None]] * 3, tries=1),
+        evaluation([[1], [0], [0]], [[None]] * 3, tries=1),
+    )
     for row, f1, searches in ((before, (0.25, 0.5, 0.0), 2.0), (after, (1.0, 0.5, 0.5), 5.0)):
         for problem, value in zip(row["problems"], f1, strict=True):
             problem["scores"] = {"f1": [value], "searches": [searches]}

@@ -1,4 +1,5 @@
-"""Retrievers: BM25 against ten lines of its own definition, corpora in every form, the cache, and servers good and bad."""
+"""Retrievers: BM25 against ten lines of its own definition, corpora in every form, the cache, and
+servers good and bad."""
 
 from __future__ import annotations
 
@@ -32,14 +33,20 @@ from minirl.retrieve.bm25 import Bm25, query_words, words
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-needs_data = pytest.mark.skipif(not (DATA / "hotpotqa").is_dir(), reason="the data folder ../shared/data is not here")
+needs_data = pytest.mark.skipif(
+    not (DATA / "hotpotqa").is_dir(), reason="the data folder ../shared/data is not here"
+)
 needs_numba = pytest.mark.skipif(not bm25.NUMBA, reason="numba is not installed")
 NODE = Bm25Retriever(kind="bm25", cache=False)
 
 
 @pytest.fixture(autouse=True)
-def _numpy_and_a_cache_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setattr(bm25, "NUMBA", False)  # compiling takes half a second an index; the tests of numba say so
+def _numpy_and_a_cache_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setattr(
+        bm25, "NUMBA", False
+    )  # compiling takes half a second an index; the tests of numba say so
     monkeypatch.setenv("MINIRL_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
@@ -51,33 +58,49 @@ def texts(*contents: str) -> list[Passage]:
     return [Passage("", text, str(number)) for number, text in enumerate(contents)]
 
 
-def reference(documents: Sequence[Sequence[str]], query: Sequence[str], k1: float, b: float) -> list[float]:
+def reference(
+    documents: Sequence[Sequence[str]], query: Sequence[str], k1: float, b: float
+) -> list[float]:
     """BM25 as it is defined (Lucene's idf), in double precision: a score for each document."""
     mean = sum(map(len, documents)) / len(documents)
     counts = [Counter(document) for document in documents]
     holding = {word: sum(word in count for count in counts) for word in query}
-    idf = {word: math.log(1 + (len(documents) - n + 0.5) / (n + 0.5)) for word, n in holding.items()}
+    idf = {
+        word: math.log(1 + (len(documents) - n + 0.5) / (n + 0.5)) for word, n in holding.items()
+    }
     scores = []
     for document, count in zip(documents, counts, strict=True):
         length = k1 * (1 - b + b * len(document) / mean)
-        scores.append(sum(idf[word] * count[word] / (count[word] + length) for word in query if count[word]))
+        scores.append(
+            sum(idf[word] * count[word] / (count[word] + length) for word in query if count[word])
+        )
     return scores
 
 
-def check_against_reference(index: Bm25, config: Bm25Retriever, queries: Sequence[str], k: int) -> int:
-    """Each rank has the reference's score; returns for how many queries the numbers are the reference's too."""
+def check_against_reference(
+    index: Bm25, config: Bm25Retriever, queries: Sequence[str], k: int
+) -> int:
+    """Each rank has the reference's score; returns for how many queries the numbers are the
+    reference's too."""
     documents = [words(p.title) * config.title_weight + words(p.text) for p in index.passages]
     same = 0
     for query, ranked in zip(queries, index.rank(queries, k), strict=True):
         scores = reference(documents, query_words(query, config.query_words), config.k1, config.b)
-        best = sorted((n for n, score in enumerate(scores) if score > 0), key=lambda n: (-scores[n], n))[:k]
-        assert [score for _, score in ranked] == pytest.approx([scores[n] for n in best], rel=2e-6, abs=1e-7)
-        assert [scores[n] for n, _ in ranked] == pytest.approx([scores[n] for n in best], rel=2e-6, abs=1e-7)
+        best = sorted(
+            (n for n, score in enumerate(scores) if score > 0), key=lambda n: (-scores[n], n)
+        )[:k]
+        assert [score for _, score in ranked] == pytest.approx(
+            [scores[n] for n in best], rel=2e-6, abs=1e-7
+        )
+        assert [scores[n] for n, _ in ranked] == pytest.approx(
+            [scores[n] for n in best], rel=2e-6, abs=1e-7
+        )
         same += [n for n, _ in ranked] == best
     return same
 
 
-# --- words ---------------------------------------------------------------------------------------------------------------------------
+# --- words
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -89,7 +112,10 @@ def check_against_reference(index: Bm25, config: Bm25Retriever, queries: Sequenc
         ("Straße ﬁne Ⅳ ①", ["strasse", "fine", "iv", "1"]),
         ("İstanbul I\u0307", ["istanbul", "i"]),
         ("Война и мир; 東京 서울", ["воина", "и", "мир", "東京", *words("서울")]),
-        ("हिन्दी", ["हनद"]),  # vowel signs are marks: without them a word stays one word, the same in query and passage
+        (
+            "हिन्दी",
+            ["हनद"],
+        ),  # vowel signs are marks: without them a word stays one word, the same in query and passage
         ("\ud800 \x00 \u2028 !?… 🙂", []),
         ("", []),
     ],
@@ -128,7 +154,8 @@ def test_a_query_is_read_no_further_than_its_limit() -> None:
     assert time.perf_counter() - start < 0.5
 
 
-# --- scores --------------------------------------------------------------------------------------------------------------------------
+# --- scores
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 def hotpotqa(**changes: Any) -> tuple[Bm25, list[dict[str, Any]]]:
@@ -142,7 +169,11 @@ def hotpotqa(**changes: Any) -> tuple[Bm25, list[dict[str, Any]]]:
 @pytest.mark.parametrize("changes", [{}, {"title_weight": 1, "k1": 0.9, "b": 0.4}])
 def test_hotpotqa_equals_the_reference(changes: dict[str, Any]) -> None:
     index, rows = hotpotqa(**changes)
-    assert check_against_reference(index, node(**changes), [row["question"] for row in rows], 5) == len(rows) == 100
+    assert (
+        check_against_reference(index, node(**changes), [row["question"] for row in rows], 5)
+        == len(rows)
+        == 100
+    )
 
 
 @needs_data
@@ -151,16 +182,23 @@ def test_gold_titles_of_hotpotqa_among_the_first_five(weight: int, recall: float
     index, rows = hotpotqa(title_weight=weight)
     found = index.search([row["question"] for row in rows], 5)
     gold = [{title for title, _ in row["supporting_facts"]} for row in rows]
-    shares = [len(g & {p.title for p in passages}) / len(g) for g, passages in zip(gold, found, strict=True)]
+    shares = [
+        len(g & {p.title for p in passages}) / len(g)
+        for g, passages in zip(gold, found, strict=True)
+    ]
     assert sum(shares) / len(shares) == pytest.approx(recall)
 
 
 LETTERS = st.text("abcde ", max_size=12)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
-    corpus=st.lists(st.tuples(LETTERS, LETTERS), min_size=1, max_size=8).filter(lambda rows: any(a.strip() or b.strip() for a, b in rows)),
+    corpus=st.lists(st.tuples(LETTERS, LETTERS), min_size=1, max_size=8).filter(
+        lambda rows: any(a.strip() or b.strip() for a, b in rows)
+    ),
     queries=st.lists(LETTERS, max_size=4),
     k1=st.floats(0, 3),
     b=st.floats(0, 1),
@@ -173,7 +211,9 @@ def test_any_corpus_equals_the_reference(
     config = node(k1=k1, b=b, title_weight=weight)
     index = Bm25.build([Passage(*row) for row in corpus], config)
     check_against_reference(index, config, queries, k)
-    assert index.rank(queries, k) == [index.rank([query], k)[0] for query in queries], "the rest of a batch changes nothing"
+    assert index.rank(queries, k) == [index.rank([query], k)[0] for query in queries], (
+        "the rest of a batch changes nothing"
+    )
 
 
 @pytest.mark.parametrize("numba", [False, pytest.param(True, marks=needs_numba)])
@@ -204,26 +244,66 @@ def test_numba_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
     vocabulary = [f"w{i}" for i in range(400)]
     weights = [1 / (i + 1) for i in range(400)]
-    passages = texts(*(" ".join(rng.choices(vocabulary, weights, k=rng.randint(1, 40))) for _ in range(2000)))
+    passages = texts(
+        *(" ".join(rng.choices(vocabulary, weights, k=rng.randint(1, 40))) for _ in range(2000))
+    )
     queries = [" ".join(rng.choices(vocabulary, weights, k=rng.randint(1, 20))) for _ in range(200)]
     plain = Bm25.build(passages, NODE).rank(queries, 10)
     monkeypatch.setattr(bm25, "NUMBA", True)
     compiled = Bm25.build(passages, NODE)
-    assert type(compiled._index._compute_relevance_from_scores).__module__.startswith("numba"), "it is compiled"
+    assert type(compiled._index._compute_relevance_from_scores).__module__.startswith("numba"), (
+        "it is compiled"
+    )
     assert compiled.rank(queries, 10) == plain
 
 
 def test_only_passages_that_share_a_word_are_found() -> None:
-    index = Bm25.build([Passage("Tea", "hot leaves", "a"), Passage("", "cold milk and tea", "b"), Passage("To Be", "", "c")], NODE)
-    found = index.search(["tea", "milk", "TEA leaves?", "coffee", "", " \t", "?!", "the", "to be", "the and", "tea " * 99], 5)
-    assert [[p.id for p in passages] for passages in found] == [["a", "b"], ["b"], ["a", "b"], *[[]] * 5, ["c"], ["b"], ["a", "b"]]
+    index = Bm25.build(
+        [
+            Passage("Tea", "hot leaves", "a"),
+            Passage("", "cold milk and tea", "b"),
+            Passage("To Be", "", "c"),
+        ],
+        NODE,
+    )
+    found = index.search(
+        [
+            "tea",
+            "milk",
+            "TEA leaves?",
+            "coffee",
+            "",
+            " \t",
+            "?!",
+            "the",
+            "to be",
+            "the and",
+            "tea " * 99,
+        ],
+        5,
+    )
+    assert [[p.id for p in passages] for passages in found] == [
+        ["a", "b"],
+        ["b"],
+        ["a", "b"],
+        *[[]] * 5,
+        ["c"],
+        ["b"],
+        ["a", "b"],
+    ]
     assert index.search([], 5) == []
     assert found[0][0] == Passage("Tea", "hot leaves", "a")
 
 
 def test_a_title_counts_as_often_as_it_is_told() -> None:
-    passages = [Passage("Apple", "a fruit a fruit a fruit"), Passage("Fruit", "apple apple a fruit a fruit")]
-    assert [Bm25.build(passages, node(title_weight=weight)).rank(["apple"], 1)[0][0][0] for weight in (1, 6)] == [1, 0]
+    passages = [
+        Passage("Apple", "a fruit a fruit a fruit"),
+        Passage("Fruit", "apple apple a fruit a fruit"),
+    ]
+    assert [
+        Bm25.build(passages, node(title_weight=weight)).rank(["apple"], 1)[0][0][0]
+        for weight in (1, 6)
+    ] == [1, 0]
 
 
 def test_added_passages_score_as_if_they_had_been_there() -> None:
@@ -234,7 +314,11 @@ def test_added_passages_score_as_if_they_had_been_there() -> None:
     before = grown.rank(queries, 50)
     grown.add(passages[100:299])
     grown.add([*passages[299:], Passage("New", "here")])
-    assert grown.rank(queries, 50) == Bm25.build([*passages, Passage("New", "here")], NODE).rank(queries, 50) != before
+    assert (
+        grown.rank(queries, 50)
+        == Bm25.build([*passages, Passage("New", "here")], NODE).rank(queries, 50)
+        != before
+    )
     assert grown.search(["new"], 5) == [[Passage("New", "here")]]
     grown.add([])
     assert len(grown.passages) == 301
@@ -252,16 +336,22 @@ def test_an_added_passage_joins_a_mapped_index(tmp_path: Path) -> None:
 
 def test_ten_thousand_random_strings() -> None:
     rng = random.Random(2)
-    index = Bm25.build(texts(*(" ".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(200))), NODE)
+    index = Bm25.build(
+        texts(*(" ".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(200))), NODE
+    )
     ranges = [(0, 128), (0, 0x250), (0, 0x3000), (0, 0x110000), (0xD800, 0xE000)]
-    queries = ["".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(60))) for _ in range(10_000)]
+    queries = [
+        "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(60)))
+        for _ in range(10_000)
+    ]
     found = index.search(queries, 5)
     assert len(found) == 10_000
     assert all(len(passages) <= 5 for passages in found)
     assert sum(map(bool, found)) > 1000, "some of them hold a letter that stands alone"
 
 
-# --- corpora -------------------------------------------------------------------------------------------------------------------------
+# --- corpora
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def _jsonl(path: Path, rows: Sequence[Any]) -> str:
@@ -273,14 +363,25 @@ def read(*sources: str, **changes: Any) -> list[Passage]:
     return list(corpora.read(node(sources=sources, **changes), changes.pop("context", ())))
 
 
-ROWS = [{"title": "Ä", "text": "one  ", "id": "x1"}, {"text": ["two.", " Three."], "id": 7}, {"title": "", "text": "four", "other": 1}]
+ROWS = [
+    {"title": "Ä", "text": "one  ", "id": "x1"},
+    {"text": ["two.", " Three."], "id": 7},
+    {"title": "", "text": "four", "other": 1},
+]
 PASSAGES = [Passage("Ä", "one", "x1"), Passage("", "two. Three.", "7"), Passage("", "four", "2")]
 
 
 def test_rows_of_json_and_jsonl(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(json.dumps(ROWS))
     assert read(_jsonl(tmp_path / "c.jsonl", ROWS)) == read(str(tmp_path / "c.json")) == PASSAGES
-    assert [p.id for p in read(str(tmp_path / "c.json"), str(tmp_path / "c.jsonl"))] == ["x1", "7", "2", "x1", "7", "5"]
+    assert [p.id for p in read(str(tmp_path / "c.json"), str(tmp_path / "c.jsonl"))] == [
+        "x1",
+        "7",
+        "2",
+        "x1",
+        "7",
+        "5",
+    ]
 
 
 def test_rows_of_parquet(tmp_path: Path) -> None:
@@ -292,15 +393,29 @@ def test_rows_of_parquet(tmp_path: Path) -> None:
 
 
 def test_one_object_of_titles(tmp_path: Path) -> None:
-    (tmp_path / "c.json").write_bytes(b'\xef\xbb\xbf {"A": ["One.", " Two."], "B": "three", "A": "again"}')
-    assert read(str(tmp_path / "c.json")) == [Passage("A", "One. Two.", "0"), Passage("B", "three", "1"), Passage("A", "again", "2")]
+    (tmp_path / "c.json").write_bytes(
+        b'\xef\xbb\xbf {"A": ["One.", " Two."], "B": "three", "A": "again"}'
+    )
+    assert read(str(tmp_path / "c.json")) == [
+        Passage("A", "One. Two.", "0"),
+        Passage("B", "three", "1"),
+        Passage("A", "again", "2"),
+    ]
 
 
 def test_the_title_in_the_first_line_of_contents(tmp_path: Path) -> None:
-    path = _jsonl(tmp_path / "c.jsonl", [{"id": "0", "contents": '"A "b" c"\nSome text.'}, {"id": "1", "contents": "Plain\ntext"}])
+    path = _jsonl(
+        tmp_path / "c.jsonl",
+        [{"id": "0", "contents": '"A "b" c"\nSome text.'}, {"id": "1", "contents": "Plain\ntext"}],
+    )
     rows = [{"title": "", "contents": '"Said"\nhe'}]
-    assert read(path, text="contents") == [Passage('A "b" c', "Some text.", "0"), Passage("", "Plain\ntext", "1")]
-    assert read(_jsonl(tmp_path / "d.jsonl", rows), text="contents") == [Passage("", '"Said"\nhe', "0")], "it has its own title"
+    assert read(path, text="contents") == [
+        Passage('A "b" c', "Some text.", "0"),
+        Passage("", "Plain\ntext", "1"),
+    ]
+    assert read(_jsonl(tmp_path / "d.jsonl", rows), text="contents") == [
+        Passage("", '"Said"\nhe', "0")
+    ], "it has its own title"
 
 
 def test_a_folder_of_plain_text(tmp_path: Path) -> None:
@@ -312,7 +427,12 @@ def test_a_folder_of_plain_text(tmp_path: Path) -> None:
     (tmp_path / "b" / "c.pdf").write_bytes(b"\xff")
     (tmp_path / "empty.txt").write_text(" \n")
     expected = [("Zoo", "one two three", "Zoo.txt#0"), ("Zoo", "four five six", "Zoo.txt#1")]
-    expected += [("a", "word word word", "b/a.md#0"), ("a", "word word word", "b/a.md#1"), ("a", "word", "b/a.md#2"), ("T", "x", "5")]
+    expected += [
+        ("a", "word word word", "b/a.md#0"),
+        ("a", "word word word", "b/a.md#1"),
+        ("a", "word", "b/a.md#2"),
+        ("T", "x", "5"),
+    ]
     assert read(str(tmp_path), words=3) == [Passage(*fields) for fields in expected]
     assert read(str(tmp_path / "Zoo.txt"), words=3) == [Passage(*fields) for fields in expected[:2]]
     assert [p.text for p in read(str(tmp_path / "Zoo.txt"))] == ["one two three four five six"]
@@ -327,7 +447,12 @@ def test_no_word_is_lost_in_cutting(text: str, limit: int) -> None:
 
 
 def test_a_context_is_pooled() -> None:
-    context = [Passage("A", "one"), Passage("B", "two", "own"), Passage("A", "one"), Passage("A", "three")]
+    context = [
+        Passage("A", "one"),
+        Passage("B", "two", "own"),
+        Passage("A", "one"),
+        Passage("A", "three"),
+    ]
     expected = [Passage("A", "one", "0"), Passage("B", "two", "own"), Passage("A", "three", "2")]
     assert list(corpora.read(NODE, context)) == expected
     retriever = open_retriever(NODE, context)
@@ -346,7 +471,10 @@ def test_a_corpus_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert read("owner/name", "owner/name:corpus", split="all")[:3] == PASSAGES
-    assert asked == [("owner/name", None, {"split": "all"}), ("owner/name", "corpus", {"split": "all"})]
+    assert asked == [
+        ("owner/name", None, {"split": "all"}),
+        ("owner/name", "corpus", {"split": "all"}),
+    ]
     with pytest.raises(UserError, match=r"^owner/other \(train\), row 1: text: got 5"):
         read("owner/other")
 
@@ -368,27 +496,57 @@ def test_the_published_corpora(name: str, count: int, title: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("c.jsonl", '{"text": "a"}\n\n{"title": "b"}\n', "c.jsonl, line 3: no column 'text' (got title)"),
-        ("c.jsonl", '{"text": "a"}\n{"text": 5}\n', "c.jsonl, line 2: text: got 5, expected a text or a list of sentences"),
+        (
+            "c.jsonl",
+            '{"text": "a"}\n\n{"title": "b"}\n',
+            "c.jsonl, line 3: no column 'text' (got title)",
+        ),
+        (
+            "c.jsonl",
+            '{"text": "a"}\n{"text": 5}\n',
+            "c.jsonl, line 2: text: got 5, expected a text or a list of sentences",
+        ),
         ("c.jsonl", '{"text": ["a", 5]}\n', "c.jsonl, line 1: text: got ['a', 5]"),
         ("c.jsonl", '{"text": null}\n', "c.jsonl, line 1: text: got None"),
-        ("c.jsonl", '{"text": "a", "title": ["b"]}\n', "c.jsonl, line 1: title: got ['b'], expected a text"),
-        ("c.jsonl", '{"text": "a", "id": 1.5}\n', "c.jsonl, line 1: id: got 1.5, expected a text or a whole number"),
+        (
+            "c.jsonl",
+            '{"text": "a", "title": ["b"]}\n',
+            "c.jsonl, line 1: title: got ['b'], expected a text",
+        ),
+        (
+            "c.jsonl",
+            '{"text": "a", "id": 1.5}\n',
+            "c.jsonl, line 1: id: got 1.5, expected a text or a whole number",
+        ),
         ("c.jsonl", '{"text": "a", "id": true}\n', "c.jsonl, line 1: id: got True"),
         ("c.jsonl", '{"text": " ", "title": ""}\n', "c.jsonl, line 1: an empty passage"),
-        ("c.jsonl", '{"text": "a \\ud83d"}\n', "c.jsonl, line 1: half of a surrogate pair ('\\ud83d')"),
+        (
+            "c.jsonl",
+            '{"text": "a \\ud83d"}\n',
+            "c.jsonl, line 1: half of a surrogate pair ('\\ud83d')",
+        ),
         ("c.jsonl", "{'text': 1}\n", "c.jsonl, line 1: not valid JSON"),
-        ("c.jsonl", '{"text": ' + "[" * 900 + "]" * 900 + "}\n", "c.jsonl, line 1: text: got [[[[[["),
+        (
+            "c.jsonl",
+            '{"text": ' + "[" * 900 + "]" * 900 + "}\n",
+            "c.jsonl, line 1: text: got [[[[[[",
+        ),
         ("c.json", '[{"text": "a"}, 5]', "c.json, row 2: got a number"),
         ("c.json", '{"A": "a", "B": {"x": "y"}}', "c.json, key 2 ('B'): text: got [('x', 'y')]"),
-        ("c.json", '{"A": "a",\n "B"}', "c.json: not valid JSON (Expecting ':' delimiter: line 2 column 5"),
+        (
+            "c.json",
+            '{"A": "a",\n "B"}',
+            "c.json: not valid JSON (Expecting ':' delimiter: line 2 column 5",
+        ),
         ("c.json", '{"A": ' + "[" * 100_000, "c.json: not valid JSON"),
         ("c.txt", b"ab\xff", "c.txt: not UTF-8 text (invalid start byte at byte 2)"),
         ("c.parquet", b"PAR1", "c.parquet, row 1: not readable as Parquet"),
         ("c.csv", "a,b", "c.csv: got a file ending in '.csv'"),
     ],
 )
-def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
+def test_a_bad_row_is_named_by_file_and_line(
+    tmp_path: Path, name: str, content: str | bytes, said: str
+) -> None:
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     for source in (str(path), str(tmp_path)) if name != "c.csv" else (str(path),):
@@ -400,7 +558,11 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, name: str, content:
 
 def test_a_missing_source_is_one_line_with_a_way_out(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    for source, said in [("missing.json", "no such file"), ("./gone.txt", "cannot be read (No such file"), ("folder", "no data in this")]:
+    for source, said in [
+        ("missing.json", "no such file"),
+        ("./gone.txt", "cannot be read (No such file"),
+        ("folder", "no data in this"),
+    ]:
         with pytest.raises(UserError, match=said.replace("(", r"\(")) as caught:
             read(str(tmp_path / source))
         assert "--set task.retriever.sources=[PATH]" in str(caught.value)
@@ -409,11 +571,18 @@ def test_a_missing_source_is_one_line_with_a_way_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("context", [[], [Passage("?", "!"), Passage("", "…")]])
 def test_a_corpus_without_words_is_the_users_mistake(cached: bool, context: list[Passage]) -> None:
-    with pytest.raises(UserError, match=f"got {len(context)} passages without a single word from context, expected text to search"):
+    with pytest.raises(
+        UserError,
+        match=(
+            f"got {len(context)} passages without a single word from context, expected text to"
+            " search"
+        ),
+    ):
         open_retriever(node(cache=cached), context)
 
 
-# --- the cache -----------------------------------------------------------------------------------------------------------------------
+# --- the cache
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -436,12 +605,18 @@ def opened(config: Bm25Retriever, context: Sequence[Passage] = ()) -> Bm25:
     return index
 
 
-SOME = [Passage("Ähre", "one two", "a"), Passage("", "two \u2028 three\n", "b"), Passage("x", "three one one", "c")]
+SOME = [
+    Passage("Ähre", "one two", "a"),
+    Passage("", "two \u2028 three\n", "b"),
+    Passage("x", "three one one", "c"),
+]
 ASK = ["one", "two three", "ahre", "zero"]
 
 
 @pytest.mark.parametrize("numba", [False, pytest.param(True, marks=needs_numba)])
-def test_a_second_opening_maps_the_index(monkeypatch: pytest.MonkeyPatch, built: list[int], numba: bool) -> None:
+def test_a_second_opening_maps_the_index(
+    monkeypatch: pytest.MonkeyPatch, built: list[int], numba: bool
+) -> None:
     monkeypatch.setattr(bm25, "NUMBA", numba)
     fresh = Bm25.build(SOME, NODE)
     found = [opened(node(), SOME) for _ in range(3)]
@@ -451,7 +626,9 @@ def test_a_second_opening_maps_the_index(monkeypatch: pytest.MonkeyPatch, built:
         assert index.search(ASK, 5) == fresh.search(ASK, 5)
         assert list(index.passages) == SOME
         scores = index._index.scores
-        assert all(isinstance(scores[name].base, np.memmap) for name in ("data", "indices", "indptr"))
+        assert all(
+            isinstance(scores[name].base, np.memmap) for name in ("data", "indices", "indptr")
+        )
         assert not scores["data"].flags.writeable
     with pytest.raises(IndexError):
         found[0].passages[3]
@@ -470,12 +647,23 @@ def test_the_index_is_found_again_by_content_alone(tmp_path: Path, built: list[i
         opened(node(sources=[str(tmp_path / "c.json")], **changes))
         assert len(built) == number
     _jsonl(tmp_path / "two.jsonl", [*rows[:2], rows[2] | {"id": "d"}])
-    assert opened(node(sources=[str(tmp_path / "two.jsonl")])).search(["three one one"], 1)[0][0].id == "d"
+    assert (
+        opened(node(sources=[str(tmp_path / "two.jsonl")])).search(["three one one"], 1)[0][0].id
+        == "d"
+    )
     assert len(built) == 5
 
 
 def test_the_digest_tells_what_an_index_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus_sets = [SOME, SOME[::-1], SOME[:2], [Passage("a", "b")], [Passage("", "ab")], [Passage("ab", "")], [Passage("a", "", "b")]]
+    corpus_sets = [
+        SOME,
+        SOME[::-1],
+        SOME[:2],
+        [Passage("a", "b")],
+        [Passage("", "ab")],
+        [Passage("ab", "")],
+        [Passage("a", "", "b")],
+    ]
     assert len({cache.digest(passages, NODE) for passages in corpus_sets}) == len(corpus_sets)
     before = cache.digest(SOME, NODE)
     for module, name in ((cache, "FORMAT"), (cache, "WORDS_VERSION")):
@@ -504,7 +692,9 @@ def test_a_damaged_index_is_built_anew(built: list[int], caplog: pytest.LogCaptu
     for name in names:
         for damage, harm in damages:
             if (name, damage) == ("passages.jsonl", "zeros"):
-                continue  # it is read only where it is found; the folder's rename comes after its bytes are on the disk
+                # it is read only where it is found; the folder's rename comes after its bytes are
+                # on the disk
+                continue
             before = len(built)
             harm(_folder() / name)
             caplog.clear()
@@ -526,7 +716,10 @@ def test_a_killed_writer_leaves_nothing_behind_that_counts(built: list[int]) -> 
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: list[int], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    built: list[int],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "file").write_text("")
     with monkeypatch.context() as patch:
@@ -575,7 +768,13 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     names = ["a", "b"]
     processes = [
-        subprocess.Popen([sys.executable, "-c", RACE, own, other], env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", RACE, own, other],
+            env=env,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for own, other in (names, names[::-1])
     ]
     said = [process.communicate(timeout=60)[0].splitlines() for process in processes]
@@ -583,13 +782,16 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
     assert {lines[-1] for lines in said} == {"77 9"}
 
 
-# --- the recipe ----------------------------------------------------------------------------------------------------------------------
+# --- the recipe
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_nodes_of_a_recipe() -> None:
     read_node = TypeAdapter(nodes.Retriever).validate_python
     assert read_node({"kind": "bm25"}) == Bm25Retriever(kind="bm25")
-    assert read_node({"kind": "remote", "url": "http://h:1/search"}) == RemoteRetriever(kind="remote", url="http://h:1/search")
+    assert read_node({"kind": "remote", "url": "http://h:1/search"}) == RemoteRetriever(
+        kind="remote", url="http://h:1/search"
+    )
     wrong: list[dict[str, Any]] = [
         {},
         {"kind": "dense"},
@@ -610,7 +812,8 @@ def test_nodes_of_a_recipe() -> None:
         assert [name for name, field in kind.model_fields.items() if not field.description] == []
 
 
-# --- servers -------------------------------------------------------------------------------------------------------------------------
+# --- servers
+# -------------------------------------------------------------------------------------------------------------------------
 
 Reply = Callable[["_Handler", dict[str, Any]], None]
 
@@ -665,7 +868,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
 
 
 def ask(url: str, queries: Sequence[str], k: int = 2, **changes: Any) -> list[list[Passage]]:
-    return open_retriever(RemoteRetriever.model_validate({"kind": "remote", "url": url, **changes})).search(queries, k)
+    return open_retriever(
+        RemoteRetriever.model_validate({"kind": "remote", "url": url, **changes})
+    ).search(queries, k)
 
 
 def fault(url: str, **changes: Any) -> str:
@@ -678,7 +883,10 @@ def fault(url: str, **changes: Any) -> str:
 
 def test_a_server_is_asked_once_a_batch_and_never_for_nothing(serve: Serve) -> None:
     def reply(handler: _Handler, question: dict[str, Any]) -> None:
-        rows = [[{"title": q, "text": "ä\ud800", "id": n} for n in range(3)] + [5] for q in question["queries"]]
+        rows = [
+            [{"title": q, "text": "ä\ud800", "id": n} for n in range(3)] + [5]
+            for q in question["queries"]
+        ]
         handler.send(json.dumps(rows).encode())
 
     url, asked = serve(reply)
@@ -698,7 +906,9 @@ def test_bare_passages_will_do(serve: Serve) -> None:
 
 @pytest.mark.parametrize("status", [500, 502, 503, 429, 408])
 def test_a_passing_fault_is_asked_again(serve: Serve, status: int) -> None:
-    url, asked = serve(lambda handler, question: handler.send(b"[[]]", 200 if len(asked) > 2 else status))
+    url, asked = serve(
+        lambda handler, question: handler.send(b"[[]]", 200 if len(asked) > 2 else status)
+    )
     assert ask(url, ["a"], retries=2) == [[]]
     assert len(asked) == 3
 
@@ -707,7 +917,9 @@ def test_a_server_that_stays_down_is_given_up(serve: Serve) -> None:
     url, asked = serve(lambda handler, question: handler.send(b"", 503))
     assert "no answer in 3 tries (HTTPError: HTTP Error 503" in fault(url, retries=2)
     assert len(asked) == 3
-    assert "no answer in 2 tries (URLError: <urlopen error [Errno " in fault("http://127.0.0.1:9/search", retries=1)
+    assert "no answer in 2 tries (URLError: <urlopen error [Errno " in fault(
+        "http://127.0.0.1:9/search", retries=1
+    )
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 301, 302, 307])
@@ -771,13 +983,18 @@ def test_a_server_that_drips_is_not_waited_for(serve: Serve) -> None:
 
 
 def test_an_answer_that_breaks_off_is_asked_again(serve: Serve) -> None:
-    url, asked = serve(lambda handler, question: handler.send(b"[[]]", **({"Content-Length": "9"} if len(asked) < 2 else {})))
+    url, asked = serve(
+        lambda handler, question: handler.send(
+            b"[[]]", **({"Content-Length": "9"} if len(asked) < 2 else {})
+        )
+    )
     assert ask(url, ["a"], retries=1) == [[]]
     assert len(asked) == 2
 
 
 def test_the_cost_of_an_index_is_that_of_a_corpus_under_zipfs_law() -> None:
-    """Catches: words drawn evenly, queries of frequent words (slow) or of none that stand anywhere (free), figures of nothing."""
+    """Catches: words drawn evenly, queries of frequent words (slow) or of none that stand anywhere
+    (free), figures of nothing."""
     made = list(cost.paragraphs(2000))
     assert made[:50] == list(cost.paragraphs(50))
     counts = Counter(word for passage in made for word in passage.text.split())
@@ -789,7 +1006,9 @@ def test_the_cost_of_an_index_is_that_of_a_corpus_under_zipfs_law() -> None:
     assert len(asked) == cost.QUERIES
     assert min(int(word[1:]) for query in asked for word in query.split()) >= cost.STOP_WORDS
     found = Bm25.build(made, NODE).search(asked, 1)
-    assert sum(best == [passage] for best, passage in zip(found, made, strict=False)) > 0.95 * len(asked)
+    assert sum(best == [passage] for best, passage in zip(found, made, strict=False)) > 0.95 * len(
+        asked
+    )
     held = np.ones(2**26)  # 512 MB: a child that inherited its parent's peak would measure nothing
     built, searched = cost.one_round(2000)
     del held

@@ -1,4 +1,5 @@
-"""Countdown: the verifier by hand and against hostile text, the task and its demonstrations against brute force."""
+"""Countdown: the verifier by hand and against hostile text, the task and its demonstrations against
+brute force."""
 
 from __future__ import annotations
 
@@ -212,7 +213,10 @@ def test_no_complete_tags(text: str) -> None:
     assert check([1, 2, 3, 4], 24, text) == INVALID
 
 
-@pytest.mark.parametrize(("operators", "answer"), [("+-*", "2*3*4/1"), ("+", "1*2*3*4"), ("*/", "(1+3)*(2+4)"), ("+*/", "4*(3*2-0)")])
+@pytest.mark.parametrize(
+    ("operators", "answer"),
+    [("+-*", "2*3*4/1"), ("+", "1*2*3*4"), ("*/", "(1+3)*(2+4)"), ("+*/", "4*(3*2-0)")],
+)
 def test_only_the_allowed_operators(operators: str, answer: str) -> None:
     assert check([1, 2, 3, 4], 24, f"<answer>{answer}</answer>", operators) == INVALID
 
@@ -225,12 +229,15 @@ def test_exact_where_floating_point_is_not() -> None:
 
 @contextmanager
 def sealed() -> Iterator[None]:
-    """Inside, nothing can be executed, imported or opened; text may be compiled to a syntax tree and no further."""
+    """Inside, nothing can be executed, imported or opened; text may be compiled to a syntax tree
+    and no further."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a verifier ran something")
 
-    def to_tree(source: Any, filename: Any, mode: str, flags: int = 0, *args: Any, **kwargs: Any) -> Any:
+    def to_tree(
+        source: Any, filename: Any, mode: str, flags: int = 0, *args: Any, **kwargs: Any
+    ) -> Any:
         assert flags & ast.PyCF_ONLY_AST, "compiled to code"
         return compiled(source, filename, mode, flags, *args, **kwargs)
 
@@ -253,7 +260,9 @@ def test_the_seal_holds() -> None:
         ast.parse("1+1", mode="eval")
 
 
-Tree = tuple[str, Fraction | None, list[int]]  # text, value (None where it divides by zero), numbers used
+Tree = tuple[
+    str, Fraction | None, list[int]
+]  # text, value (None where it divides by zero), numbers used
 
 NUMBER = st.integers(0, 12).map(lambda n: (str(n), Fraction(n), [n]))
 
@@ -262,12 +271,18 @@ def _joined(op: str, left: Tree, right: Tree, space: str) -> Tree:
     (a, x, used), (b, y, more) = left, right
     value = None
     if x is not None and y is not None and (op != "/" or y != 0):
-        value = {"+": lambda: x + y, "-": lambda: x - y, "*": lambda: x * y, "/": lambda: x / y}[op]()
+        value = {"+": lambda: x + y, "-": lambda: x - y, "*": lambda: x * y, "/": lambda: x / y}[
+            op
+        ]()
     return f"({a}{space}{op}{space}{b})", value, used + more
 
 
 TREES = st.recursive(
-    NUMBER, lambda inner: st.builds(_joined, st.sampled_from("+-*/"), inner, inner, st.sampled_from(["", " "])), max_leaves=7
+    NUMBER,
+    lambda inner: st.builds(
+        _joined, st.sampled_from("+-*/"), inner, inner, st.sampled_from(["", " "])
+    ),
+    max_leaves=7,
 )
 
 
@@ -281,7 +296,9 @@ def test_any_expression_against_its_own_tree(tree: Tree, rng: Any) -> None:
     whole = value is not None and value.denominator == 1
     target = int(value) if whole and value is not None else 5
     answer = f"<answer>{text}</answer>"
-    assert check(numbers, target, answer) == (INVALID if value is None else None if whole else TARGET)
+    assert check(numbers, target, answer) == (
+        INVALID if value is None else None if whole else TARGET
+    )
     assert check([*numbers, 1], target, answer) == (INVALID if value is None else NUMBERS)
     assert check(numbers, target + 1, answer) == (INVALID if value is None else TARGET)
 
@@ -310,8 +327,40 @@ PIECES = st.sampled_from(
             "1*2*3*4",
             "(1+2+3)*4",
         ),
-        *("9" * 9, "9" * 400, "(" * 300, ")" * 300, "٣", "²", "１", "×", "÷", "−", "e", "0x", "_", ".", ",", "!", "\n", "\x00", "\ud800"),
-        *("__import__('os').system('true')", "().__class__", "lambda: 0", "9**9**9", "x", "import os", "f'{1}'", "#", ";", "if", "<"),
+        *(
+            "9" * 9,
+            "9" * 400,
+            "(" * 300,
+            ")" * 300,
+            "٣",
+            "²",
+            "１",
+            "×",
+            "÷",
+            "−",
+            "e",
+            "0x",
+            "_",
+            ".",
+            ",",
+            "!",
+            "\n",
+            "\x00",
+            "\ud800",
+        ),
+        *(
+            "__import__('os').system('true')",
+            "().__class__",
+            "lambda: 0",
+            "9**9**9",
+            "x",
+            "import os",
+            "f'{1}'",
+            "#",
+            ";",
+            "if",
+            "<",
+        ),
     ]
 )
 COMPLETIONS = st.one_of(
@@ -332,7 +381,9 @@ def test_any_completion_gets_a_verdict_at_once_and_nothing_is_run(text: str) -> 
     assert time.process_time() - began < 0.05
     if kind is None:
         inside = text[: text.rindex("</answer>")]
-        assert Counter(re.findall("[0-9]", inside[inside.rindex("<answer>") :].partition("=")[0])) == Counter("1234")
+        assert Counter(
+            re.findall("[0-9]", inside[inside.rindex("<answer>") :].partition("=")[0])
+        ) == Counter("1234")
 
 
 # The task
@@ -347,7 +398,8 @@ def key(problem: Problem) -> tuple[tuple[int, ...], int]:
 
 
 def reachable(numbers: tuple[Fraction, ...], operators: str) -> set[Fraction]:
-    """Every value of an expression over all the numbers: the brute force of this test, apart from the task's own."""
+    """Every value of an expression over all the numbers: the brute force of this test, apart from
+    the task's own."""
     if len(numbers) == 1:
         return {numbers[0]}
     found: set[Fraction] = set()
@@ -365,9 +417,17 @@ def reachable(numbers: tuple[Fraction, ...], operators: str) -> set[Fraction]:
 
 @pytest.mark.parametrize(
     ("numbers", "operators", "high", "sample"),
-    [((3,), "+-*", 12, 150), ((3, 4), "+-*/", 99, 12), ((2,), "/", 99, 100), ((3,), "-", 99, 60), ((4,), "+-", 20, 12)],
+    [
+        ((3,), "+-*", 12, 150),
+        ((3, 4), "+-*/", 99, 12),
+        ((2,), "/", 99, 100),
+        ((3,), "-", 99, 60),
+        ((4,), "+-", 20, 12),
+    ],
 )
-def test_every_problem_can_be_solved(numbers: tuple[int, ...], operators: str, high: int, sample: int) -> None:
+def test_every_problem_can_be_solved(
+    numbers: tuple[int, ...], operators: str, high: int, sample: int
+) -> None:
     task = opened(numbers=numbers, operators=operators, high=high, train=200, held_out=50)
     assert (len(task.train), len(task.held_out)) == (200, 50)
     problems = [*task.train, *task.held_out]
@@ -388,13 +448,17 @@ def test_every_solution_of_the_demonstrations_is_one() -> None:
     assert list(solutions([1, 1], 5, "+-*/")) == []
 
 
-@pytest.mark.parametrize("shape", [{"numbers": [3, 4]}, {"numbers": [2], "high": 30, "train": 900, "held_out": 100}])
+@pytest.mark.parametrize(
+    "shape", [{"numbers": [3, 4]}, {"numbers": [2], "high": 30, "train": 900, "held_out": 100}]
+)
 def test_train_and_held_out_share_no_multiset(shape: dict[str, Any]) -> None:
     task = opened(**shape)
     train, held_out = [key(p) for p in task.train], [key(p) for p in task.held_out]
     assert not set(train) & set(held_out)
     assert len({*train, *held_out}) == len(train) + len(held_out)
-    assert len({p.id for p in (*task.train, *task.held_out)}) == len(train) + len(held_out), "an id names one problem"
+    assert len({p.id for p in (*task.train, *task.held_out)}) == len(train) + len(held_out), (
+        "an id names one problem"
+    )
 
 
 def test_the_problems_are_a_function_of_the_recipe() -> None:
@@ -406,11 +470,16 @@ def test_the_problems_are_a_function_of_the_recipe() -> None:
     assert opened(0, **{**shape, "train": 90}).held_out == task.held_out
     assert opened(0, **{**shape, "high": 13}).held_out != task.held_out
     # Pinned: another version of the generator would make results incomparable without a word.
-    assert [p.id for p in task.held_out[:3]] == ["countdown/1-5-7=11", "countdown/3-5-9=17", "countdown/2-6-8=60"]
+    assert [p.id for p in task.held_out[:3]] == [
+        "countdown/1-5-7=11",
+        "countdown/3-5-9=17",
+        "countdown/2-6-8=60",
+    ]
     first = task.held_out[0]
-    assert first.prompt == (
-        f"Make {first.answer['target']} from the numbers {', '.join(map(str, first.answer['numbers']))}. Use each number exactly once, "
-        "with + - * and brackets. End with the expression inside <answer> </answer> tags."
+    assert (
+        first.prompt == f"Make {first.answer['target']} from the numbers"
+        f" {', '.join(map(str, first.answer['numbers']))}. Use each number exactly once, with +"
+        " - * and brackets. End with the expression inside <answer> </answer> tags."
     )
     assert task.stop == ("</answer>",)
 
@@ -439,7 +508,11 @@ def test_draw_goes_through_every_problem_once_an_epoch() -> None:
 def test_a_recipe_too_narrow_is_refused_at_once(shape: dict[str, Any]) -> None:
     began = time.process_time()
     with pytest.raises(
-        UserError, match=r"^task: numbers up to \d+ and targets up to \d+ gave \d+ different problems, expected \d+ \(train"
+        UserError,
+        match=(
+            r"^task: numbers up to \d+ and targets up to \d+ gave \d+ different problems, expected"
+            r" \d+ \(train"
+        ),
     ):
         opened(**shape)
     assert time.process_time() - began < 2.0
@@ -461,15 +534,27 @@ def test_a_recipe_that_makes_no_sense(shape: dict[str, Any], said: str) -> None:
 
 
 def test_partial_credit_is_the_recipe_s() -> None:
-    task = opened(numbers=[3], train=5, held_out=5, credit={"missed_target": 0.1, "wrong_numbers": 0.05})
+    task = opened(
+        numbers=[3], train=5, held_out=5, credit={"missed_target": 0.1, "wrong_numbers": 0.05}
+    )
     problem = task.train[0]
     numbers = problem.answer["numbers"]
     way = next(solutions(numbers, problem.answer["target"], "+-*/"))[-1]
-    assert task.verify(problem, f"<answer>{way}</answer>") == Verdict(1.0, True, {"error_kind": None})
-    assert task.verify(problem, f"<answer>{numbers[0]}</answer>") == Verdict(0.05, False, {"error_kind": NUMBERS})
+    assert task.verify(problem, f"<answer>{way}</answer>") == Verdict(
+        1.0, True, {"error_kind": None}
+    )
+    assert task.verify(problem, f"<answer>{numbers[0]}</answer>") == Verdict(
+        0.05, False, {"error_kind": NUMBERS}
+    )
     assert task.verify(problem, "no idea") == Verdict(0.0, False, {"error_kind": INVALID})
-    over = "+".join(map(str, numbers)) if sum(numbers) != problem.answer["target"] else "*".join(map(str, numbers))
-    assert task.verify(problem, f"<answer>{over}</answer>") == Verdict(0.1, False, {"error_kind": TARGET})
+    over = (
+        "+".join(map(str, numbers))
+        if sum(numbers) != problem.answer["target"]
+        else "*".join(map(str, numbers))
+    )
+    assert task.verify(problem, f"<answer>{over}</answer>") == Verdict(
+        0.1, False, {"error_kind": TARGET}
+    )
 
 
 ROWS: list[dict[str, Any]] = [
@@ -484,7 +569,9 @@ ROWS: list[dict[str, Any]] = [
 def saved(folder: Path, rows: Sequence[Any], name: str = "rows.jsonl") -> str:
     path = folder / name
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(rows) if path.suffix == ".json" else "\n".join(lines) + "\n", encoding="utf-8"
+    )
     return str(path)
 
 
@@ -520,7 +607,9 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path: Path, row: Any) -> 
         opened(source=saved(tmp_path, [ROWS[0], row, ROWS[1]]), held_out=1)
     said = str(caught.value)
     assert f"{tmp_path / 'rows.jsonl'}, line 2: got nums=" in said
-    assert said.endswith("expected 2 to 6 whole numbers of 0 or more and a whole number; mend or delete the row")
+    assert said.endswith(
+        "expected 2 to 6 whole numbers of 0 or more and a whole number; mend or delete the row"
+    )
     assert len(said) < 400
 
 
@@ -532,7 +621,9 @@ def test_rows_that_are_none(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             opened(source=saved(tmp_path, [row]), held_out=1)
-    with pytest.raises(UserError, match=r"got 4 different problems, expected more than task.held_out = 4"):
+    with pytest.raises(
+        UserError, match=r"got 4 different problems, expected more than task.held_out = 4"
+    ):
         opened(source=saved(tmp_path, ROWS), held_out=4)
     with pytest.raises(UserError, match="no such file"):
         opened(source=str(tmp_path / "none.jsonl"))
@@ -565,7 +656,9 @@ def test_demonstrations(shape: dict[str, Any]) -> None:
             vague += 1
             continue
         said, *tried = shown.reflection.removesuffix(".").split(". ")
-        expression, value = worked_out(problem.answer["numbers"], said.removesuffix(f", not {target}"))
+        expression, value = worked_out(
+            problem.answer["numbers"], said.removesuffix(f", not {target}")
+        )
         below += value < 0
         assert shown.attempt == f"<answer>{expression}</answer>"
         assert value != target
@@ -574,7 +667,9 @@ def test_demonstrations(shape: dict[str, Any]) -> None:
             expression, value = worked_out(problem.answer["numbers"], sums)
             assert value >= 0
             assert word == ("yes" if value == target else "no")
-            assert word == "no" or (n == len(tried) and shown.answer == f"<answer>{expression}</answer>")
+            assert word == "no" or (
+                n == len(tried) and shown.answer == f"<answer>{expression}</answer>"
+            )
         assert shown.settled == (word == "yes")
         found += shown.settled
         lengths.append(len(tried))
@@ -585,29 +680,45 @@ def test_demonstrations(shape: dict[str, Any]) -> None:
 
 
 def worked_out(numbers: list[int], text: str) -> tuple[str, int]:
-    """ "8 + (3 - 2): 3 - 2 = 1, 8 + 1 = 9" -> its expression and the value that it comes to, every step of it checked."""
+    """ "8 + (3 - 2): 3 - 2 = 1, 8 + 1 = 9" -> its expression and the value that it comes to, every
+    step of it checked."""
     expression, steps = text.split(": ")
     for step in steps.split(", "):
         a, operator, b, value = re.fullmatch(r"(-?\d+) ([-+*/]) (-?\d+) = (-?\d+)", step).groups()  # type: ignore[union-attr]
-        assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": Fraction(int(a), int(b) or 1)}[operator] == int(
-            value
-        )
+        assert {
+            "+": int(a) + int(b),
+            "-": int(a) - int(b),
+            "*": int(a) * int(b),
+            "/": Fraction(int(a), int(b) or 1),
+        }[operator] == int(value)
     assert steps.count(",") == len(numbers) - 2
     assert check(numbers, int(value), f"<answer>{expression}</answer>") is None
     return expression, int(value)
 
 
 @pytest.mark.parametrize(
-    ("numbers", "target", "operators"), [([2, 2], 4, "+*"), ([1, 1, 1], 1, "*"), ([3, 4, 5], 12, "+"), ([0, 0], 0, "+-*")]
+    ("numbers", "target", "operators"),
+    [([2, 2], 4, "+*"), ([1, 1, 1], 1, "*"), ([3, 4, 5], 12, "+"), ([0, 0], 0, "+-*")],
 )
-def test_where_every_expression_is_right_the_attempt_leaves_a_number_out(numbers: list[int], target: int, operators: str) -> None:
+def test_where_every_expression_is_right_the_attempt_leaves_a_number_out(
+    numbers: list[int], target: int, operators: str
+) -> None:
     problem = Problem("p", "", {"numbers": numbers, "target": target})
     seen = [demonstrate(problem, Random(seed), operators=operators) for seed in range(20)]
     assert all(check(numbers, target, shown.answer, operators) is None for shown in seen)
     assert all(check(numbers, target, shown.attempt, operators) == NUMBERS for shown in seen)
-    assert 0 < sum(shown.reflection.startswith(f"{numbers[0]} leaves out {numbers[1]}") for shown in seen) < 20
+    assert (
+        0
+        < sum(
+            shown.reflection.startswith(f"{numbers[0]} leaves out {numbers[1]}") for shown in seen
+        )
+        < 20
+    )
 
 
 def test_what_cannot_be_solved_cannot_be_demonstrated() -> None:
-    with pytest.raises(UserError, match=r"^p: no solution with \+-; demonstrations need problems that can be solved$"):
+    with pytest.raises(
+        UserError,
+        match=r"^p: no solution with \+-; demonstrations need problems that can be solved$",
+    ):
         demonstrate(Problem("p", "", {"numbers": [2, 3], "target": 6}), Random(0), operators="+-")

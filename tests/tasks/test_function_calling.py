@@ -20,9 +20,23 @@ from minirl.episode import Problem
 from minirl.errors import UserError
 from minirl.tasks import Task, open_task
 from minirl.tasks.function_calling import calls_text, demonstrate, tool_schemas, type_schema
-from minirl.verify.function_calling import MAX_CALLS, MAX_CHARS, MAX_DEPTH, MAX_DIGITS, error_kind, same, verify
+from minirl.verify.function_calling import (
+    MAX_CALLS,
+    MAX_CHARS,
+    MAX_DEPTH,
+    MAX_DIGITS,
+    error_kind,
+    same,
+    verify,
+)
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "function_calling" / "toolalpaca_xlam_schema_114.json"
+DATA = (
+    Path(__file__).resolve().parents[3]
+    / "shared"
+    / "data"
+    / "function_calling"
+    / "toolalpaca_xlam_schema_114.json"
+)
 needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"no {DATA.name} in ../shared/data")
 CREDIT = recipe.FunctionCallingCredit(format=0.0, tool=0.25, parameter=0.5)
 
@@ -40,9 +54,16 @@ def call(name: str, /, **arguments: Any) -> dict[str, Any]:
 
 WEATHER = {
     "name": "weather",
-    "parameters": {"city": {"type": "str"}, "days": {"type": "int, optional", "default": 3}, "unit": {"type": "str", "default": "C"}},
+    "parameters": {
+        "city": {"type": "str"},
+        "days": {"type": "int, optional", "default": 3},
+        "unit": {"type": "str", "default": "C"},
+    },
 }
-TRIP = {"name": "trip", "parameters": {"via": {"type": "List[str]"}, "who": {"type": "dict"}, "fast": {"type": "bool"}}}
+TRIP = {
+    "name": "trip",
+    "parameters": {"via": {"type": "List[str]"}, "who": {"type": "dict"}, "fast": {"type": "bool"}},
+}
 TOOLS = [WEATHER, TRIP]
 ROME = [call("weather", city="Rome")]
 
@@ -65,7 +86,10 @@ def kind(gold: list[Row], text: str | list[Row]) -> str | None:
         'Here:\n```\n{"name": "weather", "arguments": {"city": "Rome"}}\n```\nDone.',
         'So be it. <tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call> Done.',
         '<tool_call>\n[{"name": "weather", "arguments": {"city": "Rome"}}]\n</tool_call>',
-        '<think>not <tool_call>{}</tool_call></think>\n<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>',
+        (
+            '<think>not <tool_call>{}</tool_call></think>\n<tool_call>{"name": "weather",'
+            ' "arguments": {"city": "Rome"}}</tool_call>'
+        ),
         '{"name": "weather", "arguments": {"city": "\\u0052ome", "days": 3, "unit": "C"}}',
     ],
 )
@@ -83,8 +107,14 @@ def test_every_accepted_form(text: str) -> None:
         '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}',
         '{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>',
         '<tool_call><tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>',
-        '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call><tool_call>oops</tool_call>',
-        '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}} {"name": "weather", "arguments": {}}</tool_call>',
+        (
+            '<tool_call>{"name": "weather", "arguments": {"city":'
+            ' "Rome"}}</tool_call><tool_call>oops</tool_call>'
+        ),
+        (
+            '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}} {"name": "weather",'
+            ' "arguments": {}}</tool_call>'
+        ),
         '{"name": "weather", "arguments": {"city": "Rome", "city": "Rome"}}',
         '{"name": "weather", "name": "weather", "arguments": {"city": "Rome"}}',
         '{"name": "weather", "arguments": {"city": "Rome"}, "parameters": {"city": "Rome"}}',
@@ -115,10 +145,25 @@ def test_tool_errors_come_before_parameter_errors() -> None:
 
 
 def test_order_and_assignment() -> None:
-    gold = [call("weather", city="Rome"), call("weather", city="Oslo", days=3), call("trip", via=["a", "b"])]
+    gold = [
+        call("weather", city="Rome"),
+        call("weather", city="Oslo", days=3),
+        call("trip", via=["a", "b"]),
+    ]
     assert kind(gold, gold[::-1]) is None
-    assert kind(gold, [gold[2], call("weather", city="Oslo"), call("weather", unit="C", days=3.0, city="Rome")]) is None
-    # One right call may not stand for two gold calls, nor two equal gold calls be met by one right and one wrong.
+    assert (
+        kind(
+            gold,
+            [
+                gold[2],
+                call("weather", city="Oslo"),
+                call("weather", unit="C", days=3.0, city="Rome"),
+            ],
+        )
+        is None
+    )
+    # One right call may not stand for two gold calls, nor two equal gold calls be met by one right
+    # and one wrong.
     assert kind(gold, [gold[2], gold[0], gold[0]]) == "parameter"
     assert kind([gold[0], gold[0]], [gold[0], gold[1]]) == "parameter"
     assert kind(gold, [gold[0], gold[1], call("trip", via=["b", "a"])]) == "parameter"
@@ -235,22 +280,49 @@ PIECES = st.sampled_from(
             "\x00",
             "\ud800",
         ),
-        *('"name"', '"arguments"', '"parameters"', '"weather"', '"city"', '"Rome"', "NaN", "-Infinity", "1e999", "null", "true", "1" * 500),
-        *('{"name": "weather", "arguments": ', '{"city": "Rome"}}', json.dumps(ROME[0]), "[" * 3000, "{'a': 1}", "().__class__"),
+        *(
+            '"name"',
+            '"arguments"',
+            '"parameters"',
+            '"weather"',
+            '"city"',
+            '"Rome"',
+            "NaN",
+            "-Infinity",
+            "1e999",
+            "null",
+            "true",
+            "1" * 500,
+        ),
+        *(
+            '{"name": "weather", "arguments": ',
+            '{"city": "Rome"}}',
+            json.dumps(ROME[0]),
+            "[" * 3000,
+            "{'a': 1}",
+            "().__class__",
+        ),
     ]
 )
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda x: st.lists(x) | st.dictionaries(st.text(), x),
 )
 TEXTS = st.one_of(
     st.text(),
     st.lists(PIECES, max_size=30).map("".join),
-    st.builds(lambda a, b: f"<tool_call>{json.dumps({'name': a, 'arguments': b})}</tool_call>", st.sampled_from(["weather", "trip"]), JSON),
+    st.builds(
+        lambda a, b: f"<tool_call>{json.dumps({'name': a, 'arguments': b})}</tool_call>",
+        st.sampled_from(["weather", "trip"]),
+        JSON,
+    ),
     st.lists(JSON.map(json.dumps) | PIECES | st.text(max_size=9), max_size=8).map(" ".join),
 )
 
 
-@settings(max_examples=300, deadline=2000, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=300, deadline=2000, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(TEXTS)
 def test_any_text_gets_a_verdict(text: str) -> None:
     found = kind(ROME, text)
@@ -263,35 +335,64 @@ def _renamed_key(calls: list[Row]) -> list[Row]:
 
 
 def _each_value(change: Callable[[Any], Any]) -> Callable[[list[Row]], list[Row]]:
-    return lambda calls: [call(c["name"], **{k: change(v) for k, v in c["arguments"].items()}) for c in calls]
+    return lambda calls: [
+        call(c["name"], **{k: change(v) for k, v in c["arguments"].items()}) for c in calls
+    ]
 
 
-# name -> (what is done to the gold calls, error kinds it may have; those that change values do nothing to calls without arguments)
+# name -> (what is done to the gold calls, error kinds it may have; those that change values do
+# nothing to calls without arguments)
 NEAR_MISSES: dict[str, tuple[Callable[[list[Row]], Any], str]] = {
     "other tool": (lambda c: [call("components", **c[0]["arguments"]), *c[1:]], "tool"),
-    "tool name in lower case with a dash": (lambda c: [call(c[0]["name"].lower() + "-", **c[0]["arguments"]), *c[1:]], "tool"),
-    "tool name with a space": (lambda c: [call(c[0]["name"] + " ", **c[0]["arguments"]), *c[1:]], "tool"),
+    "tool name in lower case with a dash": (
+        lambda c: [call(c[0]["name"].lower() + "-", **c[0]["arguments"]), *c[1:]],
+        "tool",
+    ),
+    "tool name with a space": (
+        lambda c: [call(c[0]["name"] + " ", **c[0]["arguments"]), *c[1:]],
+        "tool",
+    ),
     "last call left out": (lambda c: c[:-1], "tool"),
     "one call twice": (lambda c: [*c, c[0]], "tool"),
     "a call that nobody asked for": (lambda c: [*c, call("help")], "tool"),
-    "an argument that nobody asked for": (lambda c: [call(c[0]["name"], **c[0]["arguments"], extra=None), *c[1:]], "parameter"),
-    "arguments inside another object": (lambda c: [call(c[0]["name"], arguments=c[0]["arguments"]), *c[1:]], "parameter"),
+    "an argument that nobody asked for": (
+        lambda c: [call(c[0]["name"], **c[0]["arguments"], extra=None), *c[1:]],
+        "parameter",
+    ),
+    "arguments inside another object": (
+        lambda c: [call(c[0]["name"], arguments=c[0]["arguments"]), *c[1:]],
+        "parameter",
+    ),
     "arguments left out": (lambda c: [call(x["name"]) for x in c], "parameter"),
-    "last argument left out": (lambda c: [call(x["name"], **dict(list(x["arguments"].items())[:-1])) for x in c], "parameter"),
-    "parameter renamed": (lambda c: [call(x["name"], **{f"{k}_": v for k, v in x["arguments"].items()}) for x in c], "parameter"),
+    "last argument left out": (
+        lambda c: [call(x["name"], **dict(list(x["arguments"].items())[:-1])) for x in c],
+        "parameter",
+    ),
+    "parameter renamed": (
+        lambda c: [call(x["name"], **{f"{k}_": v for k, v in x["arguments"].items()}) for x in c],
+        "parameter",
+    ),
     "parameter in another case": (
-        lambda c: [call(x["name"], **{k.swapcase(): v for k, v in x["arguments"].items()}) for x in c],
+        lambda c: [
+            call(x["name"], **{k.swapcase(): v for k, v in x["arguments"].items()}) for x in c
+        ],
         "parameter",
     ),
     "value in a list": (_each_value(lambda v: [v]), "parameter"),
     "value is null": (_each_value(lambda v: None), "parameter"),
     "value with a space": (_each_value(lambda v: f"{v} "), "parameter"),
     "value is true": (_each_value(lambda v: True), "parameter"),
-    "number for text, text for number": (_each_value(lambda v: len(v) if isinstance(v, (str, list)) else str(v)), "parameter"),
+    "number for text, text for number": (
+        _each_value(lambda v: len(v) if isinstance(v, (str, list)) else str(v)),
+        "parameter",
+    ),
     "value as JSON text": (_each_value(lambda v: json.dumps(v)), "parameter"),
     "name under another key": (_renamed_key, "format"),
     "name alone": (lambda c: [x["name"] for x in c], "format"),
-    "arguments as JSON text": (lambda c: [{"name": x["name"], "arguments": json.dumps(x["arguments"])} for x in c], "format"),
+    "arguments as JSON text": (
+        lambda c: [{"name": x["name"], "arguments": json.dumps(x["arguments"])} for x in c],
+        "format",
+    ),
     "wrapped once more": (lambda c: {"tool_calls": c}, "format"),
     "Python for JSON": (lambda c: str([call(x["name"], none=None) for x in c]), "format"),
     "cut short": (lambda c: json.dumps(c)[:-1], "format"),
@@ -306,7 +407,11 @@ def test_every_real_row_accepts_its_gold_answer_in_each_form() -> None:
     assert len(found) == 114
     for row in found:
         gold, tools = row["answers"], row["tools"]
-        for text in (calls_text(gold), json.dumps(gold), f"```json\n{json.dumps(gold[::-1], indent=2)}\n```"):
+        for text in (
+            calls_text(gold),
+            json.dumps(gold),
+            f"```json\n{json.dumps(gold[::-1], indent=2)}\n```",
+        ):
             assert verify(gold, tools, text, CREDIT).passed
 
 
@@ -330,11 +435,21 @@ def test_every_real_row_rejects_near_misses(miss: str) -> None:
 def open_rows(tmp_path: Path, found: list[Row], seed: int = 0, **numbers: int) -> Task:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
-    return open_task(recipe.FunctionCalling(name="function_calling", source=str(path), **{"held_out": 1, **numbers}), seed)  # type: ignore[arg-type]
+    return open_task(
+        recipe.FunctionCalling(
+            name="function_calling", source=str(path), **{"held_out": 1, **numbers}
+        ),
+        seed,
+    )  # type: ignore[arg-type]
 
 
 def local(seed: int, **numbers: int) -> Task:
-    return open_task(recipe.FunctionCalling(name="function_calling", source=str(DATA), **{"held_out": 30, **numbers}), seed)  # type: ignore[arg-type]
+    return open_task(
+        recipe.FunctionCalling(
+            name="function_calling", source=str(DATA), **{"held_out": 30, **numbers}
+        ),
+        seed,
+    )  # type: ignore[arg-type]
 
 
 @needs_data
@@ -343,7 +458,9 @@ def test_the_task_over_real_rows() -> None:
     assert (len(task.train), len(task.held_out), task.stop) == (78, 30, ())
     assert task.notes == (f"{DATA}: rows left out because they call a tool that is not offered: 6",)
     assert len(local(0, train=5).train) == 5
-    assert local(0, max_tools=8).notes[1].endswith("they offer more than 8 tools (task.max_tools): 17")
+    assert (
+        local(0, max_tools=8).notes[1].endswith("they offer more than 8 tools (task.max_tools): 17")
+    )
     for problem in (*task.train, *task.held_out):
         assert problem.solution is not None
         assert task.verify(problem, problem.solution).passed
@@ -354,12 +471,16 @@ def test_the_task_over_real_rows() -> None:
 @needs_data
 def test_the_split_is_disjoint_and_a_function_of_the_data_alone() -> None:
     task, other = local(0), local(1)
-    assert (task.train, task.held_out) == (other.train, other.held_out), "runs with different seeds share their held-out set"
+    assert (task.train, task.held_out) == (
+        other.train,
+        other.held_out,
+    ), "runs with different seeds share their held-out set"
     assert len({p.id for p in task.train} | {p.id for p in task.held_out}) == 108
     assert [p.id for p in task.held_out[:9]] == [p.id for p in local(0, held_out=9).held_out]
     at = [int(p.id.rpartition("/")[2]) for p in (*task.held_out, *task.train)]
     assert at != sorted(at), "shuffled: the file's order may mean something"
-    # Rows that another limit leaves out move no other row from one side to the other, but where the border moves.
+    # Rows that another limit leaves out move no other row from one side to the other, but where the
+    # border moves.
     fewer = local(0, max_tools=8, held_out=20)
     assert not {p.id for p in fewer.held_out} & {p.id for p in task.train}
 
@@ -367,7 +488,9 @@ def test_the_split_is_disjoint_and_a_function_of_the_data_alone() -> None:
 def test_the_split_does_not_depend_on_the_order_of_the_rows(tmp_path: Path) -> None:
     found = [{"query": f"q{i}", "tools": [WEATHER], "answers": ROME} for i in range(40)]
     held_out = [p.prompt for p in open_rows(tmp_path, found, held_out=10).held_out]
-    assert [p.prompt for p in open_rows(tmp_path, found[::-1], seed=3, held_out=10).held_out] == held_out
+    assert [
+        p.prompt for p in open_rows(tmp_path, found[::-1], seed=3, held_out=10).held_out
+    ] == held_out
     assert held_out != [f"q{i}" for i in range(10)]
 
 
@@ -393,7 +516,9 @@ def test_a_fault_that_is_none_is_not_shown() -> None:
 
 
 def test_a_demonstration_where_nothing_can_be_spoilt_but_the_form() -> None:
-    shown = demonstrate(Problem("x", "Help!", {"calls": [call("help")], "tools": [{"name": "help"}]}), Random(0))
+    shown = demonstrate(
+        Problem("x", "Help!", {"calls": [call("help")], "tools": [{"name": "help"}]}), Random(0)
+    )
     assert error_kind([call("help")], [], shown.attempt) == "format"
     assert "<tool_call>" in shown.reflection
 
@@ -404,11 +529,16 @@ def test_rows_with_one_query_never_stand_on_both_sides(tmp_path: Path) -> None:
         # Other words put other queries on the held-out side.
         found = [{"query": f"{q} {seed}", "tools": [WEATHER], "answers": ROME} for q in queries]
         task = open_rows(tmp_path, found, held_out=2)
-        held_out, train = ({" ".join(p.prompt.lower().split()) for p in side} for side in (task.held_out, task.train))
+        held_out, train = (
+            {" ".join(p.prompt.lower().split()) for p in side}
+            for side in (task.held_out, task.train)
+        )
         assert len(held_out) == len(task.held_out) == 2
         assert not held_out & train
         left_out = 7 - len(task.train) - 2
-        assert any(note.endswith(f"they ask what a held-out row asks: {left_out}") for note in task.notes) == (left_out > 0)
+        assert any(
+            note.endswith(f"they ask what a held-out row asks: {left_out}") for note in task.notes
+        ) == (left_out > 0)
 
 
 def test_the_hub_schema_holds_json_text(tmp_path: Path) -> None:
@@ -424,7 +554,11 @@ def test_rows_that_cannot_be_learned_are_left_out_and_counted(tmp_path: Path) ->
     bad = [
         {"query": "n", "tools": [WEATHER], "answers": []},
         {"query": "n", "tools": [TRIP], "answers": ROME},
-        {"query": "n", "tools": [WEATHER], "answers": '[{"name": "weather", "arguments": {"city": NaN}}]'},
+        {
+            "query": "n",
+            "tools": [WEATHER],
+            "answers": '[{"name": "weather", "arguments": {"city": NaN}}]',
+        },
         {"query": "\ud800", "tools": [WEATHER], "answers": ROME},
         {"query": "n", "tools": [WEATHER], "answers": [call("weather", city="</tool_call>")]},
     ]
@@ -433,7 +567,10 @@ def test_rows_that_cannot_be_learned_are_left_out_and_counted(tmp_path: Path) ->
         "rows left out because they call a tool that is not offered: 1",
         "rows left out because they call nothing: 1",
         "rows left out because they have an answer that the verifier cannot read: 1",
-        "rows left out because they hold a value that JSON cannot (NaN, an infinity, broken Unicode): 2",
+        (
+            "rows left out because they hold a value that JSON cannot (NaN, an infinity, broken"
+            " Unicode): 2"
+        ),
     ]
     with pytest.raises(UserError, match=r"got 3 usable rows \(5 left out\), expected 4 or more"):
         open_rows(tmp_path, [*good, *bad], held_out=3)
@@ -443,12 +580,27 @@ def test_rows_that_cannot_be_learned_are_left_out_and_counted(tmp_path: Path) ->
     ("row", "said"),
     [
         ({"query": "q", "tools": []}, "no column 'answers'"),
-        ({"query": 3, "tools": [], "answers": []}, "query: got '3', expected the user's request as text"),
+        (
+            {"query": 3, "tools": [], "answers": []},
+            "query: got '3', expected the user's request as text",
+        ),
         ({"query": "q", "tools": "[{", "answers": []}, "tools: not valid JSON"),
-        ({"query": "q", "tools": "{}", "answers": []}, "tools: got '{}', expected a list of objects"),
-        ({"query": "q", "tools": [{"parameters": {}}], "answers": []}, "expected a list of objects that each have a name"),
-        ({"query": "q", "tools": [{"name": "f", "parameters": {"x": "int"}}], "answers": []}, "tool 'f': got parameters {'x': 'int'}"),
-        ({"query": "q", "tools": [], "answers": [{"name": "f"}]}, "answers: got {'name': 'f'}, expected {name, arguments:"),
+        (
+            {"query": "q", "tools": "{}", "answers": []},
+            "tools: got '{}', expected a list of objects",
+        ),
+        (
+            {"query": "q", "tools": [{"parameters": {}}], "answers": []},
+            "expected a list of objects that each have a name",
+        ),
+        (
+            {"query": "q", "tools": [{"name": "f", "parameters": {"x": "int"}}], "answers": []},
+            "tool 'f': got parameters {'x': 'int'}",
+        ),
+        (
+            {"query": "q", "tools": [], "answers": [{"name": "f"}]},
+            "answers: got {'name': 'f'}, expected {name, arguments:",
+        ),
         ({"query": "q", "tools": [], "answers": 7}, "answers: got '7'"),
     ],
 )
@@ -469,13 +621,25 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path: Path, row: Row, sai
         ("dict", {"type": "object"}),
         ("integer", {"type": "integer"}),
         ("List[int]", {"type": "array", "items": {"type": "integer"}}),
-        ("List[List[str]], optional", {"type": "array", "items": {"type": "array", "items": {"type": "string"}}}),
+        (
+            "List[List[str]], optional",
+            {"type": "array", "items": {"type": "array", "items": {"type": "string"}}},
+        ),
         ("Tuple[int, str]", {"type": "array"}),
         ("Tuple[float, ...]", {"type": "array", "items": {"type": "number"}}),
-        ("Dict[str, List[float]]", {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "number"}}}),
+        (
+            "Dict[str, List[float]]",
+            {
+                "type": "object",
+                "additionalProperties": {"type": "array", "items": {"type": "number"}},
+            },
+        ),
         ("Optional[bool]", {"type": "boolean"}),
         ("Union[int, str]", {"anyOf": [{"type": "integer"}, {"type": "string"}]}),
-        ("List[Union[int, float]]", {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "number"}]}}),
+        (
+            "List[Union[int, float]]",
+            {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "number"}]}},
+        ),
         ("Callable[[float], float]", {}),
         ("", {}),
         ("]][,", {}),
@@ -513,14 +677,26 @@ def test_tools_become_json_schema() -> None:
         found: list[str] = tool_schemas([tool])[0]["function"]["parameters"]["required"]
         return found
 
-    assert required({"type": "str"}, {"type": "str, optional"}, {"type": "Optional[int]"}, {"type": "int", "default": None}) == ["p0"]
+    assert required(
+        {"type": "str"},
+        {"type": "str, optional"},
+        {"type": "Optional[int]"},
+        {"type": "int", "default": None},
+    ) == ["p0"]
     # Where a row marks what is required, what it does not mark is not.
-    assert required({"type": "string", "required": True}, {"type": "string"}, {"type": "string", "required": False}) == ["p0"]
+    assert required(
+        {"type": "string", "required": True},
+        {"type": "string"},
+        {"type": "string", "required": False},
+    ) == ["p0"]
 
 
 def test_the_tools_reach_a_model_whose_template_has_no_place_for_them(tmp_path: Path) -> None:
-    # The embedded model's template is such a one; what it is shown is all that it needs for a right call.
-    task = open_rows(tmp_path, [{"query": q, "tools": TOOLS, "answers": ROME} for q in ("Rome?", "And in Rome?")])
+    # The embedded model's template is such a one; what it is shown is all that it needs for a right
+    # call.
+    task = open_rows(
+        tmp_path, [{"query": q, "tools": TOOLS, "answers": ROME} for q in ("Rome?", "And in Rome?")]
+    )
     chat = Chat(byte_tokenizer())
     assert not chat.renders_tools
     said = chat.text(chat.prompt(task.train[0]), special=True)

@@ -21,7 +21,9 @@ from minirl.tasks.maths_rows import options_of
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="no ../shared/data")
-needs_sandbox = pytest.mark.skipif(find_spec("pydantic_monty") is None, reason="pydantic-monty is not installed")
+needs_sandbox = pytest.mark.skipif(
+    find_spec("pydantic_monty") is None, reason="pydantic-monty is not installed"
+)
 
 OPTIONS = "a ) 38 , b ) 27.675 , c ) 1,000 , d ) 5 / 36 , e ) none of these"
 PROGRAM = "def solution():\n    return {}"
@@ -36,7 +38,9 @@ def mathqa(question: str, rationale: str, correct: str, options: str = OPTIONS) 
 
 
 def reft(question: str, value: Any, chain: str | None = None) -> dict[str, Any]:
-    return {"question": question, "answer_value": value} | ({} if chain is None else {"answer_cot": chain})
+    return {"question": question, "answer_value": value} | (
+        {} if chain is None else {"answer_cot": chain}
+    )
 
 
 def saved(folder: Path, rows: list[dict[str, Any]], name: str = "rows.json") -> str:
@@ -45,9 +49,13 @@ def saved(folder: Path, rows: list[dict[str, Any]], name: str = "rows.json") -> 
     return str(path)
 
 
-def opened(kind: type[Gsm8k | Svamp | Mathqa], source: str, test: str | None = None, **fields: Any) -> Task:
+def opened(
+    kind: type[Gsm8k | Svamp | Mathqa], source: str, test: str | None = None, **fields: Any
+) -> Task:
     fields = {"held_out": 1} | fields
-    return open_task(kind(name=kind.__name__.lower(), source=source, test_source=test, **fields), seed=0)
+    return open_task(
+        kind(name=kind.__name__.lower(), source=source, test_source=test, **fields), seed=0
+    )
 
 
 def shown(task: Task, problem: Problem) -> str:
@@ -59,14 +67,26 @@ def shown(task: Task, problem: Problem) -> str:
 
 def test_gsm8k_by_hand(tmp_path: Path) -> None:
     test = saved(tmp_path, [gsm("How many?", "One.\n#### 1")], "test.json")
-    train = saved(tmp_path, [gsm("48 clips, then half?", "She sold 48/2 = <<48/2=24>>24.\nSo 48+24=$<<48+24=72>>1,072.\n#### 1,072")])
+    train = saved(
+        tmp_path,
+        [
+            gsm(
+                "48 clips, then half?",
+                "She sold 48/2 = <<48/2=24>>24.\nSo 48+24=$<<48+24=72>>1,072.\n#### 1,072",
+            )
+        ],
+    )
     task = opened(Gsm8k, train, test)
     assert task.name == "gsm8k"
     assert [p.id for p in (*task.train, *task.held_out)] == ["gsm8k/train/1", "gsm8k/test/1"]
     problem = task.train[0]
     assert problem.prompt == f"48 clips, then half?\n\n{ASK_NUMBER}"
     assert problem.answer == {"value": "1072"}
-    assert shown(task, problem) == problem.solution == "She sold 48/2 = 24.\nSo 48+24=$1,072.\nThe answer is 1,072."
+    assert (
+        shown(task, problem)
+        == problem.solution
+        == "She sold 48/2 = 24.\nSo 48+24=$1,072.\nThe answer is 1,072."
+    )
     assert task.verify(problem, shown(task, problem)).score == 1.0
     assert task.verify(problem, "The answer is 1071.").score == 0.1
     assert task.verify(problem, "I do not know.").score == 0.0
@@ -81,7 +101,12 @@ def test_svamp_by_hand(tmp_path: Path) -> None:
         reft("How many more?", 5, "It is so. The answer is 5 more."),
         reft("Is it wrong?", "8.93", "Rounded up.\n\nTherefore, the answer is <9>."),
     ]
-    body = {"ID": "1", "Body": "Each pack costs 76 dollars", "Question": "How much is one?", "Answer": 51.0}
+    body = {
+        "ID": "1",
+        "Body": "Each pack costs 76 dollars",
+        "Question": "How much is one?",
+        "Answer": 51.0,
+    }
     task = opened(Svamp, saved(tmp_path, rows), saved(tmp_path, [body], "test.json"))
     found = {p.prompt.partition("\n")[0]: (p.answer["value"], p.solution) for p in task.train}
     assert found == {
@@ -90,11 +115,19 @@ def test_svamp_by_hand(tmp_path: Path) -> None:
         "Which share?": ("0.6666666666666666", "2 of 3.\nThe answer is 0.67."),
         "How many more?": ("5", "It is so. The answer is 5 more."),
     }
-    assert task.notes == ("svamp: rows left out because they have a chain that ends in another answer: 1",)
-    assert task.held_out[0].prompt == f"Each pack costs 76 dollars. How much is one?\n\n{ASK_NUMBER}"
+    assert task.notes == (
+        "svamp: rows left out because they have a chain that ends in another answer: 1",
+    )
+    assert (
+        task.held_out[0].prompt == f"Each pack costs 76 dollars. How much is one?\n\n{ASK_NUMBER}"
+    )
     assert task.held_out[0].answer == {"value": "51"}
     with pytest.raises(
-        UserError, match=r"svamp/test/1: .*rows.json has no chain to show for task.chain 'prose'; give a task.source with chains"
+        UserError,
+        match=(
+            r"svamp/test/1: .*rows.json has no chain to show for task.chain 'prose'; give a"
+            r" task.source with chains"
+        ),
     ):
         shown(task, task.held_out[0])
 
@@ -122,26 +155,46 @@ def test_mathqa_by_hand(tmp_path: Path) -> None:
         "why not ?": ("e", "no idea\nThe answer is (e)."),
     }
     reasons = ("have a chain that ends in another answer", "have no chain, unlike the others")
-    assert task.notes == tuple(f"mathqa: rows left out because they {reason}: 1" for reason in reasons)
+    assert task.notes == tuple(
+        f"mathqa: rows left out because they {reason}: 1" for reason in reasons
+    )
     problem = task.held_out[0]
     listed = "(a) 38\n(b) 27.675\n(c) 1,000\n(d) 5 / 36\n(e) none of these"
     assert problem.prompt == f"what profit ?\n{listed}\n\n{ASK_LETTER}"
-    assert problem.answer == {"letter": "a", "options": ["38", "27.675", "1,000", "5 / 36", "none of these"]}
+    assert problem.answer == {
+        "letter": "a",
+        "options": ["38", "27.675", "1,000", "5 / 36", "none of these"],
+    }
     verdict = task.verify(problem, "It is 1000.\nThe answer is (a).")
-    assert (verdict.score, verdict.parts) == (1.0, {"error_kind": None, "answer": "a", "value_agrees": False, "lucky": True})
+    assert (verdict.score, verdict.parts) == (
+        1.0,
+        {"error_kind": None, "answer": "a", "value_agrees": False, "lucky": True},
+    )
     assert task.verify(problem, "It is 1000.\nThe answer is (c).").score == 0.1
 
 
 def test_mathqa_as_numbers(tmp_path: Path) -> None:
-    rows = [reft("what profit ?", "38.0"), reft(f"what loss ?\n{OPTIONS}", "D"), reft(f"what else ?\n{OPTIONS}", "e")]
-    task = opened(Mathqa, saved(tmp_path, MATHQA), saved(tmp_path, rows, "test.json"), numeric=True, held_out=9)
+    rows = [
+        reft("what profit ?", "38.0"),
+        reft(f"what loss ?\n{OPTIONS}", "D"),
+        reft(f"what else ?\n{OPTIONS}", "e"),
+    ]
+    task = opened(
+        Mathqa,
+        saved(tmp_path, MATHQA),
+        saved(tmp_path, rows, "test.json"),
+        numeric=True,
+        held_out=9,
+    )
     found = {p.prompt.partition("\n")[0]: (p.answer["value"], p.solution) for p in task.train}
     assert found == {
         "how many ?": ("1000", "5 * 200 = 1000\nThe answer is 1000."),
         "what chance ?": ("0.1388888888888889", "so 5 / 36\nThe answer is 5/36."),
         "what rate ?": ("27.675", "it is 27.675\nThe answer is 27.675."),
     }
-    assert "mathqa: rows left out because they have no number as their right option: 3" in task.notes
+    assert (
+        "mathqa: rows left out because they have no number as their right option: 3" in task.notes
+    )
     assert {p.prompt: p.answer["value"] for p in task.held_out} == {
         f"what profit ?\n\n{ASK_NUMBER}": "38",
         f"what loss ?\n\n{ASK_NUMBER}": "0.1388888888888889",
@@ -150,12 +203,18 @@ def test_mathqa_as_numbers(tmp_path: Path) -> None:
 
 @needs_sandbox
 def test_programs_by_hand(tmp_path: Path) -> None:
-    rows = [reft("Four?", "4.0", PROGRAM.format("2 + 2")), reft("Five?", 5, PROGRAM.format("6")), reft("Six?", 6, "The answer is 6.")]
+    rows = [
+        reft("Four?", "4.0", PROGRAM.format("2 + 2")),
+        reft("Five?", 5, PROGRAM.format("6")),
+        reft("Six?", 6, "The answer is 6."),
+    ]
     rows += [reft("Seven?", 7, PROGRAM.format("open('/etc/passwd')"))]
     test = saved(tmp_path, [reft("Eight?", 8)], "test.json")
     for kind in (Svamp, Gsm8k):
         task = opened(kind, saved(tmp_path, rows), test, chain="program")
-        assert [(p.prompt, p.answer) for p in task.train] == [(f"Four?\n\n{ASK_PROGRAM}", {"value": "4"})]
+        assert [(p.prompt, p.answer) for p in task.train] == [
+            (f"Four?\n\n{ASK_PROGRAM}", {"value": "4"})
+        ]
         assert shown(task, task.train[0]) == "def solution():\n    return 2 + 2"
         assert sorted(note.partition("they ")[2] for note in task.notes) == [
             "have a chain that ends in another answer: 2",
@@ -168,9 +227,13 @@ def test_programs_by_hand(tmp_path: Path) -> None:
 
 @needs_sandbox
 def test_mathqa_programs_return_a_letter(tmp_path: Path) -> None:
-    """ReFT's P-CoT of multiple choice. Catches: a letter beside a number, the prose prompt, the option's value taken for its letter."""
+    """ReFT's P-CoT of multiple choice. Catches: a letter beside a number, the prose prompt, the
+    option's value taken for its letter."""
     rows = [reft(f"How many?\n{OPTIONS}", "C", PROGRAM.format("'c' if 5 * 200 == 1000 else 'e'"))]
-    rows += [reft(f"What else?\n{OPTIONS}", "a", PROGRAM.format("38")), reft(f"And then?\n{OPTIONS}", "a", "It is 38.")]
+    rows += [
+        reft(f"What else?\n{OPTIONS}", "a", PROGRAM.format("38")),
+        reft(f"And then?\n{OPTIONS}", "a", "It is 38."),
+    ]
     test = saved(tmp_path, [reft(f"What profit?\n{OPTIONS}", "b")], "test.json")
     task = opened(Mathqa, saved(tmp_path, rows), test, chain="program")
     listed = "(a) 38\n(b) 27.675\n(c) 1,000\n(d) 5 / 36\n(e) none of these"
@@ -178,20 +241,31 @@ def test_mathqa_programs_return_a_letter(tmp_path: Path) -> None:
     assert problem.prompt == f"How many?\n{listed}\n\n{ASK_LETTER_PROGRAM}"
     assert task.verify(problem, shown(task, problem)).parts == {"error_kind": None, "answer": "c"}
     (held_out,) = task.held_out
-    assert [task.verify(held_out, PROGRAM.format(found)).score for found in ("'(B)'", "'c'", "27.675")] == [1.0, 0.1, 0.0]
+    assert [
+        task.verify(held_out, PROGRAM.format(found)).score for found in ("'(B)'", "'c'", "27.675")
+    ] == [1.0, 0.1, 0.0]
 
 
 @needs_sandbox
 def test_docstrings_are_left_out_where_the_recipe_says_so(tmp_path: Path) -> None:
     text = 'def solution():\n    """{}"""\n    return {}'
-    rows = [reft("Four?", 4, text.format("Four?", "len('''four''')")), reft("Five?", 5, text.format("Five?\n\n    And why?\n    ", "5"))]
+    rows = [
+        reft("Four?", 4, text.format("Four?", "len('''four''')")),
+        reft("Five?", 5, text.format("Five?\n\n    And why?\n    ", "5")),
+    ]
     rows += [
         reft("Six?", 6, "def solution():\n    return 6"),
         reft("Seven?", 7, 'def solution():\n    x = """no docstring"""\n    return 7'),
     ]
     found = {}
     for docstring in (True, False):
-        task = opened(Svamp, saved(tmp_path, rows), saved(tmp_path, [reft("Q?", 8)], "test.json"), chain="program", docstring=docstring)
+        task = opened(
+            Svamp,
+            saved(tmp_path, rows),
+            saved(tmp_path, [reft("Q?", 8)], "test.json"),
+            chain="program",
+            docstring=docstring,
+        )
         found[docstring] = {p.prompt.partition("\n")[0]: p.solution for p in task.train}
     assert found[True] == {row["question"]: row["answer_cot"] for row in rows}
     assert found[False] == {
@@ -208,7 +282,11 @@ def test_gsm8k_itself_has_no_programs_to_show(tmp_path: Path) -> None:
     task = opened(Gsm8k, saved(tmp_path, rows), chain="program")
     assert len(task.train) == 2
     with pytest.raises(
-        UserError, match=r"no chain to show for task.chain 'program'; give a task.source with Python programs .*`answer_cot`"
+        UserError,
+        match=(
+            r"no chain to show for task.chain 'program'; give a task.source with Python programs"
+            r" .*`answer_cot`"
+        ),
     ):
         shown(task, task.train[0])
     assert task.verify(task.train[0], PROGRAM.format(task.train[0].answer["value"])).passed
@@ -219,7 +297,11 @@ def test_limits_and_credit_are_the_recipe_s(tmp_path: Path) -> None:
     task = opened(Gsm8k, rows, tolerance=1.0, credit=MathsCredit(wrong_answer=0.5, no_answer=0.25))
     problem = task.train[0]
     gold = int(problem.answer["value"])
-    assert [task.verify(problem, f"#### {gold + more}").score for more in (0, 1, 2)] == [1.0, 1.0, 0.5]
+    assert [task.verify(problem, f"#### {gold + more}").score for more in (0, 1, 2)] == [
+        1.0,
+        1.0,
+        0.5,
+    ]
     assert task.verify(problem, "").score == 0.25
 
 
@@ -229,7 +311,11 @@ def test_tolerance_and_limits_reach_the_sandbox(tmp_path: Path) -> None:
     # Far longer than 0.1 s: CPU time is counted in hundredths of a second.
     slow = "def solution():\n    for n in range(20_000_000):\n        pass\n    return 8.5"
     kinds = []
-    for limits, tolerance in (({"time_s": 0.1}, 2.0), ({"time_s": 30.0}, 2.0), ({"time_s": 30.0}, 1.0)):
+    for limits, tolerance in (
+        ({"time_s": 0.1}, 2.0),
+        ({"time_s": 30.0}, 2.0),
+        ({"time_s": 30.0}, 1.0),
+    ):
         task = opened(Gsm8k, rows, chain="program", limits=limits, tolerance=tolerance)
         kinds.append(task.verify(task.train[0], slow).parts["error_kind"])
     assert kinds == ["timeout", None, "wrong_answer"]
@@ -250,7 +336,11 @@ def test_symbolic_answers_only_where_the_recipe_says_so(tmp_path: Path) -> None:
         (Mathqa, {"symbolic": True}, "symbolic: got true, but the answer is a letter"),
         (Svamp, {"symbolic": True, "chain": "program"}, "symbolic: got true with chain 'program'"),
         (Gsm8k, {"numeric": True}, "unknown key 'numeric'"),
-        (Gsm8k, {"credit": {"wrong": 0.1}}, "unknown key 'wrong'; the nearest known key is 'wrong_answer'"),
+        (
+            Gsm8k,
+            {"credit": {"wrong": 0.1}},
+            "unknown key 'wrong'; the nearest known key is 'wrong_answer'",
+        ),
         (Gsm8k, {"credit": {"wrong_answer": 1.5}}, "less than or equal to 1"),
         (Gsm8k, {"tolerance": -1}, "greater than or equal to 0"),
     ],
@@ -284,8 +374,12 @@ def test_recipes_that_cannot_be(kind: type[Gsm8k], fields: dict[str, Any], said:
         (Mathqa, reft("no options", "a"), "or set task.numeric=true for data without options"),
     ],
 )  # fmt: skip
-def test_a_malformed_row_is_named(tmp_path: Path, kind: type[Gsm8k], row: dict[str, Any], said: str) -> None:
-    good = {Gsm8k: gsm("fine", "#### 1"), Svamp: reft("fine", 1), Mathqa: mathqa("fine", "r", "a")}[kind]
+def test_a_malformed_row_is_named(
+    tmp_path: Path, kind: type[Gsm8k], row: dict[str, Any], said: str
+) -> None:
+    good = {Gsm8k: gsm("fine", "#### 1"), Svamp: reft("fine", 1), Mathqa: mathqa("fine", "r", "a")}[
+        kind
+    ]
     source = saved(tmp_path, [good, row])
     with pytest.raises(UserError) as caught:
         opened(kind, source)
@@ -295,9 +389,18 @@ def test_a_malformed_row_is_named(tmp_path: Path, kind: type[Gsm8k], row: dict[s
 
 def test_too_few_rows_and_missing_files(tmp_path: Path) -> None:
     source = saved(tmp_path, [reft(f"q{n}", n) for n in range(3)])
-    with pytest.raises(UserError, match=r"got 0 training rows and 3 held-out questions .*, expected at least 1 and 3; give more data"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"got 0 training rows and 3 held-out questions .*, expected at least 1 and 3; give more"
+            r" data"
+        ),
+    ):
         opened(Svamp, source, held_out=3)
-    with pytest.raises(UserError, match=r"got 0 training rows and 3 held-out questions .*, expected at least 1 and 4"):
+    with pytest.raises(
+        UserError,
+        match=r"got 0 training rows and 3 held-out questions .*, expected at least 1 and 4",
+    ):
         opened(Svamp, source, held_out=4)
     with pytest.raises(UserError, match=r"--set task.test_source=PATH"):
         opened(Svamp, source, str(tmp_path / "none.json"))
@@ -309,32 +412,48 @@ def test_one_source_is_divided_by_questions(tmp_path: Path) -> None:
     rows = [reft(f"What is {n} + {n % 7}?", n + n % 7) for n in range(60)]
     again = [reft(f"what  IS {n} + {n % 7} ?", n + n % 7) for n in range(60)]
     task = opened(Svamp, saved(tmp_path, rows + again), held_out=20)
-    asked = [{"".join(p.prompt.casefold().split()) for p in part} for part in (task.train, task.held_out)]
+    asked = [
+        {"".join(p.prompt.casefold().split()) for p in part} for part in (task.train, task.held_out)
+    ]
     assert len(task.held_out) == len(asked[1]) == 20
     assert len(task.train) == 2 * 40
     assert asked[0].isdisjoint(asked[1])
     assert task.notes == ("svamp: rows left out because they ask what a held-out row asks: 20",)
-    # A question more or less moves no other to the other side, and the order of the rows does not matter.
+    # A question more or less moves no other to the other side, and the order of the rows does not
+    # matter.
     fewer = opened(Svamp, saved(tmp_path, rows[::-1][1:]), held_out=20, train=7)
     assert len(fewer.train) == 7
     assert {p.prompt for p in fewer.train}.isdisjoint(p.prompt for p in task.held_out)
 
 
 def test_a_test_file_is_held_out_and_never_trained_on(tmp_path: Path) -> None:
-    test = saved(tmp_path, [reft("What is 3 + 4?", 7), reft("What is 3 + 4?", 7), reft("What is 5?", 5)], "test.json")
-    train = saved(tmp_path, [reft("what is 3 + 4 ?", 7), reft("What is 3 - 4?", -1), reft("What is 6?", 6)])
+    test = saved(
+        tmp_path,
+        [reft("What is 3 + 4?", 7), reft("What is 3 + 4?", 7), reft("What is 5?", 5)],
+        "test.json",
+    )
+    train = saved(
+        tmp_path, [reft("what is 3 + 4 ?", 7), reft("What is 3 - 4?", -1), reft("What is 6?", 6)]
+    )
     task = opened(Svamp, train, test, held_out=50)
     assert len(task.held_out) == 3
-    assert sorted(p.prompt.partition("\n")[0] for p in task.train) == ["What is 3 - 4?", "What is 6?"]
+    assert sorted(p.prompt.partition("\n")[0] for p in task.train) == [
+        "What is 3 - 4?",
+        "What is 6?",
+    ]
     assert len(opened(Svamp, train, test, held_out=1).held_out) == 1
 
 
 def test_a_hub_source_has_its_own_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
 
-    def read_rows(source: str, columns: tuple[str, ...], split: str, *, setting: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def read_rows(
+        source: str, columns: tuple[str, ...], split: str, *, setting: str
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         asked.append((source, split))
-        return ((f"{source} ({split}), row {n}", gsm(f"{split} {n}?", f"#### {n}")) for n in range(4))
+        return (
+            (f"{source} ({split}), row {n}", gsm(f"{split} {n}?", f"#### {n}")) for n in range(4)
+        )
 
     monkeypatch.setattr("minirl.tasks.maths.read_rows", read_rows)
     task = open_task(Gsm8k(name="gsm8k"), seed=0)
@@ -350,7 +469,10 @@ def test_a_hub_source_has_its_own_test_split(monkeypatch: pytest.MonkeyPatch) ->
     ("text", "options"),
     [
         (OPTIONS, ("38", "27.675", "1,000", "5 / 36", "none of these")),
-        ("['a ) 23', 'b ) 2 , 1', 'c ) 20', 'd ) 26', 'e ) 27 cm']", ("23", "2 , 1", "20", "26", "27 cm")),
+        (
+            "['a ) 23', 'b ) 2 , 1', 'c ) 20', 'd ) 26', 'e ) 27 cm']",
+            ("23", "2 , 1", "20", "26", "27 cm"),
+        ),
         ("a ) a ) 2 , b ) b ) 3 , c ) c ) 4 , d ) d ) 5 , e ) e ) 6", ("2", "3", "4", "5", "6")),
         ("a)1,b)2,c)3,d)4,e)5", ("1", "2", "3", "4", "5")),
         ("a ) 1 , c ) 2 , b ) 3 , d ) 4 , e ) 5", None),
@@ -364,7 +486,10 @@ def test_options(text: str, options: tuple[str, ...] | None) -> None:
 
 def real(kind: type[Gsm8k | Svamp | Mathqa], source: str, test: str, **fields: Any) -> Task:
     task = opened(kind, str(DATA / source), str(DATA / test), held_out=2000, **fields)
-    asked = [{" ".join(p.prompt.casefold().split()) for p in part} for part in (task.train, task.held_out)]
+    asked = [
+        {" ".join(p.prompt.casefold().split()) for p in part}
+        for part in (task.train, task.held_out)
+    ]
     assert asked[0].isdisjoint(asked[1])
     ids = [p.id for p in (*task.train, *task.held_out)]
     assert len(set(ids)) == len(ids)
@@ -375,21 +500,31 @@ def real(kind: type[Gsm8k | Svamp | Mathqa], source: str, test: str, **fields: A
 def test_real_gsm8k() -> None:
     task = real(Gsm8k, "gsm8k/train.jsonl", "gsm8k/test.jsonl")
     assert (len(task.train), len(task.held_out), task.notes) == (7473, 1319, ())
-    assert all(p.solution and "<<" not in p.solution and "####" not in p.solution for p in task.train)
+    assert all(
+        p.solution and "<<" not in p.solution and "####" not in p.solution for p in task.train
+    )
 
 
 @needs_data
 def test_real_svamp() -> None:
     task = real(Svamp, "svamp/train_ncot.json", "svamp/test.json")
     assert (len(task.train), len(task.held_out)) == (3074, 1000)
-    assert task.notes == ("svamp: rows left out because they have a chain that ends in another answer: 2",)
-    # Both are the data's: svamp_929 rounds 134 / 15 = 8.93 up to whole lorries where 8.93 is gold, svamp_2000 gets 69.32 % for 69.36 %.
+    assert task.notes == (
+        "svamp: rows left out because they have a chain that ends in another answer: 2",
+    )
+    # Both are the data's: svamp_929 rounds 134 / 15 = 8.93 up to whole lorries where 8.93 is gold,
+    # svamp_2000 gets 69.32 % for 69.36 %.
     shown = {p.prompt.partition("\n")[0] for p in task.train}
     left_out = [
-        r["item_id"] for r in json.loads((DATA / "svamp/train_ncot.json").read_text()) if r["question"].partition("\n")[0] not in shown
+        r["item_id"]
+        for r in json.loads((DATA / "svamp/train_ncot.json").read_text())
+        if r["question"].partition("\n")[0] not in shown
     ]
     assert left_out == ["svamp_929", "svamp_2000"]
-    assert all(p.solution and p.solution.rpartition("\n")[2].startswith("The answer is ") for p in task.train)
+    assert all(
+        p.solution and p.solution.rpartition("\n")[2].startswith("The answer is ")
+        for p in task.train
+    )
 
 
 @needs_data
@@ -403,7 +538,10 @@ def test_real_svamp_programs() -> None:
 @needs_data
 def test_real_mathqa_letters() -> None:
     task = real(Mathqa, "mathqa/dev.json", "mathqa/test.json")
-    assert (len(task.train), len(task.held_out)) == (4456, 1605)  # that every chain passes is checked as it opens
+    assert (len(task.train), len(task.held_out)) == (
+        4456,
+        1605,
+    )  # that every chain passes is checked as it opens
     train = task.train[:1000]
     verdicts = [task.verify(p, p.solution or "") for p in train]
     assert all(verdict.passed for verdict in verdicts)
@@ -411,7 +549,12 @@ def test_real_mathqa_letters() -> None:
     assert len(agrees) > 900
     assert sum(map(bool, agrees)) / len(agrees) > 0.88
     # The same chains with another letter: a lucky letter would stand out.
-    others = [task.verify(p, (p.solution or "")[:-3] + "abcdea"["abcde".index(p.answer["letter"]) + 1] + ").") for p in train]
+    others = [
+        task.verify(
+            p, (p.solution or "")[:-3] + "abcdea"["abcde".index(p.answer["letter"]) + 1] + ")."
+        )
+        for p in train
+    ]
     wrong = [v.parts["value_agrees"] for v in others if v.parts["value_agrees"] is not None]
     assert sum(map(bool, wrong)) / len(wrong) < 0.03
 
@@ -420,8 +563,12 @@ def test_real_mathqa_letters() -> None:
 def test_real_mathqa_numbers() -> None:
     task = real(Mathqa, "mathqa/dev.json", "mathqa/test_numeric.json", numeric=True, train=500)
     assert (len(task.train), len(task.held_out)) == (500, 1605)
-    assert all(task.verify(p, f"The answer is {p.answer['value']}.").passed for p in (*task.train, *task.held_out))
-    # The published numeric test against the options of the lettered one: seven of its golds lost their sign or what follows a comma.
+    assert all(
+        task.verify(p, f"The answer is {p.answer['value']}.").passed
+        for p in (*task.train, *task.held_out)
+    )
+    # The published numeric test against the options of the lettered one: seven of its golds lost
+    # their sign or what follows a comma.
     lettered = real(Mathqa, "mathqa/dev.json", "mathqa/test.json", numeric=True, train=1)
     values = {p.prompt: p.answer["value"] for p in lettered.held_out}
     known = [p for p in task.held_out if p.prompt in values]

@@ -1,4 +1,5 @@
-"""The calculator: exact values of free text, near misses that are refused, bounded on anything at all."""
+"""The calculator: exact values of free text, near misses that are refused, bounded on anything at
+all."""
 
 from __future__ import annotations
 
@@ -99,15 +100,78 @@ def test_values(text: str, value: str) -> None:
 
 
 NEAR_MISSES = [
-    *("1,23", "12,34,567", "1, 234", "1 000", "1.2.3", "1..2", "2 3", "2 pounds 3 ounces", "10 1/0", "10 4/2"),
-    *("7 % 3", "7 mod 3", "5!", "sqrt(16)", "2^0.5", "9^9^9", "2^65", "4//2", "3 << 2", "1 if 2 else 3"),
-    *("2x + 3", "2a + 3b", "x", "n0", "pi * 2", "5 squared", "twice 4", "3 hundred twenty", "half of 4", "one + 2"),
+    *(
+        "1,23",
+        "12,34,567",
+        "1, 234",
+        "1 000",
+        "1.2.3",
+        "1..2",
+        "2 3",
+        "2 pounds 3 ounces",
+        "10 1/0",
+        "10 4/2",
+    ),
+    *(
+        "7 % 3",
+        "7 mod 3",
+        "5!",
+        "sqrt(16)",
+        "2^0.5",
+        "9^9^9",
+        "2^65",
+        "4//2",
+        "3 << 2",
+        "1 if 2 else 3",
+    ),
+    *(
+        "2x + 3",
+        "2a + 3b",
+        "x",
+        "n0",
+        "pi * 2",
+        "5 squared",
+        "twice 4",
+        "3 hundred twenty",
+        "half of 4",
+        "one + 2",
+    ),
     *("12 and 13", "5 or 6", "12 - ", "* 3", "(2", "2)", "()", "+", "5 5", "1e999"),
-    *("1/2 million", "1 over 2 dozen", "100 / (1 + 1) million", "100/5k", "$5/dozen", "5 eggs/dozen", "0.5½", "½½", "2^½"),
-    *("100 / people", "2 * 120 / friends", "$100 / people", "(4 + 2)/people", "2M / 4", "2 mil", "3b", "50 percentage of 2"),
+    *(
+        "1/2 million",
+        "1 over 2 dozen",
+        "100 / (1 + 1) million",
+        "100/5k",
+        "$5/dozen",
+        "5 eggs/dozen",
+        "0.5½",
+        "½½",
+        "2^½",
+    ),
+    *(
+        "100 / people",
+        "2 * 120 / friends",
+        "$100 / people",
+        "(4 + 2)/people",
+        "2M / 4",
+        "2 mil",
+        "3b",
+        "50 percentage of 2",
+    ),
     *("5²", "2*10³", "2π * 5", "2 fifths of 100", "1 tenth of 50", "3 hundredths"),
     *("100 - 20%", "80 + 25 percent", "(50 + 50) - 20%", "2 * 100 + 10%"),
-    *("10:30 - 9:15", "__import__('os')", "(1).real", "5 more than 3", "0x10", "1_000", "five", "$", "%", "1;2"),
+    *(
+        "10:30 - 9:15",
+        "__import__('os')",
+        "(1).real",
+        "5 more than 3",
+        "0x10",
+        "1_000",
+        "five",
+        "$",
+        "%",
+        "1;2",
+    ),
 ]
 
 
@@ -144,11 +208,17 @@ def test_large_inputs_end_at_once(text: str) -> None:
 
 Node = tuple[str, Any]
 LEAVES = st.decimals(0, 10_000, places=2, allow_nan=False, allow_infinity=False)
-TREES = st.recursive(LEAVES, lambda inner: st.tuples(inner, st.sampled_from("+-*/"), inner), max_leaves=12)
+TREES = st.recursive(
+    LEAVES, lambda inner: st.tuples(inner, st.sampled_from("+-*/"), inner), max_leaves=12
+)
 
 
 def spoken(tree: Any) -> str:
-    return f"({spoken(tree[0])} {tree[1]} {spoken(tree[2])})" if isinstance(tree, tuple) else f"{tree:,f}"
+    return (
+        f"({spoken(tree[0])} {tree[1]} {spoken(tree[2])})"
+        if isinstance(tree, tuple)
+        else f"{tree:,f}"
+    )
 
 
 def valued(tree: Any) -> Fraction:
@@ -176,12 +246,18 @@ def test_values_are_exact(tree: Any) -> None:
 def test_what_is_written_is_the_value_to_six_digits(value: Fraction) -> None:
     said = written(value)
     exact = Fraction(said.removesuffix("..."))
-    assert exact == value if not said.endswith("...") else abs(exact - value) <= max(Fraction(1, 10**6), 0) / 2 + abs(value) / 10**6
+    assert (
+        exact == value
+        if not said.endswith("...")
+        else abs(exact - value) <= max(Fraction(1, 10**6), 0) / 2 + abs(value) / 10**6
+    )
     assert evaluate(said) == exact
 
 
 @settings(max_examples=300)
-@given(st.one_of(st.text(max_size=80), st.text(alphabet="0123456789.,+-*/^()%$= xkefo", max_size=60)))
+@given(
+    st.one_of(st.text(max_size=80), st.text(alphabet="0123456789.,+-*/^()%$= xkefo", max_size=60))
+)
 def test_total_and_pure(text: str) -> None:
     said = reply(text)
     assert said == reply(text)
@@ -190,18 +266,27 @@ def test_total_and_pure(text: str) -> None:
 
 def test_marks_of_gsm8k_are_calls() -> None:
     solution = "She sold 48/2 = <<48/2=24>>24 clips.\nIn all 48+24 = $<<48+24=72>>72.\n#### 72"
-    assert read(solution) == Chain((Call("She sold 48/2", "48/2"), Call("24 clips.\nIn all 48+24", "48+24")), "72.", "72")
+    assert read(solution) == Chain(
+        (Call("She sold 48/2", "48/2"), Call("24 clips.\nIn all 48+24", "48+24")), "72.", "72"
+    )
     assert confirmed(solution)
     assert not confirmed(solution.replace("=24>>", "=25>>"))
     assert not confirmed("No calls. #### 3")
-    assert read("p = <<14=14>>14 of 2+1=<<2+1=3>>3.\n#### 3") == Chain((Call("p = 14 of 2+1", "2+1"),), "3.", "3")
+    assert read("p = <<14=14>>14 of 2+1=<<2+1=3>>3.\n#### 3") == Chain(
+        (Call("p = 14 of 2+1", "2+1"),), "3.", "3"
+    )
     assert not confirmed("p = <<14=14>>14.\n#### 14")
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="no ../shared/data")
 def test_the_marks_of_gsm8k_are_reproduced() -> None:
-    """Catches: a rule against ambiguity that refuses what people write. The two that are left divide by `//`."""
-    rows = [json.loads(line) for name in ("train", "test") for line in (GSM8K / f"{name}.jsonl").read_text().splitlines()]
+    """Catches: a rule against ambiguity that refuses what people write. The two that are left
+    divide by `//`."""
+    rows = [
+        json.loads(line)
+        for name in ("train", "test")
+        for line in (GSM8K / f"{name}.jsonl").read_text().splitlines()
+    ]
     marks = [mark for row in rows for mark in _MARK.finditer(row["answer"])]
     wrong = [mark["expression"] for mark in marks if not _agrees(mark["expression"], mark["value"])]
     assert (len(marks), sorted(wrong)) == (27_998, ["180//3", "560//10"])

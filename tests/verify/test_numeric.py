@@ -1,4 +1,5 @@
-"""The numeric verifier: by hand, against near misses and hostile text, and on every gold answer of GSM8K and SVAMP."""
+"""The numeric verifier: by hand, against near misses and hostile text, and on every gold answer of
+GSM8K and SVAMP."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ from minirl.verify.symbolic import Symbolic, to_latex
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="no ../shared/data")
-needs_math_verify = pytest.mark.skipif(find_spec("math_verify") is None, reason="math-verify is not installed")
+needs_math_verify = pytest.mark.skipif(
+    find_spec("math_verify") is None, reason="math-verify is not installed"
+)
 CREDIT = MathsCredit(wrong_answer=0.25, no_answer=0.125)
 
 
@@ -51,8 +54,26 @@ USD 5 ¦ Rs. 5 ¦ rs . 5 ¦ 5 dollars per day at the farmers' market. ¦ 5 rs ¦
 0.5E+1 ¦ 0.5 x 10^1 ¦ 50 × 10^-1 ¦ 0.05*10**2 ¦ 2 + 3 = 5 ¦ x = 5 ¦ x = 2 + 3 = 5. ¦ = 5 ¦ 1,000 / 200 = 5 ¦ 5% ¦ 500% ¦
 5 percent
 """)
-FIVE += [" 5 ", "5\u200b", "\xa05\u202f.", ":\n\n5", '"5"', "\\$5", "\\frac{10}{2}", "$\\dfrac{10}{2}$", "\\(5\\)", "\\text{5}"]
-FIVE += ["50 \\times 10^{-1}", "5\\%", "\\boxed{5}", "$\\boxed{5}$.", "\\boxed{ 5 \\text{ apples}}", "\\boxed{\\$5}"]
+FIVE += [
+    " 5 ",
+    "5\u200b",
+    "\xa05\u202f.",
+    ":\n\n5",
+    '"5"',
+    "\\$5",
+    "\\frac{10}{2}",
+    "$\\dfrac{10}{2}$",
+    "\\(5\\)",
+    "\\text{5}",
+]
+FIVE += [
+    "50 \\times 10^{-1}",
+    "5\\%",
+    "\\boxed{5}",
+    "$\\boxed{5}$.",
+    "\\boxed{ 5 \\text{ apples}}",
+    "\\boxed{\\$5}",
+]
 FIVE += ["\\fbox{5}", "\\boxed{\\frac{10}{2}}", "therefore \\boxed{5}"]
 
 NOT_FIVE = listed("""
@@ -73,14 +94,31 @@ NO_NUMBER = listed("""
 5 ≠ 6 ¦ x = 5 or x = 6 ¦ x = 5, y = 6 ¦ x = 5 and y = 6 ¦ 5, 6 = 6 ¦ 5:30 ¦ 5.5.5 ¦ 5,5 ¦ 1,23 ¦ 0,005 ¦ 12/5/2020 ¦ 0x5 ¦
 ٥ ¦ ５ ¦ ⑤ ¦ 5 7/3 ¦ 5 / 6 / 7 ¦ the number 5 ¦ that she has 5 ¦ 1e9999
 """)
-NO_NUMBER += ["", "5\\pi", "5\\sqrt{2}", "\\boxed{5", "\\boxed{}", "\\boxed{5, 6}", "\\boxed{5} or 6", "\\boxed{5} or \\boxed{6}"]
+NO_NUMBER += [
+    "",
+    "5\\pi",
+    "5\\sqrt{2}",
+    "\\boxed{5",
+    "\\boxed{}",
+    "\\boxed{5, 6}",
+    "\\boxed{5} or 6",
+    "\\boxed{5} or \\boxed{6}",
+]
 NO_NUMBER += ["not \\boxed{5}", "\\boxed{x=5, y=6}", "\\boxed{5 or 6}"]
 
 
 def test_a_scale_is_no_number_where_words_go_on() -> None:
     for gold in ("5", "500", "520"):
-        assert kind(gold, says("5 hundred twenty")) == kind(gold, says("5 hundred, twenty")) == "no_answer"
-    assert kind("500", says("5 hundred apples")) == kind("500", says("5 hundred, because two are gone")) is None
+        assert (
+            kind(gold, says("5 hundred twenty"))
+            == kind(gold, says("5 hundred, twenty"))
+            == "no_answer"
+        )
+    assert (
+        kind("500", says("5 hundred apples"))
+        == kind("500", says("5 hundred, because two are gone"))
+        is None
+    )
 
 
 @pytest.mark.parametrize("statement", FIVE)
@@ -324,8 +362,30 @@ PIECES = [
     "$",
     "<",
 ]
-PIECES += [">", "\\frac{1}{2}", "½", "π", "√", "^", "(", ")", "x", "million", "five", "6", "#", "*", "\\", "{", "\u2212", "\u00a0", "?"]
-completions = st.one_of(st.text(max_size=300), st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
+PIECES += [
+    ">",
+    "\\frac{1}{2}",
+    "½",
+    "π",
+    "√",
+    "^",
+    "(",
+    ")",
+    "x",
+    "million",
+    "five",
+    "6",
+    "#",
+    "*",
+    "\\",
+    "{",
+    "\u2212",
+    "\u00a0",
+    "?",
+]
+completions = st.one_of(
+    st.text(max_size=300), st.lists(st.sampled_from(PIECES), max_size=30).map("".join)
+)
 
 
 @settings(max_examples=300, deadline=1000)
@@ -333,13 +393,21 @@ completions = st.one_of(st.text(max_size=300), st.lists(st.sampled_from(PIECES),
 def test_any_completion_gets_a_verdict(text: str) -> None:
     verdict = verify("5", text, CREDIT)
     answer = extract(text)
-    expected = "no_answer" if answer is None else None if answer.equals(Fraction(5), Fraction(1, 100)) else "wrong_answer"
+    expected = (
+        "no_answer"
+        if answer is None
+        else None
+        if answer.equals(Fraction(5), Fraction(1, 100))
+        else "wrong_answer"
+    )
     assert kind("5", text) == verdict.parts["error_kind"] == expected
 
 
 @settings(max_examples=300, deadline=1000)
 @given(
-    st.decimals(min_value=-(10**9), max_value=10**9, places=3), st.sampled_from(["", " apples.", ".", " km/h", "\nNext: 7"]), st.booleans()
+    st.decimals(min_value=-(10**9), max_value=10**9, places=3),
+    st.sampled_from(["", " apples.", ".", " km/h", "\nNext: 7"]),
+    st.booleans(),
 )
 def test_every_way_to_write_a_decimal_is_read(value: object, tail: str, commas: bool) -> None:
     written = f"{value:,f}" if commas else f"{value:f}"
@@ -348,7 +416,11 @@ def test_every_way_to_write_a_decimal_is_read(value: object, tail: str, commas: 
 
 @needs_data
 def test_every_gold_answer_of_gsm8k() -> None:
-    lines = [json.loads(line) for part in ("train", "test") for line in (DATA / "gsm8k" / f"{part}.jsonl").open(encoding="utf-8")]
+    lines = [
+        json.loads(line)
+        for part in ("train", "test")
+        for line in (DATA / "gsm8k" / f"{part}.jsonl").open(encoding="utf-8")
+    ]
     assert len(lines) == 8792
     for row in lines:
         chain = row["answer"]
@@ -360,7 +432,9 @@ def test_every_gold_answer_of_gsm8k() -> None:
 @needs_data
 def test_every_prose_chain_of_svamp_but_two() -> None:
     rows = json.loads((DATA / "svamp" / "train_ncot.json").read_text(encoding="utf-8"))
-    refused = [row["item_id"] for row in rows if kind(row["answer_value"], row["answer_cot"]) is not None]
+    refused = [
+        row["item_id"] for row in rows if kind(row["answer_value"], row["answer_cot"]) is not None
+    ]
     assert len(rows) == 3076
     # Their chains are wrong: 9 lorries for 8.93, and 69.32% for 69.4.
     assert refused == ["svamp_929", "svamp_2000"]
@@ -402,10 +476,11 @@ def symbolic() -> Symbolic:
 @pytest.mark.parametrize(
     "expression",
     listed(
-        "¦ x + 1 ¦ 5 6 ¦ 3 1/2 ¦ 5, 6 ¦ (1)(2) ¦ 1.5.2 ¦ 9^9^9 ¦ 9^999 ¦ 9999999999 ¦ 12 π cm ¦ \\text{import os} ¦ ((((((((((1)))))))))) "
-        "¦ \\int 5 ¦ __import__('os') ¦ 5 or 6 ¦ \\input{/etc/passwd} ¦ five ¦ () ¦ {1}{2} ¦ 3{4} ¦ 1-[2]"
-        "¦ 20-30 ¦ 20–30 ¦ 20 - 30. ¦ (20-30) ¦ \\left(20-30\\right) ¦ \\(20-30\\) ¦ 48 + 48/2 ¦ ((48 + 48/2)) ¦ $48+24$ ¦ 3 × 4 "
-        "¦ 3 \\times 4 ¦ 12 / 5 * 2 ¦ 5**2 ¦ (20)-(30) ¦ (-20)-(30) ¦ 1/0 ¦ 2+3"
+        "¦ x + 1 ¦ 5 6 ¦ 3 1/2 ¦ 5, 6 ¦ (1)(2) ¦ 1.5.2 ¦ 9^9^9 ¦ 9^999 ¦ 9999999999 ¦ 12 π cm ¦"
+        " \\text{import os} ¦ ((((((((((1)))))))))) ¦ \\int 5 ¦ __import__('os') ¦ 5 or 6 ¦"
+        " \\input{/etc/passwd} ¦ five ¦ () ¦ {1}{2} ¦ 3{4} ¦ 1-[2]¦ 20-30 ¦ 20–30 ¦ 20 - 30. ¦"
+        " (20-30) ¦ \\left(20-30\\right) ¦ \\(20-30\\) ¦ 48 + 48/2 ¦ ((48 + 48/2)) ¦ $48+24$ ¦ 3 ×"
+        " 4 ¦ 3 \\times 4 ¦ 12 / 5 * 2 ¦ 5**2 ¦ (20)-(30) ¦ (-20)-(30) ¦ 1/0 ¦ 2+3"
     ),
 )
 def test_only_what_can_be_a_number_is_handed_to_math_verify(expression: str) -> None:
@@ -420,16 +495,28 @@ def test_a_slow_process_gives_no_value_and_the_next_call_does() -> None:
     assert symbolic("2(1+3)") == 8.0
     assert verify("12.566", says("4π"), CREDIT).parts["error_kind"] == "no_answer"
     assert verify("12.566", says("4π"), CREDIT, symbolic=symbolic).passed
-    assert verify("12.566", says("5π"), CREDIT, symbolic=symbolic).parts["error_kind"] == "wrong_answer"
-    assert verify("12.566", says("not 4π"), CREDIT, symbolic=symbolic).parts["error_kind"] == "no_answer"
-    assert verify("-10", says("20-30."), CREDIT, symbolic=symbolic).parts["error_kind"] == "no_answer"
-    assert verify("72", says("48 + 48/2"), CREDIT, symbolic=symbolic).parts["error_kind"] == "no_answer"
+    assert (
+        verify("12.566", says("5π"), CREDIT, symbolic=symbolic).parts["error_kind"]
+        == "wrong_answer"
+    )
+    assert (
+        verify("12.566", says("not 4π"), CREDIT, symbolic=symbolic).parts["error_kind"]
+        == "no_answer"
+    )
+    assert (
+        verify("-10", says("20-30."), CREDIT, symbolic=symbolic).parts["error_kind"] == "no_answer"
+    )
+    assert (
+        verify("72", says("48 + 48/2"), CREDIT, symbolic=symbolic).parts["error_kind"]
+        == "no_answer"
+    )
     symbolic.close()
 
 
 @needs_math_verify
 def test_an_interrupt_loses_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches: a process that goes on after an interrupt, whose answer the next question would get."""
+    """Catches: a process that goes on after an interrupt, whose answer the next question would
+    get."""
     symbolic = Symbolic()
     assert symbolic("4\\pi") == pytest.approx(12.566370614)
     assert symbolic._line is not None
@@ -450,14 +537,19 @@ def test_an_interrupt_loses_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_math_verify_missing_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minirl.verify.symbolic.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"math-verify is not installed; run `pip install 'math-verify>=0.9'`"):
+    with pytest.raises(
+        UserError, match=r"math-verify is not installed; run `pip install 'math-verify>=0.9'`"
+    ):
         Symbolic()
 
 
 @pytest.mark.parametrize(
     ("ways", "text"),
     [
-        (["12", "12.0", "12.00 apples", "$12", "1.2e1", "24/2", "x = 12", "1 dozen", "**12**"], "12"),
+        (
+            ["12", "12.0", "12.00 apples", "$12", "1.2e1", "24/2", "x = 12", "1 dozen", "**12**"],
+            "12",
+        ),
         (["1,234,567", "1234567.0", "1.234567 million"], "1234567"),
         (["0.5", ".5", "1/2", "½"], "0.5"),
         (["-3", "minus 3", "−3.0"], "-3"),
@@ -473,7 +565,14 @@ def test_equal_numbers_vote_for_one_answer(ways: list[str], text: str) -> None:
 
 
 def test_canonical_is_total() -> None:
-    assert canonical(Fraction(3, 10)) == canonical(Fraction(0.1 + 0.2)) == canonical(Fraction("0.30000000000000004")) == "0.3"
-    assert canonical(Fraction(12345678901)) != canonical(Fraction(12345678902)), "whole numbers are told apart in every digit"
+    assert (
+        canonical(Fraction(3, 10))
+        == canonical(Fraction(0.1 + 0.2))
+        == canonical(Fraction("0.30000000000000004"))
+        == "0.3"
+    )
+    assert canonical(Fraction(12345678901)) != canonical(Fraction(12345678902)), (
+        "whole numbers are told apart in every digit"
+    )
     assert canonical(Fraction(10**400, 3)).startswith("1000")
     assert verify("7", "I do not know.", CREDIT).parts["answer"] is None

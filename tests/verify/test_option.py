@@ -1,4 +1,5 @@
-"""The option verifier: by hand, against near misses and hostile text, and on every gold letter of MathQA."""
+"""The option verifier: by hand, against near misses and hostile text, and on every gold letter of
+MathQA."""
 
 from __future__ import annotations
 
@@ -42,7 +43,15 @@ b ¦ B ¦ b. ¦ b . ¦ b! ¦ (b) ¦ (B). ¦ [b] ¦ <b> ¦ b) ¦ b ) ¦ "b" ¦ `b
 b: 27.675 ¦ b. 27.675 ¦ b (27.675) ¦ option b ¦ Option (B) ¦ choice b. ¦ the letter b ¦ answer choice B ¦ option b : 27.675 ¦
 b, because 3 * 9 is more ¦ b ; done ¦ (b) 27.675, which is more than a third ¦ b ) data inadequate ¦ b ) 38
 """)
-B += ["\n\n(b)", "(b)\nNext question: what is c?", "\\boxed{b}", "\\boxed{\\text{B}}", "\\boxed{(B)}", "$\\boxed{B}$.", "\\(b\\)"]
+B += [
+    "\n\n(b)",
+    "(b)\nNext question: what is c?",
+    "\\boxed{b}",
+    "\\boxed{\\text{B}}",
+    "\\boxed{(B)}",
+    "$\\boxed{B}$.",
+    "\\(b\\)",
+]
 NOT_B = listed("a ¦ c ¦ (a) ¦ (E) ¦ a ) 27.675 ¦ option c ¦ D. ¦ not b, the answer is c")
 NO_LETTER = listed("""
 . ¦ ? ¦ f ¦ (f) ¦ g ¦ 2 ¦ option 2 ¦ 27.675 ¦ none ¦ unknown ¦ the second ¦ the option ¦ not b ¦ not (b) ¦ isn't b ¦ neither b ¦ b? ¦
@@ -50,7 +59,15 @@ b or c ¦ a or b ¦ b and c ¦ either b or c ¦ a, b ¦ b, c ¦ (a) or (b) ¦ (b
 b-c ¦ b+c ¦ ab ¦ bee ¦ be ¦ best ¦ B2 ¦ b2 ¦ b's ¦ a banana ¦ a number ¦ a number b ¦ b 27.675 ¦ b = 27.675 ¦ b ) 27.675 , c ) 30 ¦
 b, not a ¦ b is wrong ¦ (b) is not right ¦ b.c ¦ B.C. ¦ β ¦ в ¦ ｂ ¦ ⓑ ¦ e.g. 5 ¦ that b holds ¦ C++
 """)
-NO_LETTER += ["", "\\boxed{b", "\\boxed{}", "\\boxed{b, c}", "\\boxed{b or c}", "\\boxed{b} or \\boxed{c}", "not \\boxed{b}"]
+NO_LETTER += [
+    "",
+    "\\boxed{b",
+    "\\boxed{}",
+    "\\boxed{b, c}",
+    "\\boxed{b or c}",
+    "\\boxed{b} or \\boxed{c}",
+    "not \\boxed{b}",
+]
 
 
 @pytest.mark.parametrize("statement", B)
@@ -68,7 +85,17 @@ def test_what_does_not_choose_one_letter_is_no_answer(statement: str) -> None:
     assert kind("b", says(statement)) == "no_answer"
 
 
-@pytest.mark.parametrize("text", ["b", "(b)", "I choose b.", "Answer: b", "The answer is c or the answer is b", "I doubt the answer is b"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "b",
+        "(b)",
+        "I choose b.",
+        "Answer: b",
+        "The answer is c or the answer is b",
+        "I doubt the answer is b",
+    ],
+)
 def test_only_a_statement_counts(text: str) -> None:
     assert kind("b", text) == "no_answer"
 
@@ -85,7 +112,13 @@ def test_what_is_said_of_other_things_takes_nothing_back(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["The answer is b; d.", "The answer is (b). Or (c).", "The answer is b and c", "The answer is b and not sure"]
+    "text",
+    [
+        "The answer is b; d.",
+        "The answer is (b). Or (c).",
+        "The answer is b and c",
+        "The answer is b and not sure",
+    ],
 )
 def test_what_takes_the_letter_back(text: str) -> None:
     assert kind("b", text) == "no_answer"
@@ -124,14 +157,26 @@ def test_whether_the_chain_agrees_with_the_letter(text: str, agrees: bool | None
         verdict = verify(gold, OPTIONS, text, CREDIT)
         assert verdict.passed is (gold == right)  # it never changes the verdict
         assert verdict.parts["value_agrees"] is agrees
-        assert verdict.parts["lucky"] is (not agrees if gold == right and agrees is not None else None)
+        assert verdict.parts["lucky"] is (
+            not agrees if gold == right and agrees is not None else None
+        )
         assert verdict.parts["answer"] == right
     # In a chain a minus may be an operation, so the sign of an option does not matter.
-    assert verify("a", ["- 120", "120", "1", "2", "3"], "It is -120.\nThe answer is (a).", CREDIT).parts["value_agrees"] is True
-    assert verify("a", ["- 120", "120", "1", "2", "3"], "The answer is (a) -120.", CREDIT).parts["value_agrees"] is True
-    assert verify("a", OPTIONS, "Then 38.", CREDIT).parts == dict.fromkeys(("answer", "value_agrees", "lucky")) | {
-        "error_kind": "no_answer"
-    }
+    assert (
+        verify(
+            "a", ["- 120", "120", "1", "2", "3"], "It is -120.\nThe answer is (a).", CREDIT
+        ).parts["value_agrees"]
+        is True
+    )
+    assert (
+        verify("a", ["- 120", "120", "1", "2", "3"], "The answer is (a) -120.", CREDIT).parts[
+            "value_agrees"
+        ]
+        is True
+    )
+    assert verify("a", OPTIONS, "Then 38.", CREDIT).parts == dict.fromkeys(
+        ("answer", "value_agrees", "lucky")
+    ) | {"error_kind": "no_answer"}
 
 
 TIMES = ("1 hour and 40 minutes", "2 hours", "1 hour and 41 minutes", "a and b", "20 or 30")
@@ -185,8 +230,23 @@ def test_values_of_options(option: str, value: int | None) -> None:
     assert (None if found is None else found.value) == value
 
 
-HOSTILE = ["the answer is " * 5000, "the " * 8000, "\\boxed{" * 5000, "b" * 1_000_000, "1" * 16_000 + " The answer is b"]
-HOSTILE += ["The answer is " + tail for tail in ("(" * 16_000, "option " * 4000, "b" + " , b" * 5000, "(b) " + "( " * 8000, "b )" * 5000)]
+HOSTILE = [
+    "the answer is " * 5000,
+    "the " * 8000,
+    "\\boxed{" * 5000,
+    "b" * 1_000_000,
+    "1" * 16_000 + " The answer is b",
+]
+HOSTILE += [
+    "The answer is " + tail
+    for tail in (
+        "(" * 16_000,
+        "option " * 4000,
+        "b" + " , b" * 5000,
+        "(b) " + "( " * 8000,
+        "b )" * 5000,
+    )
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
@@ -208,7 +268,9 @@ PIECES = [
     "38",
     "\\text{",
 ]
-completions = st.one_of(st.text(max_size=300), st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
+completions = st.one_of(
+    st.text(max_size=300), st.lists(st.sampled_from(PIECES), max_size=30).map("".join)
+)
 
 
 @settings(max_examples=300, deadline=1000)
@@ -223,14 +285,18 @@ def test_any_completion_gets_a_verdict(text: str) -> None:
 
 @settings(max_examples=100, deadline=1000)
 @given(completions, st.sampled_from(LETTERS))
-def test_a_plain_statement_on_a_line_of_its_own_is_read_after_any_text(text: str, gold: str) -> None:
+def test_a_plain_statement_on_a_line_of_its_own_is_read_after_any_text(
+    text: str, gold: str
+) -> None:
     assert kind(gold, f"{text}\nThe answer is ({gold}).") is None
 
 
 @needs_data
 def test_every_gold_letter_of_mathqa() -> None:
     golds = [row["correct"] for row in json.loads((DATA / "dev.json").read_text(encoding="utf-8"))]
-    golds += [row["answer_value"] for row in json.loads((DATA / "test.json").read_text(encoding="utf-8"))]
+    golds += [
+        row["answer_value"] for row in json.loads((DATA / "test.json").read_text(encoding="utf-8"))
+    ]
     assert len(golds) == 4475 + 1605
     for gold in golds:
         assert kind(gold, says(f"({gold}).")) is None

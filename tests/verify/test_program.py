@@ -1,4 +1,5 @@
-"""The program verifier: which text is the program, what is right, and what each failure is called."""
+"""The program verifier: which text is the program, what is right, and what each failure is
+called."""
 
 from __future__ import annotations
 
@@ -50,25 +51,70 @@ def returns(expression: str) -> str:
         ("def solution():\r\n    x = 4\r\n\r\n    return x + 1\r\n", 5),
         ("import decimal\r\n\r\ndef solution():\r\n    return decimal.Decimal(5)\r\n", 5.0),
         ("I add the two.\n\ndef solution():\n    a = 2\n\n    return a + 4\n\nThe answer is 9.", 6),
-        ("import math\nRATE = 3.5\n\ndef twice(x):\n    return 2 * x\n\ndef solution():\n    return math.floor(twice(RATE))\n", 7),
-        ("from math import floor, ceil\ndef same(f): return f\n@same\ndef solution():\n    return floor(8.5)\n", 8),
-        ("def solution():\n    return late()\n\ndef late():\n    return 9\n\nprint(solution())\n", 9),
-        ("x = 5 apples, says Tom.\nfrom here it is easy: import nothing.\ndef solution():\n    return 10\n", 10),
+        (
+            (
+                "import math\nRATE = 3.5\n\ndef twice(x):\n    return 2 * x\n\ndef solution():\n   "
+                " return math.floor(twice(RATE))\n"
+            ),
+            7,
+        ),
+        (
+            (
+                "from math import floor, ceil\ndef same(f): return f\n@same\ndef solution():\n   "
+                " return floor(8.5)\n"
+            ),
+            8,
+        ),
+        (
+            (
+                "def solution():\n    return late()\n\ndef late():\n    return"
+                " 9\n\nprint(solution())\n"
+            ),
+            9,
+        ),
+        (
+            (
+                "x = 5 apples, says Tom.\nfrom here it is easy: import nothing.\ndef solution():\n "
+                "   return 10\n"
+            ),
+            10,
+        ),
         # The docstring is the question, whose lines may stand anywhere.
         ("Total = 5 apples times 3.\n\ndef solution():\n    return 15\n", 15),
         ("def solution():\n    return 15\n\nAnswer = 15 apples", 15),
-        ("RATE = 2 if True else 3\nNAME = 'two words'  # and more words\nX = not RATE in (1,)\ndef solution():\n    return RATE", 2),
+        (
+            (
+                "RATE = 2 if True else 3\nNAME = 'two words'  # and more words\nX = not RATE in"
+                " (1,)\ndef solution():\n    return RATE"
+            ),
+            2,
+        ),
         ('def solution():\n    """Tom has 3.\nHow many?\nprint(1)\n"""\n    return 11\n', 11),
         ("def solution():\n    '''It's \"\"\" odd.\nHow many?'''\n    return 12\nSo 12.", 12),
-        ("def solution():\n    return sum([\n1, 2,\n10,\n])", "program_error"),  # brackets over lines at the margin are not followed
+        (
+            "def solution():\n    return sum([\n1, 2,\n10,\n])",
+            "program_error",
+        ),  # brackets over lines at the margin are not followed
         ("def solution():\n    return sum([\n        3, 11,\n])\n", 14),
         # Models write on.
-        ("def solution():\n    return 15\n\nQuestion: And then?\n\ndef solution():\n    return 0\n", 15),
+        (
+            (
+                "def solution():\n    return 15\n\nQuestion: And then?\n\ndef solution():\n   "
+                " return 0\n"
+            ),
+            15,
+        ),
         ("def solution():\n    return 16\n\ndef solution():\n    return 0\n", 16),
         ("def solution():\n    return 17\n```\n", 17),
         # Fences.
         ("Here it is:\n```python\ndef solution():\n    return 18\n```\nThe answer is 3.", 18),
-        ("```\ndef solution():\n    return 1\n```\nNo, wrong:\n```py\ndef solution():\n    return 19\n```", 19),
+        (
+            (
+                "```\ndef solution():\n    return 1\n```\nNo, wrong:\n```py\ndef solution():\n   "
+                " return 19\n```"
+            ),
+            19,
+        ),
         ("```python\ndef solution():\n    return 20\n```\nwhich prints\n```\n3\n```", 20),
         ("def solution():\n    return 1\n```python\ndef solution():\n    return 21\n```", 21),
         ("1. First:\n   ```python\n   def solution():\n       return 22\n   ```", 22),
@@ -102,7 +148,10 @@ def test_a_program_is_handed_over_as_it_stands() -> None:
     program = 'def solution():\n    """Tom\x0c has\u2028 3.\n\n\n  \tmore """\n    return "é\x00"\n'
     assert extract(program.rstrip("\n")) == program
     assert extract(f"```python\n{program}```") == program
-    assert extract("```\n" + textwrap.indent(program, "    ", lambda line: bool(line.strip())) + "```") is not None
+    assert (
+        extract("```\n" + textwrap.indent(program, "    ", lambda line: bool(line.strip())) + "```")
+        is not None
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,7 +163,11 @@ def test_a_program_is_handed_over_as_it_stands() -> None:
         (-5, "-5", None),
         ("1e3", "1000", None),
         (5, "'5'", None),
-        (1, "1.01", None),  # the tolerance is inclusive, in decimal numbers: 1.01 - 1 is more in binary
+        (
+            1,
+            "1.01",
+            None,
+        ),  # the tolerance is inclusive, in decimal numbers: 1.01 - 1 is more in binary
         (1, "0.99", None),
         (1.005, "1.015", None),
         (1, "1.0100001", "wrong_answer"),
@@ -184,11 +237,16 @@ def test_letters(returned: str, kind: str | None) -> None:
     assert verdict.parts["error_kind"] == kind
     assert verdict.passed == (kind is None)
     assert verdict.score == {None: 1.0, "wrong_answer": 0.25}.get(kind, 0.125)  # type: ignore[call-overload]
-    assert verdict.parts["answer"] == ("c" if kind is None else verdict.parts["answer"] if kind == "wrong_answer" else None)
+    assert verdict.parts["answer"] == (
+        "c" if kind is None else verdict.parts["answer"] if kind == "wrong_answer" else None
+    )
 
 
 def test_a_letter_in_prose_is_no_program() -> None:
-    assert verify_letter("c", 5, "The answer is (c).", CREDIT).parts == {"error_kind": "no_program", "answer": None}
+    assert verify_letter("c", 5, "The answer is (c).", CREDIT).parts == {
+        "error_kind": "no_program",
+        "answer": None,
+    }
 
 
 def test_prose_is_no_program() -> None:
@@ -197,7 +255,9 @@ def test_prose_is_no_program() -> None:
 
 def test_the_limits_are_an_argument() -> None:
     text = returns("len([0] * 2 * 10 ** 6)")
-    assert verify(2 * 10**6, text, CREDIT, limits=Limits(memory_mb=8)).parts["error_kind"] == "memory"
+    assert (
+        verify(2 * 10**6, text, CREDIT, limits=Limits(memory_mb=8)).parts["error_kind"] == "memory"
+    )
     assert verify(2 * 10**6, text, CREDIT, limits=Limits(memory_mb=256)).passed
 
 
@@ -207,7 +267,10 @@ def test_the_tolerance_is_an_argument() -> None:
     assert verify(0.1, returns("0.1"), CREDIT, tolerance=0.0).passed
 
 
-@pytest.mark.parametrize("gold", ["", "five", "1,000", "nan", "inf", "1e999", "A", "1/2", float("nan"), float("inf"), True])
+@pytest.mark.parametrize(
+    "gold",
+    ["", "five", "1,000", "nan", "inf", "1e999", "A", "1/2", float("nan"), float("inf"), True],
+)
 def test_a_gold_answer_must_be_a_number(gold: str | float) -> None:
     with pytest.raises(ValueError, match="expected a plain finite number"):
         verify(gold, returns("5"), CREDIT)
@@ -221,7 +284,10 @@ def test_svamp_programs_pass_and_near_misses_do_not() -> None:
         assert check(gold, program) is None
         assert check(gold, f"Let me write it.\n```python\n{program}\n```\nDone.") is None
         assert check(float(gold) + 0.02, program) == "wrong_answer"
-        assert check(gold, program.replace("return result", "return -1 - abs(result)")) == "wrong_answer"
+        assert (
+            check(gold, program.replace("return result", "return -1 - abs(result)"))
+            == "wrong_answer"
+        )
         assert check(gold, program.replace("    return result", "")) == "no_number"
         assert check(gold, program.replace("return result", "return resul")) == "program_error"
         assert check(gold, program.replace("def solution", "def answer")) == "no_program"
@@ -247,19 +313,43 @@ LINES = st.sampled_from(
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(text=st.one_of(st.text(max_size=300), st.lists(st.one_of(LINES, st.text(max_size=20)), max_size=15).map("\n".join)))
+@given(
+    text=st.one_of(
+        st.text(max_size=300),
+        st.lists(st.one_of(LINES, st.text(max_size=20)), max_size=15).map("\n".join),
+    )
+)
 def test_any_text_gets_a_verdict(text: str) -> None:
     kind = check(1, text)
-    assert kind in {None, "no_program", "program_error", "timeout", "memory", "no_number", "wrong_answer"}
+    assert kind in {
+        None,
+        "no_program",
+        "program_error",
+        "timeout",
+        "memory",
+        "no_number",
+        "wrong_answer",
+    }
     assert (kind == "no_program") == (extract(text) is None)
 
 
 def test_extraction_is_linear() -> None:
-    for piece in ("def solution():\n", "```\n", "```\ndef solution():\n", '    """ \'\'\' """\n', "x = 1\n", "a", " ", "import a, "):
+    for piece in (
+        "def solution():\n",
+        "```\n",
+        "```\ndef solution():\n",
+        '    """ \'\'\' """\n',
+        "x = 1\n",
+        "a",
+        " ",
+        "import a, ",
+    ):
         text = piece * (1_000_000 // len(piece))
         began = time.process_time()
         extract(text + "\ndef solution():\n    return 1")
-        assert time.process_time() - began < 5.0, piece  # of 60,000 lines or a million words each looked at again: minutes
+        assert time.process_time() - began < 5.0, (
+            piece
+        )  # of 60,000 lines or a million words each looked at again: minutes
 
 
 def test_equal_values_vote_for_one_answer() -> None:

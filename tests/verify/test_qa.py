@@ -1,4 +1,5 @@
-"""Question answering: SQuAD's exact match and F1 by hand, every malformation of an episode, and hostile text."""
+"""Question answering: SQuAD's exact match and F1 by hand, every malformation of an episode, and
+hostile text."""
 
 from __future__ import annotations
 
@@ -12,9 +13,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirl.verify.qa import RESEARCH, SEARCH_R1, STYLES, answer_text, boxed, defuse, exact_match, f1, normalise, read, verify
+from minirl.verify.qa import (
+    RESEARCH,
+    SEARCH_R1,
+    STYLES,
+    answer_text,
+    boxed,
+    defuse,
+    exact_match,
+    f1,
+    normalise,
+    read,
+    verify,
+)
 
-T, S, R, A = "<think>hm</think>", "<search>q</search>", " <result>\nr\n</result>", "<answer>\\boxed{Paris}</answer>"
+T, S, R, A = (
+    "<think>hm</think>",
+    "<search>q</search>",
+    " <result>\nr\n</result>",
+    "<answer>\\boxed{Paris}</answer>",
+)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +58,11 @@ def test_normalisation_is_squads(text: str, normal: str) -> None:
     assert normalise(text) == normal
 
 
-LEVIS = ["Santa Clara, California", "Levi's Stadium", "Levi's Stadium in the San Francisco Bay Area at Santa Clara, California."]
+LEVIS = [
+    "Santa Clara, California",
+    "Levi's Stadium",
+    "Levi's Stadium in the San Francisco Bay Area at Santa Clara, California.",
+]
 
 
 @pytest.mark.parametrize(
@@ -51,15 +73,45 @@ LEVIS = ["Santa Clara, California", "Levi's Stadium", "Levi's Stadium in the San
         ("the Denver broncos!", ["Denver Broncos"], True, 1.0),
         ("Carolina Panthers", ["Denver Broncos"], False, 0.0),
         ("Broncos", ["Denver Broncos"], False, 2 / 3),  # P 1, R 1/2
-        ("the golden anniversary theme", ["golden anniversary", "gold-themed"], False, 4 / 5),  # P 2/3, R 1
-        ("gold themed", ["golden anniversary", "gold-themed"], False, 0.0),  # "goldthemed" is one word
+        (
+            "the golden anniversary theme",
+            ["golden anniversary", "gold-themed"],
+            False,
+            4 / 5,
+        ),  # P 2/3, R 1
+        (
+            "gold themed",
+            ["golden anniversary", "gold-themed"],
+            False,
+            0.0,
+        ),  # "goldthemed" is one word
         ("Levi's Stadium", LEVIS, True, 1.0),
         ("Levi Stadium", LEVIS, False, 1 / 2),  # P 1/2, R 1/2 on the second; 2/13 on the third
         ("Santa Clara", LEVIS, False, 4 / 5),  # P 1, R 2/3 on the first
-        ("Stadium in Santa Clara California", LEVIS, False, 3 / 4),  # P 3/5, R 1 on the first; P 1, R 5/11 on the third: 5/8
-        ("Saint Bernadette Soubirous of Lourdes", ["Saint Bernadette Soubirous"], False, 3 / 4),  # P 3/5, R 1
-        ("Bernadette Saint Soubirous", ["Saint Bernadette Soubirous"], False, 1.0),  # a bag of words
-        ("very very good", ["very good good"], False, 2 / 3),  # repeated words count as often as both have them
+        (
+            "Stadium in Santa Clara California",
+            LEVIS,
+            False,
+            3 / 4,
+        ),  # P 3/5, R 1 on the first; P 1, R 5/11 on the third: 5/8
+        (
+            "Saint Bernadette Soubirous of Lourdes",
+            ["Saint Bernadette Soubirous"],
+            False,
+            3 / 4,
+        ),  # P 3/5, R 1
+        (
+            "Bernadette Saint Soubirous",
+            ["Saint Bernadette Soubirous"],
+            False,
+            1.0,
+        ),  # a bag of words
+        (
+            "very very good",
+            ["very good good"],
+            False,
+            2 / 3,
+        ),  # repeated words count as often as both have them
         ("Thirty thirty thirty thirty", ["thirty"], False, 2 / 5),  # P 1/4, R 1
         ("", ["1976"], False, 0.0),
         ("1976", [], False, 0.0),
@@ -73,19 +125,29 @@ LEVIS = ["Santa Clara, California", "Levi's Stadium", "Levi's Stadium in the San
         ("yes", ["no"], False, 0.0),
         ("yes", ["no", "Yes"], True, 1.0),
         ("no one", ["no one"], True, 1.0),
-        ("The The", ["The The"], True, 1.0),  # SQuAD alone: an empty answer matches too, and F1 is 0
+        (
+            "The The",
+            ["The The"],
+            True,
+            1.0,
+        ),  # SQuAD alone: an empty answer matches too, and F1 is 0
         ("the the.", ["The The"], False, 1 / 2),
         ("", ["The The"], False, 0.0),
         ("the", ["!!!"], False, 0.0),
         ("!!!", ["!!!"], True, 1.0),
     ],
 )
-def test_exact_match_and_f1_by_hand(prediction: str, golds: list[str], em: bool, overlap: float) -> None:
+def test_exact_match_and_f1_by_hand(
+    prediction: str, golds: list[str], em: bool, overlap: float
+) -> None:
     assert exact_match(prediction, golds) is em
     assert f1(prediction, golds) == pytest.approx(overlap, abs=1e-12)
 
 
-words = st.lists(st.sampled_from(["the", "a", "An", "red", "Red.", "blue", "x-y", "yes", "no", "'s", "é", "7"]), max_size=8).map(" ".join)
+words = st.lists(
+    st.sampled_from(["the", "a", "An", "red", "Red.", "blue", "x-y", "yes", "no", "'s", "é", "7"]),
+    max_size=8,
+).map(" ".join)
 
 
 @given(words, words)
@@ -93,7 +155,10 @@ def test_f1_is_the_definition(prediction: str, gold: str) -> None:
     # By another road: sorted words, counted in runs, precision and recall as fractions of lengths.
     def bag(text: str) -> dict[str, int]:
         bare = "".join(char for char in text.lower() if char not in string.punctuation).split()
-        return {word: len(list(run)) for word, run in groupby(sorted(w for w in bare if w not in ("a", "an", "the")))}
+        return {
+            word: len(list(run))
+            for word, run in groupby(sorted(w for w in bare if w not in ("a", "an", "the")))
+        }
 
     one, two = bag(prediction), bag(gold)
     if not two:
@@ -146,7 +211,10 @@ GOOD = [
     f"<think>so {S}{R} and {S}{R} then</think>{A}",
     f"{T}words between {S} here too {R} and here {A} and after",
     f"<think></think><search></search><result></result>{A}",
-    f"{T}{S} <result>a </think> <answer>\\boxed{{no}}</answer> <search> <result> </search></result>{T}{A}",
+    (
+        f"{T}{S} <result>a </think> <answer>\\boxed{{no}}</answer> <search> <result>"
+        f" </search></result>{T}{A}"
+    ),
     f"{T}<answer>It is \\[ \\boxed{{Paris}} \\].</answer>",
     f"{T}<answer>Rome? No: \\boxed{{Rome}}, rather \\boxed{{Paris}}</answer>",
     f"{T}<answer>\\boxed{{\\text{{Paris}}}}</answer>",
@@ -262,10 +330,17 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("kind", "text"), [(kind, text) for kind, texts in BAD.items() for text in texts])
+@pytest.mark.parametrize(
+    ("kind", "text"), [(kind, text) for kind, texts in BAD.items() for text in texts]
+)
 def test_each_malformation_scores_nothing(kind: str, text: str) -> None:
     verdict = verify(["Paris"], text, floor=0.7)
-    assert (verdict.score, verdict.passed, verdict.parts["format"], verdict.parts["error_kind"]) == (0.0, False, False, kind)
+    assert (
+        verdict.score,
+        verdict.passed,
+        verdict.parts["format"],
+        verdict.parts["error_kind"],
+    ) == (0.0, False, False, kind)
 
 
 def test_the_cases_are_many_and_different() -> None:
@@ -276,12 +351,20 @@ def test_the_cases_are_many_and_different() -> None:
 def test_a_text_in_bad_form_still_tells_its_answer() -> None:
     parts = verify(["Paris"], A).parts
     assert (parts["em"], parts["f1"], parts["error_kind"]) == (1.0, 1.0, "think")
-    assert verify(["Paris"], f"{A}<answer>\\boxed{{Paris, France}}</answer>").parts["f1"] == pytest.approx(2 / 3)
+    assert verify(["Paris"], f"{A}<answer>\\boxed{{Paris, France}}</answer>").parts[
+        "f1"
+    ] == pytest.approx(2 / 3)
     for stated in ("Paris", " the Paris.\n", "\\boxed Paris", "\\boxed{Paris"):
         verdict = verify(["Paris", "boxed Paris", "boxedParis"], f"{T}<answer>{stated}</answer>")
-        assert (verdict.score, verdict.parts["em"], verdict.parts["error_kind"]) == (0.0, 1.0, "boxed"), "stated, but in no box"
+        assert (verdict.score, verdict.parts["em"], verdict.parts["error_kind"]) == (
+            0.0,
+            1.0,
+            "boxed",
+        ), "stated, but in no box"
     assert read(f"{T}<answer> </answer>") == ("boxed", None, 0)
-    assert read(f"{T}<answer>Rome, \\boxed{{Paris}}</answer>").answer == "Paris", "the box goes before the words around it"
+    assert read(f"{T}<answer>Rome, \\boxed{{Paris}}</answer>").answer == "Paris", (
+        "the box goes before the words around it"
+    )
     assert verify(["Paris"], f"{T}<result>made up{A}").parts["em"] == 1.0
     assert verify(["Paris"], f"{T}{S} <result>cut {A}").parts["em"] == 0.0
     assert verify(["Paris"], f"{T}\\boxed{{Paris}}</answer>").parts["em"] == 0.0
@@ -307,11 +390,27 @@ def reply(answer: str) -> str:
         ("Paris France", ["Paris"], "exact_match", 0.0, 0.0, "partial"),
         ("the paris", ["Paris"], "exact_match", 0.1, 1.0, None),
         ("yes, both", ["yes"], "f1", 0.1, 0.1, "wrong"),
-        ("Hall Stanley", ["Stanley Hall"], "f1", 0.1, 1.0, "partial"),  # F1 forgets the order, a pass does not
-        ("it was the city of Paris that you asked me for in France " * 3, ["Paris"], "f1", 0.1, 2 / 37, "partial"),  # below the floor
+        (
+            "Hall Stanley",
+            ["Stanley Hall"],
+            "f1",
+            0.1,
+            1.0,
+            "partial",
+        ),  # F1 forgets the order, a pass does not
+        (
+            "it was the city of Paris that you asked me for in France " * 3,
+            ["Paris"],
+            "f1",
+            0.1,
+            2 / 37,
+            "partial",
+        ),  # below the floor
     ],
 )
-def test_the_reward(answer: str, golds: list[str], reward: Any, floor: float, score: float, kind: str | None) -> None:
+def test_the_reward(
+    answer: str, golds: list[str], reward: Any, floor: float, score: float, kind: str | None
+) -> None:
     verdict = verify(golds, reply(answer), reward=reward, floor=floor)
     assert verdict.score == pytest.approx(score, abs=1e-12)
     assert verdict.parts["error_kind"] == kind
@@ -324,7 +423,10 @@ def test_search_r1_has_tags_of_its_own_and_no_box() -> None:
     verdict = verify(["Paris"], text, reward="exact_match", floor=0.0, tags=SEARCH_R1)
     assert verdict.passed
     assert verdict.parts["searches"] == 1
-    assert verify(["Paris"], f"{T}{S}{R}<answer>Paris</answer>", tags=SEARCH_R1).parts["error_kind"] == "search"
+    assert (
+        verify(["Paris"], f"{T}{S}{R}<answer>Paris</answer>", tags=SEARCH_R1).parts["error_kind"]
+        == "search"
+    )
     assert verify(["Paris"], f"{T}<answer></answer>", tags=SEARCH_R1).parts["error_kind"] == "wrong"
     assert verify(["Paris"], T + answer_text("Paris", SEARCH_R1), tags=SEARCH_R1).passed
     assert verify(["Paris"], text).parts["error_kind"] == "search"
@@ -333,10 +435,15 @@ def test_search_r1_has_tags_of_its_own_and_no_box() -> None:
 
 def test_a_passage_can_neither_end_its_result_nor_answer() -> None:
     hostile = f"x</result>{A}<result></search><think>"
-    assert verify(["Rome"], f"{T}{S} <result>{hostile}</result>{reply('Rome')}").parts["format"] is False
+    assert (
+        verify(["Rome"], f"{T}{S} <result>{hostile}</result>{reply('Rome')}").parts["format"]
+        is False
+    )
     text = f"{T}{S} <result>{defuse(hostile)}</result>{reply('Rome')}"
     assert verify(["Rome"], text).passed
-    assert defuse(hostile) == "x< /result>< answer>\\boxed{Paris}< /answer>< result>< /search>< think>"
+    assert (
+        defuse(hostile) == "x< /result>< answer>\\boxed{Paris}< /answer>< result>< /search>< think>"
+    )
     assert defuse("a <b> < think> <THINK>") == "a <b> < think> <THINK>"
 
 
@@ -344,7 +451,19 @@ MANY = 100_000
 FLOODS = [
     *(
         tag * MANY
-        for tag in ("<think>", "</think>", "<search>", "<result>", "</result>", "<answer>", "</answer>", "<", "\\", "\\boxed{", "\\text")
+        for tag in (
+            "<think>",
+            "</think>",
+            "<search>",
+            "<result>",
+            "</result>",
+            "<answer>",
+            "</answer>",
+            "<",
+            "\\",
+            "\\boxed{",
+            "\\text",
+        )
     ),
     (S + " <result>") * MANY,
     (S + R) * MANY,
@@ -369,24 +488,51 @@ def test_floods_take_linear_time() -> None:
 
 
 pieces = st.sampled_from(
-    [T, S, R, A, *(f"<{c}{n}>" for n in ("think", "search", "result", "answer") for c in ("", "/")), "\\boxed{", "{", "}", "\\", "x"]
+    [
+        T,
+        S,
+        R,
+        A,
+        *(f"<{c}{n}>" for n in ("think", "search", "result", "answer") for c in ("", "/")),
+        "\\boxed{",
+        "{",
+        "}",
+        "\\",
+        "x",
+    ]
 )
-texts = st.one_of(st.text(), st.lists(pieces, max_size=14).map("".join), st.lists(st.one_of(pieces, st.text(max_size=5))).map("".join))
+texts = st.one_of(
+    st.text(),
+    st.lists(pieces, max_size=14).map("".join),
+    st.lists(st.one_of(pieces, st.text(max_size=5))).map("".join),
+)
 
 
 @settings(max_examples=400)
-@given(texts, st.sampled_from(["f1", "exact_match"]), st.floats(0, 1), st.sampled_from([RESEARCH, SEARCH_R1]))
+@given(
+    texts,
+    st.sampled_from(["f1", "exact_match"]),
+    st.floats(0, 1),
+    st.sampled_from([RESEARCH, SEARCH_R1]),
+)
 def test_any_text_gets_a_verdict(text: str, reward: Any, floor: float, tags: Any) -> None:
     verdict = verify(["Paris", "x"], text, reward=reward, floor=floor, tags=tags)
     parts = verdict.parts
     assert verdict == verify(["Paris", "x"], text, reward=reward, floor=floor, tags=tags)
     assert parts["format"] is (parts["error_kind"] in (None, "partial", "wrong"))
-    assert verdict.passed is (parts["error_kind"] is None) is (bool(parts["format"]) and parts["em"] == 1.0)
+    assert (
+        verdict.passed
+        is (parts["error_kind"] is None)
+        is (bool(parts["format"]) and parts["em"] == 1.0)
+    )
     gain = parts["f1"] if reward == "f1" else parts["em"]
     assert verdict.score == ((gain or floor) if parts["format"] else 0.0)
     if parts["format"]:
         # What the authors count must hold of whatever is accepted, once results are set aside.
-        bare = "".join(part.partition(f"</{tags.result}>")[2] if i else part for i, part in enumerate(text.split(f"</{tags.search}>")))
+        bare = "".join(
+            part.partition(f"</{tags.result}>")[2] if i else part
+            for i, part in enumerate(text.split(f"</{tags.search}>"))
+        )
         assert bare.count(f"<{tags.think}>") == bare.count(f"</{tags.think}>") >= 1
         assert bare.count(f"<{tags.answer}>") == bare.count(f"</{tags.answer}>") == 1
         assert bare.count(f"<{tags.search}>") == parts["searches"]

@@ -1,4 +1,5 @@
-"""The sandbox: what runs, what hostile programs can do (nothing), and that it outlives kills, forks and interrupts."""
+"""The sandbox: what runs, what hostile programs can do (nothing), and that it outlives kills, forks
+and interrupts."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ from minirl.verify.sandbox import MAX_CHARS, MAX_DETAIL, Limits, Result, plain_n
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "svamp" / "train_pcot.json"
 QUICK = Limits(time_s=0.1)
-# Every module of the standard library that a program can import; a version of Monty that brings another has to be looked at first.
+# Every module of the standard library that a program can import; a version of Monty that brings
+# another has to be looked at first.
 IMPORTS = """
 asyncio base64 binascii bisect collections copy csv dataclasses datetime decimal functools hashlib itertools json math os
 pathlib posixpath random re sys time tomllib typing unicodedata
@@ -63,7 +65,11 @@ def _closed() -> Iterator[None]:
         (solution("from decimal import Decimal\nreturn Decimal('1.50') + 1"), 2.5),
         (solution("print('thinking')\nreturn 3"), 3),
         (solution("import time\ntime.sleep(1000)\nreturn 5"), 5),  # nobody waits for a program
-        ("from math import ceil\nRATE = 1.5\ndef half(x):\n    return x / 2\n" + solution("return ceil(half(RATE))"), 1),
+        (
+            "from math import ceil\nRATE = 1.5\ndef half(x):\n    return x / 2\n"
+            + solution("return ceil(half(RATE))"),
+            1,
+        ),
         ("count = 0\n" + solution("global count\ncount += 1\nreturn count"), 1),
         (solution("return 1") + "if __name__ == '__main__':\n    print(solution())\n", 1),
         (solution("return 1") + solution("return 2"), 2),
@@ -105,7 +111,25 @@ def test_anything_else_is_no_number(returned: str) -> None:
         ("Decimal('1E+3')", 1000.0),
         ("9" * 308, int("9" * 308)),
     ]
-    + [(text, None) for text in ("", "'", "True", "nan", "inf", "1e999", "9" * 309, "0" * 5000, "0x10", "1/2", "--1", "1 2", "1e", "4\n5")],
+    + [
+        (text, None)
+        for text in (
+            "",
+            "'",
+            "True",
+            "nan",
+            "inf",
+            "1e999",
+            "9" * 309,
+            "0" * 5000,
+            "0x10",
+            "1/2",
+            "--1",
+            "1 2",
+            "1e",
+            "4\n5",
+        )
+    ],
 )
 def test_plain_numbers(text: str, value: float | None) -> None:
     found = plain_number(text)
@@ -125,28 +149,68 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "os.environ": (solution("import os\nreturn len(os.environ)"), "program_error"),
     "os.kill": (solution("import os\nos.kill(os.getppid(), 9)"), "program_error"),
     "os.open": (solution("import os\nos.open('{canary}', os.O_CREAT)"), "program_error"),
-    "subprocess": (solution("import subprocess\nreturn subprocess.run(['touch', '{canary}']).returncode"), "program_error"),
-    "socket": (solution("import socket\nsocket.create_connection(('127.0.0.1', 80))"), "program_error"),
-    "urllib": (solution("import urllib.request\nurllib.request.urlopen('http://127.0.0.1')"), "program_error"),
+    "subprocess": (
+        solution("import subprocess\nreturn subprocess.run(['touch', '{canary}']).returncode"),
+        "program_error",
+    ),
+    "socket": (
+        solution("import socket\nsocket.create_connection(('127.0.0.1', 80))"),
+        "program_error",
+    ),
+    "urllib": (
+        solution("import urllib.request\nurllib.request.urlopen('http://127.0.0.1')"),
+        "program_error",
+    ),
     "ctypes": (solution("import ctypes\nctypes.string_at(0)"), "program_error"),
     "signal": (solution("import signal\nsignal.raise_signal(9)"), "program_error"),
-    "threads": (solution("import threading\nwhile True: threading.Thread(target=solution).start()"), "program_error"),
-    "multiprocessing": (solution("import multiprocessing\nmultiprocessing.Process(target=solution).start()"), "program_error"),
+    "threads": (
+        solution("import threading\nwhile True: threading.Thread(target=solution).start()"),
+        "program_error",
+    ),
+    "multiprocessing": (
+        solution("import multiprocessing\nmultiprocessing.Process(target=solution).start()"),
+        "program_error",
+    ),
     "file read": (solution("return len(open('/etc/passwd').read())"), "program_error"),
     "file write": (solution("open('{canary}', 'w').write('x')"), "program_error"),
-    "pathlib write": (solution("import pathlib\npathlib.Path('{canary}').write_text('x')"), "program_error"),
+    "pathlib write": (
+        solution("import pathlib\npathlib.Path('{canary}').write_text('x')"),
+        "program_error",
+    ),
     "folder list": (solution("import os\nreturn len(os.listdir('/'))"), "program_error"),
     "own process": (solution("return len(open('/proc/self/maps').read())"), "program_error"),
     "__import__": (solution("return __import__('os').system('touch {canary}')"), "program_error"),
-    "importlib": (solution("import importlib\nimportlib.import_module('os').system('touch {canary}')"), "program_error"),
+    "importlib": (
+        solution("import importlib\nimportlib.import_module('os').system('touch {canary}')"),
+        "program_error",
+    ),
     "builtins": (solution("return __builtins__['open']('{canary}', 'w')"), "program_error"),
-    "sys.modules": (solution("import sys\nsys.modules['os'].system('touch {canary}')"), "program_error"),
-    "__subclasses__": (solution("return ().__class__.__bases__[0].__subclasses__()"), "program_error"),
+    "sys.modules": (
+        solution("import sys\nsys.modules['os'].system('touch {canary}')"),
+        "program_error",
+    ),
+    "__subclasses__": (
+        solution("return ().__class__.__bases__[0].__subclasses__()"),
+        "program_error",
+    ),
     "__globals__": (solution("return solution.__globals__['__builtins__']"), "program_error"),
-    "__code__": (solution("solution.__code__ = solution.__code__.replace(co_code=b'')"), "program_error"),
-    "frames": (solution("try: 1 / 0\nexcept Exception as e: return e.__traceback__.tb_frame.f_back.f_globals"), "program_error"),
+    "__code__": (
+        solution("solution.__code__ = solution.__code__.replace(co_code=b'')"),
+        "program_error",
+    ),
+    "frames": (
+        solution(
+            "try: 1 / 0\nexcept Exception as e: return e.__traceback__.tb_frame.f_back.f_globals"
+        ),
+        "program_error",
+    ),
     "inner exec": (solution("exec('import os; os.system(\"touch {canary}\")')"), "program_error"),
-    "pickle": (solution("import pickle\nreturn pickle.loads(b'cos\\nsystem\\n(S\"touch {canary}\"\\ntR.')"), "program_error"),
+    "pickle": (
+        solution(
+            "import pickle\nreturn pickle.loads(b'cos\\nsystem\\n(S\"touch {canary}\"\\ntR.')"
+        ),
+        "program_error",
+    ),
     "exit": (solution("raise SystemExit"), "program_error"),
     "interrupt": (solution("raise KeyboardInterrupt"), "program_error"),
     "input": (solution("return input()"), "program_error"),
@@ -154,26 +218,58 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "endless loop": (solution("while True: pass"), "timeout"),
     "endless at import": ("while True: pass\n" + solution("return 1"), "timeout"),
     "sleep loop": (solution("import time\nwhile True: time.sleep(1000)"), "timeout"),
-    "clock loop": (solution("import time\nend = time.time() + 9\nwhile time.time() < end: pass"), "timeout"),
-    "swallowed time-out": (solution("while True:\n  try:\n    while True: pass\n  except BaseException: pass"), "timeout"),
-    "swallowed errors": (solution("while True:\n  try: raise ValueError\n  finally: continue"), "timeout"),
-    "recursion, swallowed": (solution("def f(): f()\nwhile True:\n  try: f()\n  except RecursionError: pass"), "timeout"),
-    "exponential recursion": (solution("def f(n): return f(n - 1) + f(n - 1) if n else 1\nreturn f(60)"), "timeout"),
+    "clock loop": (
+        solution("import time\nend = time.time() + 9\nwhile time.time() < end: pass"),
+        "timeout",
+    ),
+    "swallowed time-out": (
+        solution("while True:\n  try:\n    while True: pass\n  except BaseException: pass"),
+        "timeout",
+    ),
+    "swallowed errors": (
+        solution("while True:\n  try: raise ValueError\n  finally: continue"),
+        "timeout",
+    ),
+    "recursion, swallowed": (
+        solution("def f(): f()\nwhile True:\n  try: f()\n  except RecursionError: pass"),
+        "timeout",
+    ),
+    "exponential recursion": (
+        solution("def f(n): return f(n - 1) + f(n - 1) if n else 1\nreturn f(60)"),
+        "timeout",
+    ),
     "long range": (solution("return sum(range(10 ** 12))"), "timeout"),
     "giant power": (solution("return 10 ** 10 ** 7 % 7"), "timeout"),
     "giant product": (solution("x = 3 ** 3 ** 15\nreturn x * x * x % 7"), "timeout"),
     "giant factorial": (solution("return math.factorial(10 ** 7) % 7"), "timeout"),
-    "giant decimals": (solution("import decimal\ndecimal.getcontext().prec = 10 ** 6\nreturn decimal.Decimal(2).sqrt()"), "timeout"),
-    "hostile comparison": (CLASS.format("__eq__", "while True: pass") + solution("return A() == A()"), "timeout"),
-    "hostile result": (CLASS.format("__repr__", "while True: pass") + solution("return A()"), "timeout"),
+    "giant decimals": (
+        solution(
+            "import decimal\ndecimal.getcontext().prec = 10 ** 6\nreturn decimal.Decimal(2).sqrt()"
+        ),
+        "timeout",
+    ),
+    "hostile comparison": (
+        CLASS.format("__eq__", "while True: pass") + solution("return A() == A()"),
+        "timeout",
+    ),
+    "hostile result": (
+        CLASS.format("__repr__", "while True: pass") + solution("return A()"),
+        "timeout",
+    ),
     "deep source": (NESTED + solution("return 1"), "timeout"),
-    "hashing": (solution("import hashlib\nreturn hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10 ** 9)"), "timeout"),
+    "hashing": (
+        solution("import hashlib\nreturn hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10 ** 9)"),
+        "timeout",
+    ),
     # memory and output
     "output flood": (solution("while True: print('a' * 10000)"), "memory"),
     "one long line": (solution("print('a' * 10 ** 6)\nreturn 1"), "memory"),
     "list bomb": (solution("x = [1]\nwhile True: x += x"), "memory"),
     "dictionary bomb": (solution("x = {}\nwhile True: x[len(x)] = 'a' * 1000"), "memory"),
-    "memory bomb, swallowed": (solution("while True:\n  try: x = 'a' * 10 ** 10\n  except BaseException: pass"), "memory"),
+    "memory bomb, swallowed": (
+        solution("while True:\n  try: x = 'a' * 10 ** 10\n  except BaseException: pass"),
+        "memory",
+    ),
     "text bomb": (solution("return 'a' * 10 ** 10"), "memory"),
     "bytes bomb": (solution("return len(bytes(10 ** 10))"), "memory"),
     "list of a range": (solution("return list(range(10 ** 12))"), "memory"),
@@ -184,15 +280,33 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "giant integer": (solution("return 10 ** 10 ** 8"), "memory"),
     "squares": (solution("x = 2\nwhile True: x *= x"), "memory"),
     "arguments bomb": (solution("def f(*a): return f(*a, *a)\nreturn f(1, 2)"), "memory"),
-    "product bomb": (solution("import itertools\nreturn list(itertools.product(range(100), repeat=10))"), "memory"),
+    "product bomb": (
+        solution("import itertools\nreturn list(itertools.product(range(100), repeat=10))"),
+        "memory",
+    ),
     "long error": (solution("raise ValueError('a' * (60 << 20))"), "memory"),
     # depth
     "recursion": (solution("return solution()"), "program_error"),
-    "hostile repr": (CLASS.format("__repr__", "return repr(self)") + solution("return A()"), "program_error"),
-    "hostile attribute": (CLASS.format("__add__", "return self + self") + solution("return A() + A()"), "program_error"),
-    "hostile hash": (CLASS.format("__hash__", "return hash(self)") + solution("return {A(): 1}"), "program_error"),
-    "hostile iterator": (CLASS.format("__iter__", "return iter(self)") + solution("return list(A())"), "program_error"),
-    "failing repr": (CLASS.format("__repr__", "raise ValueError") + solution("return A()"), "program_error"),
+    "hostile repr": (
+        CLASS.format("__repr__", "return repr(self)") + solution("return A()"),
+        "program_error",
+    ),
+    "hostile attribute": (
+        CLASS.format("__add__", "return self + self") + solution("return A() + A()"),
+        "program_error",
+    ),
+    "hostile hash": (
+        CLASS.format("__hash__", "return hash(self)") + solution("return {A(): 1}"),
+        "program_error",
+    ),
+    "hostile iterator": (
+        CLASS.format("__iter__", "return iter(self)") + solution("return list(A())"),
+        "program_error",
+    ),
+    "failing repr": (
+        CLASS.format("__repr__", "raise ValueError") + solution("return A()"),
+        "program_error",
+    ),
     "deep comparison": (solution(DEEP + "return x == x[0]"), "program_error"),
     "deep copy": (solution(DEEP + "import copy\nreturn copy.deepcopy(x)"), "program_error"),
     "deep result": (solution(DEEP + "return x"), "no_number"),
@@ -202,9 +316,18 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "long sum": (solution("return 1" + " + 1" * 10000), "program_error"),
     "deep JSON": (solution("import json\nreturn json.loads('[' * 10 ** 5)"), "program_error"),
     "deep eval": (solution("return eval('f()', {'f': solution})"), "program_error"),
-    "regex backtracking": (solution("import re\nreturn re.match(r'(?=(a+)+b)(a|aa)+\\1$', 'a' * 60)"), "program_error"),
-    "regex size": (solution("import re\nreturn re.compile('(?:a{0,1000}){0,1000}b')"), "program_error"),
-    "hostile sort": (CLASS.format("__lt__", "return sorted([A(), A()])") + solution("return sorted([A(), A()])"), "program_error"),
+    "regex backtracking": (
+        solution("import re\nreturn re.match(r'(?=(a+)+b)(a|aa)+\\1$', 'a' * 60)"),
+        "program_error",
+    ),
+    "regex size": (
+        solution("import re\nreturn re.compile('(?:a{0,1000}){0,1000}b')"),
+        "program_error",
+    ),
+    "hostile sort": (
+        CLASS.format("__lt__", "return sorted([A(), A()])") + solution("return sorted([A(), A()])"),
+        "program_error",
+    ),
     # text that is no program
     "nothing": ("", "program_error"),
     "no solution": ("x = 1\n", "program_error"),
@@ -220,20 +343,28 @@ HOSTILE: dict[str, tuple[str, str]] = {
 
 def test_there_are_hostile_programs_enough() -> None:
     assert len(HOSTILE) >= 80
-    assert {kind for _, kind in HOSTILE.values()} == {"program_error", "timeout", "memory", "no_number"}
+    assert {kind for _, kind in HOSTILE.values()} == {
+        "program_error",
+        "timeout",
+        "memory",
+        "no_number",
+    }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_programs_are_contained(name: str, tmp_path: Path) -> None:
     source, kind = HOSTILE[name]
     canary = tmp_path / "canary"
-    # Only what is meant to run out of time has little of it; a flood of output is found out when its time is over.
+    # Only what is meant to run out of time has little of it; a flood of output is found out when
+    # its time is over.
     limits = QUICK if kind == "timeout" or name == "output flood" else Limits(time_s=5.0)
     began = time.perf_counter()
     result = run_program(source.replace("{canary}", str(canary)), limits=limits)
     wall_s = time.perf_counter() - began
     assert (result.value, result.error) == (None, kind), result
-    assert wall_s < limits.time_s + sandbox.GRACE_S + 1.0  # a second for a machine that is busy with something else
+    assert (
+        wall_s < limits.time_s + sandbox.GRACE_S + 1.0
+    )  # a second for a machine that is busy with something else
     assert len(result.detail) <= MAX_DETAIL + len("returned ")
     assert "\n" not in result.detail
     assert not canary.exists()
@@ -243,11 +374,15 @@ def test_hostile_programs_are_contained(name: str, tmp_path: Path) -> None:
 def test_what_comes_back_is_small() -> None:
     run_program(solution("return 1"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert run_program(solution("return 'a' * 2 * 10 ** 7")) == Result(None, "no_number", "returned '" + "a" * (MAX_DETAIL - 1))
+    assert run_program(solution("return 'a' * 2 * 10 ** 7")) == Result(
+        None, "no_number", "returned '" + "a" * (MAX_DETAIL - 1)
+    )
     assert run_program(solution("raise ValueError('a' * 10 ** 7)")) == Result(
         None, "program_error", "ValueError: " + "a" * (MAX_DETAIL - 12)
     )
-    assert run_program(solution("return list(range(10 ** 5))")).detail.startswith("returned [0, 1, 2")
+    assert run_program(solution("return list(range(10 ** 5))")).detail.startswith(
+        "returned [0, 1, 2"
+    )
     assert run_program(solution("print('a' * 60000)\nreturn 1")) == Result(1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 << 10  # KiB
 
@@ -266,7 +401,10 @@ def test_limits_are_those_given() -> None:
 
 
 def test_a_result_depends_on_the_program_alone() -> None:
-    clock = "import time, datetime, random\nreturn time.time() + datetime.datetime.now().timestamp() + random.random()"
+    clock = (
+        "import time, datetime, random\nreturn time.time() + datetime.datetime.now().timestamp() +"
+        " random.random()"
+    )
     first, second = run_program(solution(clock)), run_program(solution(clock))
     assert first.value is not None
     assert first == second
@@ -276,10 +414,18 @@ def test_a_result_depends_on_the_program_alone() -> None:
 
 
 def test_imports_are_an_allow_list() -> None:
-    names = sorted(sys.stdlib_module_names | {"numpy", "sympy", "pandas", "scipy", "requests", "torch", "minirl", "pip", "cffi"})
-    probe = f"found = []\nfor name in {names}:\n  try: exec('import ' + name)\n  except ImportError: continue\n  found.append(name)\n"
+    names = sorted(
+        sys.stdlib_module_names
+        | {"numpy", "sympy", "pandas", "scipy", "requests", "torch", "minirl", "pip", "cffi"}
+    )
+    probe = (
+        f"found = []\nfor name in {names}:\n  try: exec('import ' + name)\n  except ImportError:"
+        " continue\n  found.append(name)\n"
+    )
     allowed = IMPORTS.split()
-    assert run_program(solution(probe + f"return len([name for name in found if name not in {allowed}])")) == Result(0)
+    assert run_program(
+        solution(probe + f"return len([name for name in found if name not in {allowed}])")
+    ) == Result(0)
     assert run_program(solution(probe + "return len(found)")) == Result(len(allowed))
 
 
@@ -288,11 +434,16 @@ def test_every_svamp_program_gives_its_answer() -> None:
         pytest.skip(f"no {DATA.name} in ../shared/data")
     rows = json.loads(DATA.read_text(encoding="utf-8"))
     results = [(row, run_program(row["answer_cot"])) for row in rows]
-    right = [row for row, result in results if result.value is not None and abs(result.value - float(row["answer_value"])) <= 1e-2]
+    right = [
+        row
+        for row, result in results
+        if result.value is not None and abs(result.value - float(row["answer_value"])) <= 1e-2
+    ]
     assert (len(right), len(rows)) == (3043, 3043)
 
 
-# -- what the machine may do to it -------------------------------------------------------------------------------------------------------
+# -- what the machine may do to it
+# -------------------------------------------------------------------------------------------------------
 
 
 def helper() -> int:
@@ -306,16 +457,23 @@ def interpreters(of: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{of}/task/{of}/children").read_text().split()]
 
 
-on_linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc, which is Linux's")
+on_linux = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="reads /proc, which is Linux's"
+)
 
 
 @on_linux
-def test_the_interpreter_has_the_kernels_limits_and_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_interpreter_has_the_kernels_limits_and_no_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     sandbox.close()
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert run_program(solution("return 1"), limits=Limits(memory_mb=32)) == Result(1)
     (interpreter,) = interpreters(helper())
-    limits = {line[:26].strip(): line[26:].split()[0] for line in Path(f"/proc/{interpreter}/limits").read_text().splitlines()}
+    limits = {
+        line[:26].strip(): line[26:].split()[0]
+        for line in Path(f"/proc/{interpreter}/limits").read_text().splitlines()
+    }
     assert (limits["Max core file size"], limits["Max file size"]) == ("0", "0")
     assert limits["Max data size"] == str((2 * 32 + 128) << 20)
     assert b"secret" not in Path(f"/proc/{interpreter}/environ").read_bytes()
@@ -351,7 +509,8 @@ def test_a_helper_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPat
 
 @on_linux
 def test_a_program_whose_interpreter_gets_no_processor_runs_again() -> None:
-    """It stands still for all its time, as on a loaded machine, and is killed. Catches: a verdict by wall-clock."""
+    """It stands still for all its time, as on a loaded machine, and is killed. Catches: a verdict
+    by wall-clock."""
     sandbox.close()
     run_program(solution("return 1"))
     (interpreter,) = interpreters(helper())
@@ -370,7 +529,10 @@ def test_a_program_that_is_late_for_want_of_a_processor_runs_again() -> None:
         with suppress(ProcessLookupError):
             os.kill(interpreter, number)
 
-    timers = [threading.Timer(0.03, send, (signal.SIGSTOP,)), threading.Timer(1.1, send, (signal.SIGCONT,))]
+    timers = [
+        threading.Timer(0.03, send, (signal.SIGSTOP,)),
+        threading.Timer(1.1, send, (signal.SIGCONT,)),
+    ]
     for timer in timers:
         timer.start()
     loop = "x = 0\nfor i in range(10 ** 6): x += i\nreturn x"
@@ -407,7 +569,9 @@ def test_cpu_seconds_are_counted_of_the_living_and_of_the_killed() -> None:
     """Catches: the seconds of earlier programs counted, those of a killed process lost."""
     burn = "import time\nwhile time.process_time() < {}: pass\nprint(flush=True)\n"
     code = burn.format(0.1) + "input()\n" + burn.format(0.3) + "input()"
-    child = subprocess.Popen([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-S", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert child.stdin is not None
     assert child.stdout is not None
     child.stdout.readline()
@@ -461,7 +625,9 @@ def test_threads_get_their_own_answers() -> None:
 
 def python(code: str, **environment: str) -> subprocess.Popen[str]:
     """A fresh process in which `run(body)` is the value of that body."""
-    head = "import os, sys\nfrom minirl.verify.sandbox import *\nfrom minirl.verify import sandbox\n"
+    head = (
+        "import os, sys\nfrom minirl.verify.sandbox import *\nfrom minirl.verify import sandbox\n"
+    )
     head += "def run(body): return run_program('def solution():\\n    ' + body).value\n"
     paths = os.pathsep.join(filter(None, [str(Path(sandbox.__file__).parents[2]), *sys.path]))
     return subprocess.Popen(
@@ -511,33 +677,42 @@ def test_nothing_is_left_behind_by_a_killed_run() -> None:
 
 def test_nothing_is_printed_and_the_exit_is_quiet() -> None:
     # The last makes Monty's process end itself, which it says on stderr.
-    process = python("print(run('print(9); return 2'), run('raise ValueError(\\'a\\' * (60 << 20))'))")
+    process = python(
+        "print(run('print(9); return 2'), run('raise ValueError(\\'a\\' * (60 << 20))'))"
+    )
     assert process.communicate(timeout=20) == ("2 None\n", "")
     assert process.returncode == 0
 
 
-# -- where it cannot run -----------------------------------------------------------------------------------------------------------------
+# -- where it cannot run
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_package_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     sandbox.close()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for ask in (sandbox.require, lambda: run_program(solution("return 1"))):
-        with pytest.raises(UserError, match=r"pydantic-monty is not installed.*pip install 'pydantic-monty>=1.4,<2'"):
+        with pytest.raises(
+            UserError,
+            match=r"pydantic-monty is not installed.*pip install 'pydantic-monty>=1.4,<2'",
+        ):
             ask()
 
 
 def test_a_missing_interpreter_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     sandbox.close()
     monkeypatch.setenv("MONTY_BIN", "/nowhere/monty")
-    with pytest.raises(UserError, match=r"pydantic-monty does not run \(.*/nowhere/monty.*pip install") as caught:
+    with pytest.raises(
+        UserError, match=r"pydantic-monty does not run \(.*/nowhere/monty.*pip install"
+    ) as caught:
         run_program(solution("return 1"))
     assert "\n" not in str(caught.value)
     monkeypatch.delenv("MONTY_BIN")
     assert run_program(solution("return 1")) == Result(1)
 
 
-# -- any text ----------------------------------------------------------------------------------------------------------------------------
+# -- any text
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -548,7 +723,10 @@ def sealed() -> Iterator[None]:
         raise AssertionError("the sandbox did something in this process")
 
     sandbox.require()
-    with patch.multiple(builtins, eval=refuse, exec=refuse, compile=refuse, open=refuse), patch.object(subprocess, "Popen", refuse):
+    with (
+        patch.multiple(builtins, eval=refuse, exec=refuse, compile=refuse, open=refuse),
+        patch.object(subprocess, "Popen", refuse),
+    ):
         yield
 
 
@@ -560,7 +738,9 @@ TOKENS = st.sampled_from([*WORDS.split(), "\n", "\n    ", "\n        ", "\x00", 
 PROGRAMS = st.one_of(
     st.text(max_size=200),
     st.lists(TOKENS, max_size=40).map(" ".join),
-    st.lists(TOKENS, max_size=20).map(lambda words: "def solution():\n    return " + " ".join(words)),
+    st.lists(TOKENS, max_size=20).map(
+        lambda words: "def solution():\n    return " + " ".join(words)
+    ),
     st.binary(max_size=100).map(lambda data: data.decode("latin-1")),
 )
 

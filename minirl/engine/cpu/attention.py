@@ -1,9 +1,10 @@
-"""Softmax attention on a CPU, written out: scores, softmax and both products as matrix kernels, some rows at a time.
+"""Softmax attention on a CPU, written out: scores, softmax and both products as matrix kernels,
+some rows at a time.
 
-The library's own kernel multiplies bf16 in float32 there and takes about twice as long, forward and backward; and it would copy keys
-that stand by column (slots.py). Scores are computed again in the
-backward pass, so nothing of their size is kept. Invariant: values and gradients are those of softmax(scale * Q K^T) V under the mask, up
-to bf16 rounding.
+The library's own kernel multiplies bf16 in float32 there and takes about twice as long, forward and
+backward; and it would copy keys that stand by column (slots.py). Scores are computed again in the
+backward pass, so nothing of their size is kept. Invariant: values and gradients are those of
+softmax(scale * Q K^T) V under the mask, up to bf16 rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ CHUNK_SCORES = 2**20  # scores alive at once, 2 MiB: what follows finds them in 
 
 
 def serves(query: Tensor) -> bool:
-    """Whether this is the faster way: on a CPU that multiplies bf16 in hardware (models.pick_dtype chooses the type by that)."""
+    """Whether this is the faster way: on a CPU that multiplies bf16 in hardware (models.pick_dtype
+    chooses the type by that)."""
     return query.device.type == "cpu" and query.dtype == torch.bfloat16
 
 
@@ -30,31 +32,47 @@ def bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """query (B, H, T, D), key and value (B, H, T', D); bias: what a mask adds to the scores, (T, T') or (B * H, T, T') where the rows'
-    masks differ. Every query must see a key. Returns (B, H, T, D)."""
+    """query (B, H, T, D), key and value (B, H, T', D); bias: what a mask adds to the scores, (T,
+    T') or (B * H, T, T') where the rows' masks differ. Every query must see a key. Returns (B, H,
+    T, D)."""
     if not torch.is_grad_enabled():
         return _forward(query, key, value, bias, scale)
     out: Tensor = _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]
     return out
 
 
-def decode(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, window: int | None, scale: float) -> Tensor | None:
-    """One new token's attention to its row's own cached keys, by compiled kernels; None where they do not serve.
+def decode(
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, window: int | None, scale: float
+) -> Tensor | None:
+    """One new token's attention to its row's own cached keys, by compiled kernels; None where they
+    do not serve.
 
-    query (B, K, S, D), S query heads to a key head; key and value (B, K, T', D) as slots.py holds them; positions (B, 1) of the new tokens,
-    each of which sees at most `window` keys. Returns (B, K, S, D).
+    query (B, K, S, D), S query heads to a key head; key and value (B, K, T', D) as slots.py holds
+    them; positions (B, 1) of the new tokens, each of which sees at most `window` keys. Returns (B,
+    K, S, D).
     """
     found = kernels(query)
     if found is None or torch.is_grad_enabled() or query.shape[-1] % 4:
         return None
     (batch, heads, _, size), capacity = query.shape, key.stride(-1)
-    by_column, by_row = (heads * size * capacity, size * capacity, 1, capacity), (heads * size * capacity, size * capacity, size, 1)
+    by_column, by_row = (
+        (heads * size * capacity, size * capacity, 1, capacity),
+        (heads * size * capacity, size * capacity, size, 1),
+    )
     if key.stride() != by_column or value.stride() != by_row:
         return None
     key = key.as_strided((batch, heads, size, capacity), (*by_column[:2], capacity, 1))
     value = value.as_strided((batch, heads, capacity, size), by_row)
     query, out = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
-    args = array(query), array(key), array(value), positions.contiguous().numpy(), window or capacity, np.float32(scale), array(out)
+    args = (
+        array(query),
+        array(key),
+        array(value),
+        positions.contiguous().numpy(),
+        window or capacity,
+        np.float32(scale),
+        array(out),
+    )
     by_pairs = pair_kernels(query)
     if by_pairs is not None and not (size % by_pairs.BLOCK or capacity % by_pairs.BLOCK):
         by_pairs.attend(*args, (0,) * query.shape[2])
@@ -63,15 +81,24 @@ def decode(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, window:
     return out
 
 
-def store(new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> bool:
-    """Write one new token of each row, (B, K, 1, D), at its position (B, 1) into its keys and values (B, K, T', D), by a compiled kernel.
+def store(
+    new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, positions: Tensor
+) -> bool:
+    """Write one new token of each row, (B, K, 1, D), at its position (B, 1) into its keys and
+    values (B, K, T', D), by a compiled kernel.
 
     False, and nothing is written, where that does not serve.
     """
     found, columns = kernels(new_keys), keys.transpose(-1, -2)
-    if found is None or new_keys.shape[2] != 1 or not (columns.is_contiguous() and values.is_contiguous()):
+    if (
+        found is None
+        or new_keys.shape[2] != 1
+        or not (columns.is_contiguous() and values.is_contiguous())
+    ):
         return False
-    one_a_row = (part for new in (new_keys, new_values) for part in flat_rows(new.squeeze(2).flatten(1)))
+    one_a_row = (
+        part for new in (new_keys, new_values) for part in flat_rows(new.squeeze(2).flatten(1))
+    )
     found.store(*one_a_row, positions.contiguous().numpy(), array(columns), array(values))
     return True
 
@@ -89,15 +116,23 @@ def _chunks(query: Tensor, key: Tensor) -> list[slice]:
 def _probabilities(query: Tensor, key: Tensor, bias: Tensor, scale: float, c: slice) -> Tensor:
     query, key = query[c], key[c]
     rows, heads, length, _ = query.shape
-    own = bias.expand(rows * heads, -1, -1) if bias.dim() == 2 else bias[c.start * heads : c.stop * heads]
+    own = (
+        bias.expand(rows * heads, -1, -1)
+        if bias.dim() == 2
+        else bias[c.start * heads : c.stop * heads]
+    )
     # Scale and mask come with the product: each would be another pass over the scores.
-    scores = torch.baddbmm(own, query.flatten(0, 1), key.flatten(0, 1).transpose(-1, -2), beta=1.0, alpha=scale)
+    scores = torch.baddbmm(
+        own, query.flatten(0, 1), key.flatten(0, 1).transpose(-1, -2), beta=1.0, alpha=scale
+    )
     return torch.softmax(scores, dim=-1).view(rows, heads, length, -1)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float
+    ) -> Tensor:
         ctx.save_for_backward(query, key, value, bias)
         ctx.scale = scale
         return _forward(query, key, value, bias, scale)
@@ -111,6 +146,12 @@ class _Attention(torch.autograd.Function):
             p_grad = grad[c] @ value[c].transpose(-1, -2)
             # d softmax: p * (dp - sum(dp * p)), in one kernel with float32 sums
             s_grad = torch.ops.aten._softmax_backward_data(p_grad, p, -1, p.dtype).mul_(ctx.scale)
-            parts.append((s_grad @ key[c], s_grad.transpose(-1, -2) @ query[c], p.transpose(-1, -2) @ grad[c]))
+            parts.append(
+                (
+                    s_grad @ key[c],
+                    s_grad.transpose(-1, -2) @ query[c],
+                    p.transpose(-1, -2) @ grad[c],
+                )
+            )
         of_query, of_key, of_value = (torch.cat(part) for part in zip(*parts, strict=True))
         return of_query, of_key, of_value, None, None

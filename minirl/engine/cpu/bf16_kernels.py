@@ -1,8 +1,10 @@
-"""A decode step's attention and LoRA on a CPU that multiplies bf16 by pairs (AVX512-BF16), compiled by numba. Import it through `compiled`.
+"""A decode step's attention and LoRA on a CPU that multiplies bf16 by pairs (AVX512-BF16), compiled
+by numba. Import it through `compiled`.
 
-kernels.py widens every number to float32 first and multiplies one by one. Here one instruction multiplies 32, which are interleaved into
-pairs of two keys' or two values' numbers. Invariant: what a row gets is a function of that row alone, whatever the threads; products are
-exact and summed in float32, the softmax's weights are rounded to bf16, as in the library's own kernels.
+kernels.py widens every number to float32 first and multiplies one by one. Here one instruction
+multiplies 32, which are interleaved into pairs of two keys' or two values' numbers. Invariant: what
+a row gets is a function of that row alone, whatever the threads; products are exact and summed in
+float32, the softmax's weights are rounded to bf16, as in the library's own kernels.
 """
 
 from __future__ import annotations
@@ -15,13 +17,18 @@ from numba import njit, prange, types
 from numba.cpython.unsafe.tuple import tuple_setitem
 from numba.extending import intrinsic, models, register_model
 
-# numba's cache on the disk looks at the change of this file alone: after one of those functions it must be deleted by hand.
+# numba's cache on the disk looks at the change of this file alone: after one of those functions it
+# must be deleted by hand.
 from minirl.engine.cpu.kernels import FAST, LOG2_E, exp2, fetch, narrow
 
 LANES, BLOCK = 16, 32  # float32 and bf16 numbers of a register
 
 _INT = ir.IntType(32)
-_FLOATS, _BITS, _INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(16), BLOCK), ir.VectorType(_INT, LANES)
+_FLOATS, _BITS, _INTS = (
+    ir.VectorType(ir.FloatType(), LANES),
+    ir.VectorType(ir.IntType(16), BLOCK),
+    ir.VectorType(_INT, LANES),
+)
 
 
 class _Brain(ir.Type):  # type: ignore[misc]
@@ -96,19 +103,25 @@ def pair(context: Any, row: Any, at: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         one = builder.load(_place(context, builder, row, args[0], args[1], _INT), align=2)
         first = builder.insert_element(ir.Constant(_INTS, ir.Undefined), one, ir.Constant(_INT, 0))
-        return builder.bitcast(builder.shuffle_vector(first, first, ir.Constant(_INTS, [0] * LANES)), _BITS)
+        return builder.bitcast(
+            builder.shuffle_vector(first, first, ir.Constant(_INTS, [0] * LANES)), _BITS
+        )
 
     return PAIRS(row, types.int64), build
 
 
 def _shuffled(order: list[int]) -> Any:
     mask = ir.Constant(ir.VectorType(_INT, len(order)), order)
-    return lambda _context, builder, _signature, args: builder.shuffle_vector(args[0], args[1], mask)
+    return lambda _context, builder, _signature, args: builder.shuffle_vector(
+        args[0], args[1], mask
+    )
 
 
-# Registers are interleaved within each of their quarters, in one instruction: `low` and `high` do not keep the order, `first` and `second`
-# of what was summed by them bring it back.
-_LOW, _HIGH = ([8 * quarter + i for quarter in range(4) for i in some] for some in (range(4), range(4, 8)))
+# Registers are interleaved within each of their quarters, in one instruction: `low` and `high` do
+# not keep the order, `first` and `second` of what was summed by them bring it back.
+_LOW, _HIGH = (
+    [8 * quarter + i for quarter in range(4) for i in some] for some in (range(4), range(4, 8))
+)
 _BACK = [(_LOW + _HIGH).index(i) for i in range(BLOCK)]
 
 
@@ -185,8 +198,11 @@ def _order(sums: Any, each: Any) -> None:  # pragma: no cover
 
 
 @njit(fastmath=FAST)
-def _score(query: Any, keys: Any, begin: Any, after: Any, scores: Any, each: Any) -> None:  # pragma: no cover
-    """scores (S, T) += query (S, D) keys (D, C), of the T columns from `begin` on; meanwhile `after` (D, C) is fetched.
+def _score(
+    query: Any, keys: Any, begin: Any, after: Any, scores: Any, each: Any
+) -> None:  # pragma: no cover
+    """scores (S, T) += query (S, D) keys (D, C), of the T columns from `begin` on; meanwhile
+    `after` (D, C) is fetched.
 
     D is a multiple of 4, T and begin are of BLOCK.
     """
@@ -206,8 +222,11 @@ def _score(query: Any, keys: Any, begin: Any, after: Any, scores: Any, each: Any
 
 
 @njit(fastmath=FAST)
-def _softmax(scores: Any, scale: Any, begin: Any, end: Any, weights: Any) -> Any:  # pragma: no cover
-    """weights[begin:end] = exp(scale * (scores - largest)) in bf16, 0 elsewhere; returns 1 / their sum."""
+def _softmax(
+    scores: Any, scale: Any, begin: Any, end: Any, weights: Any
+) -> Any:  # pragma: no cover
+    """weights[begin:end] = exp(scale * (scores - largest)) in bf16, 0 elsewhere; returns 1 / their
+    sum."""
     largest, total, factor = scores[begin], np.float32(0.0), scale * LOG2_E
     for j in range(begin, end):
         largest = max(largest, scores[j])
@@ -220,8 +239,11 @@ def _softmax(scores: Any, scale: Any, begin: Any, end: Any, weights: Any) -> Any
 
 
 @njit(fastmath=FAST)
-def _sum(weights: Any, values: Any, begin: Any, end: Any, after: Any, sums: Any, each: Any) -> None:  # pragma: no cover
-    """sums (S, D) = weights (S, T) values (C, D), of rows begin .. end - 1; meanwhile `after` (C, D) is fetched. D is a multiple of BLOCK.
+def _sum(
+    weights: Any, values: Any, begin: Any, end: Any, after: Any, sums: Any, each: Any
+) -> None:  # pragma: no cover
+    """sums (S, D) = weights (S, T) values (C, D), of rows begin .. end - 1; meanwhile `after` (C,
+    D) is fetched. D is a multiple of BLOCK.
 
     Where their number is odd the last one is paired with itself, at a weight of 0.
     """
@@ -245,7 +267,8 @@ def _sum(weights: Any, values: Any, begin: Any, end: Any, after: Any, sums: Any,
 
 @njit(fastmath=FAST, cache=True)
 def multiply(a: Any, b: Any, out: Any) -> None:  # pragma: no cover
-    """out (32,) float32 = a * b + a * b of bf16 bits (32,), by pairs: to see whether that can be compiled and runs."""
+    """out (32,) float32 = a * b + a * b of bf16 bits (32,), by pairs: to see whether that can be
+    compiled and runs."""
     x, y, unit = halves(a, 0), halves(b, 0), zeros_for((0, 0))
     lows, highs = dot(unit[0], low(x, x), low(y, y)), dot(unit[1], high(x, x), high(y, y))
     put(out, 0, first(lows, highs))
@@ -253,12 +276,16 @@ def multiply(a: Any, b: Any, out: Any) -> None:  # pragma: no cover
 
 
 @njit(parallel=True, fastmath=FAST, nogil=True, cache=True)
-def attend(query: Any, key: Any, value: Any, positions: Any, window: Any, scale: Any, out: Any, each: Any) -> None:  # pragma: no cover
-    """softmax(scale * q K^T) V of one new token a row over its keys 0 .. position, at most the last `window` of them.
+def attend(
+    query: Any, key: Any, value: Any, positions: Any, window: Any, scale: Any, out: Any, each: Any
+) -> None:  # pragma: no cover
+    """softmax(scale * q K^T) V of one new token a row over its keys 0 .. position, at most the last
+    `window` of them.
 
-    query (B, K, S, D), key by column (B, K, D, C), value (B, K, C, D), positions (B, 1), out (B, K, S, D), all contiguous bf16 bits; C and
-    D are multiples of 32. each: any S numbers: a kernel is compiled for their count. While one head is worked on the next one's keys and
-    values are fetched: two threads alone do not keep the memory busy.
+    query (B, K, S, D), key by column (B, K, D, C), value (B, K, C, D), positions (B, 1), out (B, K,
+    S, D), all contiguous bf16 bits; C and D are multiples of 32. each: any S numbers: a kernel is
+    compiled for their count. While one head is worked on the next one's keys and values are
+    fetched: two threads alone do not keep the memory busy.
     """
     rows, heads, _, size = query.shape
     for one in prange(rows * heads):
@@ -267,9 +294,14 @@ def attend(query: Any, key: Any, value: Any, positions: Any, window: Any, scale:
         next_row, next_head = after // heads, after % heads
         end = positions[row, 0] + 1
         begin = max(0, end - window)
-        start = begin - begin % BLOCK  # whole blocks; what stands before `begin` or behind `end` weighs nothing
+        start = (
+            begin - begin % BLOCK
+        )  # whole blocks; what stands before `begin` or behind `end` weighs nothing
         length = -(-(end - start) // BLOCK) * BLOCK
-        scores, sums = np.zeros((len(each), length), np.float32), np.empty((len(each), size), np.float32)
+        scores, sums = (
+            np.zeros((len(each), length), np.float32),
+            np.empty((len(each), size), np.float32),
+        )
         weights, shares = np.empty((len(each), length), np.uint16), np.empty(len(each), np.float32)
         _score(query[row, head], key[row, head], start, key[next_row, next_head], scores, each)
         for i in range(len(each)):
@@ -282,7 +314,8 @@ def attend(query: Any, key: Any, value: Any, positions: Any, window: Any, scale:
 
 @njit(parallel=True, fastmath=FAST, nogil=True, cache=True)
 def beside(x: Any, step: Any, a: Any, out: Any) -> None:  # pragma: no cover
-    """out (B, D + R) = [x, x a^T] of x (B, D), in rows as `compiled.flat_rows` gives them, and a (R, D); D is a multiple of 32, R of 4."""
+    """out (B, D + R) = [x, x a^T] of x (B, D), in rows as `compiled.flat_rows` gives them, and a
+    (R, D); D is a multiple of 32, R of 4."""
     rank, size = a.shape
     for row in prange(len(out)):
         x_row, o = x[row * step :], out[row]

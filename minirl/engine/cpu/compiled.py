@@ -1,8 +1,8 @@
-"""The door to kernels.py and bf16_kernels.py: a CPU's decode step where numba is there (`pip install 'minirl[cpu]'`), and tensors as numba
-takes them.
+"""The door to kernels.py and bf16_kernels.py: a CPU's decode step where numba is there (`pip
+install 'minirl[cpu]'`), and tensors as numba takes them.
 
-Invariant: whether the kernels are used depends on the machine and what is installed alone, never on timing: a run that is taken up again
-computes as it did before.
+Invariant: whether the kernels are used depends on the machine and what is installed alone, never on
+timing: a run that is taken up again computes as it did before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float32)
 PAIRS = "avx512bf16"  # LLVM's name of what multiplies bf16 by pairs
-OPENMP = "omp"  # numba's other pools of threads would contend with torch's own for the cores; this one is the same
+# numba's other pools of threads would contend with torch's own for the cores; this one is the same
+OPENMP = "omp"
 
 
 def kernels(x: Tensor) -> Any:
@@ -27,8 +28,13 @@ def kernels(x: Tensor) -> Any:
 
 
 def pair_kernels(x: Tensor) -> Any:
-    """The module of kernels that multiply bf16 by pairs, where it computes on tensors like x, without a gradient; else None."""
-    return _pair_kernels() if x.device.type == "cpu" and x.dtype == torch.bfloat16 and _kernels() is not None else None
+    """The module of kernels that multiply bf16 by pairs, where it computes on tensors like x,
+    without a gradient; else None."""
+    return (
+        _pair_kernels()
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and _kernels() is not None
+        else None
+    )
 
 
 @cache
@@ -47,7 +53,10 @@ def _kernels() -> Any:
         with torch.no_grad():
             works = _works(found)
         if not works or numba.config.DISABLE_JIT or numba.threading_layer() != OPENMP:
-            said.info("numba's kernels are left out: they run on other threads than torch, or not as they should")
+            said.info(
+                "numba's kernels are left out: they run on other threads than torch, or not as they"
+                " should"
+            )
             return None
     except (numba.errors.NumbaError, ImportError, OSError, RuntimeError, ValueError) as error:
         said.info("numba's kernels are left out (%s)", str(error).split("\n")[0])
@@ -57,7 +66,8 @@ def _kernels() -> Any:
 
 @cache
 def _pair_kernels() -> Any:
-    """bf16_kernels.py, once its products were right; None on a machine without them, where LLVM would end the process."""
+    """bf16_kernels.py, once its products were right; None on a machine without them, where LLVM
+    would end the process."""
     import numba
     from llvmlite.binding import get_host_cpu_features
 
@@ -71,14 +81,23 @@ def _pair_kernels() -> Any:
         found.multiply(array(x), array(x + 1), array(out))
         return found if torch.equal(out, 2 * x.float() * (x.float() + 1)) else None
     except (numba.errors.NumbaError, ImportError, RuntimeError) as error:
-        logging.getLogger("minirl").info("numba's bf16 kernels are left out (%s)", str(error).split("\n")[0])
+        logging.getLogger("minirl").info(
+            "numba's bf16 kernels are left out (%s)", str(error).split("\n")[0]
+        )
         return None
 
 
 def _works(found: Any) -> bool:
     """Whether RMSNorm of one row comes out right; it compiles nothing else."""
-    x, normed, out, scale = torch.tensor([[3.0, 4.0, 0.0, 0.0]]), torch.empty(1, 4), torch.zeros(1, 4), torch.empty(1)
-    found.rms_norm(*map(array, (x, normed, out, torch.full((4,), 2.0))), np.float32(0.0), array(scale))
+    x, normed, out, scale = (
+        torch.tensor([[3.0, 4.0, 0.0, 0.0]]),
+        torch.empty(1, 4),
+        torch.zeros(1, 4),
+        torch.empty(1),
+    )
+    found.rms_norm(
+        *map(array, (x, normed, out, torch.full((4,), 2.0))), np.float32(0.0), array(scale)
+    )
     return torch.allclose(out, torch.tensor([[2.4, 3.2, 0.0, 0.0]]))
 
 
@@ -88,13 +107,18 @@ def array(x: Tensor) -> Any:
 
 
 def flat_rows(x: Tensor) -> tuple[Any, int]:
-    """A tensor's rows (..., N) as one flat array, for kernels that go on along it, and how many numbers there are from one row to the next.
+    """A tensor's rows (..., N) as one flat array, for kernels that go on along it, and how many
+    numbers there are from one row to the next.
 
     Rows that do not stand evenly are copied; a part of a wider tensor's columns is not.
     """
     size = x.shape[-1]
     step = x.stride(-2) if x.dim() > 1 else size
-    if x.stride(-1) != 1 or step < size or any(x.stride(i) != x.shape[i + 1] * x.stride(i + 1) for i in range(x.dim() - 2)):
+    if (
+        x.stride(-1) != 1
+        or step < size
+        or any(x.stride(i) != x.shape[i + 1] * x.stride(i + 1) for i in range(x.dim() - 2))
+    ):
         x, step = x.contiguous(), size
     count = x.numel() // max(1, size)
     return array(x.as_strided(((count - 1) * step + size,), (1,))), step

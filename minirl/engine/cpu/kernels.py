@@ -1,8 +1,10 @@
-"""A decode step's attention and cache, and RMSNorm, on a CPU, compiled by numba: one pass over memory each. Import it through `compiled`.
+"""A decode step's attention and cache, and RMSNorm, on a CPU, compiled by numba: one pass over
+memory each. Import it through `compiled`.
 
-The library's matrix kernels lay out every head's keys anew for the three or so queries that meet them, and read as many keys for each row
-as the longest row has. Here each key is read once, in place, by the row that has it. Products and sums are in float32. Invariant: what a
-row gets is a function of that row alone, whatever the threads.
+The library's matrix kernels lay out every head's keys anew for the three or so queries that meet
+them, and read as many keys for each row as the longest row has. Here each key is read once, in
+place, by the row that has it. Products and sums are in float32. Invariant: what a row gets is a
+function of that row alone, whatever the threads.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from llvmlite import ir
 from numba import float32, njit, prange, types, uint16
 from numba.extending import intrinsic
 
-# Sums may be taken in any order and multiply-adds fused; nothing is assumed about numbers that are not finite.
+# Sums may be taken in any order and multiply-adds fused; nothing is assumed about numbers that are
+# not finite.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 LOG2_E = np.float32(1.4426950408889634)
 CACHE_LINE = 64  # bytes
@@ -28,9 +31,15 @@ def widen(context: Any, x: Any) -> Any:
     """A bf16's bits, or a float32, as a float32."""
 
     def from_bits(_: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(builder.shl(builder.zext(args[0], _BITS), ir.Constant(_BITS, 16)), _FLOAT)
+        return builder.bitcast(
+            builder.shl(builder.zext(args[0], _BITS), ir.Constant(_BITS, 16)), _FLOAT
+        )
 
-    return (float32(uint16), from_bits) if x == uint16 else (float32(float32), lambda _context, _builder, _signature, args: args[0])
+    return (
+        (float32(uint16), from_bits)
+        if x == uint16
+        else (float32(float32), lambda _context, _builder, _signature, args: args[0])
+    )
 
 
 @intrinsic
@@ -41,7 +50,9 @@ def narrow(context: Any, x: Any, like: Any) -> Any:
         bits = builder.bitcast(args[0], _BITS)
         odd = builder.and_(builder.lshr(bits, ir.Constant(_BITS, 16)), ir.Constant(_BITS, 1))
         rounded = builder.add(bits, builder.add(odd, ir.Constant(_BITS, 0x7FFF)))
-        is_nan = builder.fcmp_unordered("uno", args[0], args[0])  # rounding could carry a NaN's bits over into a number
+        is_nan = builder.fcmp_unordered(
+            "uno", args[0], args[0]
+        )  # rounding could carry a NaN's bits over into a number
         high = builder.trunc(builder.lshr(rounded, ir.Constant(_BITS, 16)), ir.IntType(16))
         return builder.select(is_nan, ir.Constant(ir.IntType(16), 0x7FC0), high)
 
@@ -55,7 +66,10 @@ def power_of_two(context: Any, n: Any) -> Any:
     """2 ** n of an int32 from -126 to 127, as a float32."""
 
     def build(_: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(builder.shl(builder.add(args[0], ir.Constant(_BITS, 127)), ir.Constant(_BITS, 23)), _FLOAT)
+        return builder.bitcast(
+            builder.shl(builder.add(args[0], ir.Constant(_BITS, 127)), ir.Constant(_BITS, 23)),
+            _FLOAT,
+        )
 
     return float32(types.int32), build
 
@@ -88,20 +102,35 @@ def exp2(x: Any) -> Any:  # pragma: no cover
 
 
 @njit(fastmath=FAST)
-def _score(query: Any, keys: Any, scale: Any, begin: Any, after: Any, scores: Any) -> None:  # pragma: no cover
-    """scores (S, T) += scale * query (S, D) keys (D, C), of the T columns from `begin` on; meanwhile `after` (D, C) is fetched."""
+def _score(
+    query: Any, keys: Any, scale: Any, begin: Any, after: Any, scores: Any
+) -> None:  # pragma: no cover
+    """scores (S, T) += scale * query (S, D) keys (D, C), of the T columns from `begin` on;
+    meanwhile `after` (D, C) is fetched."""
     shared, length = scores.shape
     end, line = begin + length, CACHE_LINE // keys.itemsize
     for d in range(0, len(keys), 4):  # four at a time: a score is written a quarter as often
-        k0, k1, k2, k3 = keys[d, begin:end], keys[d + 1, begin:end], keys[d + 2, begin:end], keys[d + 3, begin:end]
+        k0, k1, k2, k3 = (
+            keys[d, begin:end],
+            keys[d + 1, begin:end],
+            keys[d + 2, begin:end],
+            keys[d + 3, begin:end],
+        )
         for r in range(4):
             for j in range(begin, end, line):
                 fetch(after[d + r], j)
         for i in range(shared):
             s, q = scores[i], query[i]
-            q0, q1, q2, q3 = widen(q[d]) * scale, widen(q[d + 1]) * scale, widen(q[d + 2]) * scale, widen(q[d + 3]) * scale
+            q0, q1, q2, q3 = (
+                widen(q[d]) * scale,
+                widen(q[d + 1]) * scale,
+                widen(q[d + 2]) * scale,
+                widen(q[d + 3]) * scale,
+            )
             for j in range(length):
-                s[j] += (q0 * widen(k0[j]) + q1 * widen(k1[j])) + (q2 * widen(k2[j]) + q3 * widen(k3[j]))
+                s[j] += (q0 * widen(k0[j]) + q1 * widen(k1[j])) + (
+                    q2 * widen(k2[j]) + q3 * widen(k3[j])
+                )
 
 
 @njit(fastmath=FAST)
@@ -120,7 +149,8 @@ def _softmax(scores: Any) -> None:  # pragma: no cover
 
 @njit(fastmath=FAST)
 def _sum(weights: Any, values: Any, begin: Any, after: Any, sums: Any) -> None:  # pragma: no cover
-    """sums (S, D) += weights (S, T) values (C, D), of the T rows from `begin` on; meanwhile `after` (C, D) is fetched."""
+    """sums (S, D) += weights (S, T) values (C, D), of the T rows from `begin` on; meanwhile `after`
+    (C, D) is fetched."""
     (shared, length), size, line = weights.shape, sums.shape[1], CACHE_LINE // values.itemsize
     whole = length - length % 4
     for j in range(0, whole, 4):
@@ -133,7 +163,9 @@ def _sum(weights: Any, values: Any, begin: Any, after: Any, sums: Any) -> None: 
             s, w = sums[i], weights[i]
             w0, w1, w2, w3 = w[j], w[j + 1], w[j + 2], w[j + 3]
             for d in range(size):
-                s[d] += (w0 * widen(v0[d]) + w1 * widen(v1[d])) + (w2 * widen(v2[d]) + w3 * widen(v3[d]))
+                s[d] += (w0 * widen(v0[d]) + w1 * widen(v1[d])) + (
+                    w2 * widen(v2[d]) + w3 * widen(v3[d])
+                )
     for j in range(whole, length):
         v0 = values[begin + j]
         for i in range(shared):
@@ -143,11 +175,15 @@ def _sum(weights: Any, values: Any, begin: Any, after: Any, sums: Any) -> None: 
 
 
 @njit(parallel=True, fastmath=FAST, nogil=True, cache=True)
-def attend(query: Any, key: Any, value: Any, positions: Any, window: Any, scale: Any, out: Any) -> None:  # pragma: no cover
-    """softmax(scale * q K^T) V of one new token a row over its keys 0 .. position, at most the last `window` of them.
+def attend(
+    query: Any, key: Any, value: Any, positions: Any, window: Any, scale: Any, out: Any
+) -> None:  # pragma: no cover
+    """softmax(scale * q K^T) V of one new token a row over its keys 0 .. position, at most the last
+    `window` of them.
 
-    query (B, K, S, D), key by column (B, K, D, C), value (B, K, C, D), positions (B, 1), out (B, K, S, D), all contiguous, D a multiple
-    of 4. While one head is worked on the next one's keys and values are fetched: two threads alone do not keep the memory busy.
+    query (B, K, S, D), key by column (B, K, D, C), value (B, K, C, D), positions (B, 1), out (B, K,
+    S, D), all contiguous, D a multiple of 4. While one head is worked on the next one's keys and
+    values are fetched: two threads alone do not keep the memory busy.
     """
     rows, heads, shared, size = query.shape
     for one in prange(rows * heads):
@@ -156,7 +192,10 @@ def attend(query: Any, key: Any, value: Any, positions: Any, window: Any, scale:
         next_row, next_head = after // heads, after % heads
         end = positions[row, 0] + 1
         begin = max(0, end - window)
-        weights, sums = np.zeros((shared, end - begin), np.float32), np.zeros((shared, size), np.float32)
+        weights, sums = (
+            np.zeros((shared, end - begin), np.float32),
+            np.zeros((shared, size), np.float32),
+        )
         _score(query[row, head], key[row, head], scale, begin, key[next_row, next_head], weights)
         for i in range(shared):
             _softmax(weights[i])
@@ -167,9 +206,17 @@ def attend(query: Any, key: Any, value: Any, positions: Any, window: Any, scale:
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def store(new_key: Any, key_step: Any, new_value: Any, value_step: Any, positions: Any, key: Any, value: Any) -> None:  # pragma: no cover
-    """Write one new token a row, its K * D numbers in rows as `compiled.flat_rows` gives them, at its position (B, 1) into the cache that
-    `attend` reads."""
+def store(
+    new_key: Any,
+    key_step: Any,
+    new_value: Any,
+    value_step: Any,
+    positions: Any,
+    key: Any,
+    value: Any,
+) -> None:  # pragma: no cover
+    """Write one new token a row, its K * D numbers in rows as `compiled.flat_rows` gives them, at
+    its position (B, 1) into the cache that `attend` reads."""
     rows, heads, _, size = value.shape
     for one in prange(rows * heads):
         row, head = one // heads, one % heads
@@ -182,9 +229,11 @@ def store(new_key: Any, key_step: Any, new_value: Any, value_step: Any, position
 
 
 @njit(parallel=True, fastmath=FAST, nogil=True, cache=True)
-def rms_norm(x: Any, normed: Any, out: Any, weight: Any, eps: Any, scale: Any) -> None:  # pragma: no cover
-    """scale = 1 / sqrt(mean(x^2) + eps), (B,) float32, normed = x * scale, out = w * normed, each rounded; x, normed and out (B, D) and
-    weight (D,) alike, contiguous."""
+def rms_norm(
+    x: Any, normed: Any, out: Any, weight: Any, eps: Any, scale: Any
+) -> None:  # pragma: no cover
+    """scale = 1 / sqrt(mean(x^2) + eps), (B,) float32, normed = x * scale, out = w * normed, each
+    rounded; x, normed and out (B, D) and weight (D,) alike, contiguous."""
     rows, size = x.shape
     for row in prange(rows):
         total = np.float32(0.0)

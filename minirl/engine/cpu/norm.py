@@ -1,8 +1,9 @@
 """RMSNorm (Zhang & Sennrich 2019) as one autograd function, for frozen weights on a CPU.
 
-The library's writes eight small operations, and autograd keeps a float32 tensor of nearly each: forward and backward took 1.8 ms for 1,536
-tokens of SmolLM2-135M on two cores, so they take 0.8 (without kernels.py, which makes one pass of the forward). Invariant: values are the
-library's, in the same order of rounding; the gradient is that of the formula, with its sums in float32.
+The library's writes eight small operations, and autograd keeps a float32 tensor of nearly each:
+forward and backward took 1.8 ms for 1,536 tokens of SmolLM2-135M on two cores, so they take 0.8
+(without kernels.py, which makes one pass of the forward). Invariant: values are the library's, in
+the same order of rounding; the gradient is that of the formula, with its sums in float32.
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ PROBE_ROWS = 4
 
 
 def lean_norms(model: nn.Module) -> int:
-    """Let a model's RMSNorms on a CPU compute here; returns how many. One whose weight is trained or that computes anything else stays."""
+    """Let a model's RMSNorms on a CPU compute here; returns how many. One whose weight is trained
+    or that computes anything else stays."""
     changed = 0
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and _is_plain(module):
+        if (
+            type(module).__name__.endswith("RMSNorm")
+            and hasattr(module, "variance_epsilon")
+            and _is_plain(module)
+        ):
             module.forward = MethodType(lean_forward, module)
             changed += 1
     return changed
@@ -38,11 +44,16 @@ def lean_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The norm (..., D); and for its gradient x / sqrt(mean(x^2) + eps), (..., D), and that factor in float32, (..., 1)."""
+    """The norm (..., D); and for its gradient x / sqrt(mean(x^2) + eps), (..., D), and that factor
+    in float32, (..., 1)."""
     found = kernels(x)
     if found is not None and weight.dtype == x.dtype:
         x = x.contiguous()
-        out, normed, scale = torch.empty_like(x), torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        out, normed, scale = (
+            torch.empty_like(x),
+            torch.empty_like(x),
+            x.new_empty(*x.shape[:-1], 1, dtype=torch.float32),
+        )
         flat = (array(part.view(-1, x.shape[-1])) for part in (x, normed, out))
         found.rms_norm(*flat, array(weight), np.float32(eps), array(scale.view(-1)))
         return out, normed, scale
@@ -70,11 +81,17 @@ class _Norm(torch.autograd.Function):
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether it computes this formula: by trying, because families write theirs in many ways (Gemma's weight is 1 + w)."""
+    """Whether it computes this formula: by trying, because families write theirs in many ways
+    (Gemma's weight is 1 + w)."""
     weight = module.weight
     if weight.device.type != "cpu" or weight.requires_grad:
         return False
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(PROBE_ROWS, weight.shape[-1], generator=rng).to(weight.dtype)
     with torch.no_grad():
-        return torch.allclose(lean_forward(module, x).float(), type(module).forward(module, x).float(), rtol=1e-2, atol=1e-6)
+        return torch.allclose(
+            lean_forward(module, x).float(),
+            type(module).forward(module, x).float(),
+            rtol=1e-2,
+            atol=1e-6,
+        )

@@ -1,8 +1,9 @@
 """Weights in the layout that a CPU's matrix kernels want, for as long as they do not change.
 
-`torch.nn.functional.linear` brings the weight into that layout at every call. Kept in it, a decode step's products took 0.45 (8 rows) and
-0.6 (64 rows) of the time in bf16, and a third in float32 (SmolLM2-135M's shapes, 2 AVX512-BF16 cores). Invariant: a product with a packed
-weight is that of `linear`, up to the order of its sums; where torch has no such kernels nothing is packed.
+`torch.nn.functional.linear` brings the weight into that layout at every call. Kept in it, a decode
+step's products took 0.45 (8 rows) and 0.6 (64 rows) of the time in bf16, and a third in float32
+(SmolLM2-135M's shapes, 2 AVX512-BF16 cores). Invariant: a product with a packed weight is that of
+`linear`, up to the order of its sums; where torch has no such kernels nothing is packed.
 """
 
 from __future__ import annotations
@@ -12,20 +13,30 @@ from functools import cache
 import torch
 from torch import Tensor
 
-MOST_BYTES = 2**31  # packed weights stand beside the plain ones, which learning needs: not for models that fill the memory
+MOST_BYTES = (
+    2**31
+)  # packed weights stand beside the plain ones, which learning needs: not for models that fill the memory
 
 
 def fits(weights: list[Tensor]) -> bool:
     """Whether these weights can be packed here, and are not too large to be held twice."""
     size = sum(w.numel() * w.element_size() for w in weights)
-    return bool(weights) and size <= MOST_BYTES and all(w.device.type == "cpu" and works(w.dtype) for w in weights)
+    return (
+        bool(weights)
+        and size <= MOST_BYTES
+        and all(w.device.type == "cpu" and works(w.dtype) for w in weights)
+    )
 
 
 @cache
 def works(dtype: torch.dtype) -> bool:
-    """Whether this build of torch multiplies by packed weights of this type, and rightly. The operators are those of its own compiler."""
+    """Whether this build of torch multiplies by packed weights of this type, and rightly. The
+    operators are those of its own compiler."""
     try:
-        x, weight = torch.arange(64).view(2, 32).to(dtype), torch.arange(512).view(16, 32).remainder(7).to(dtype)
+        x, weight = (
+            torch.arange(64).view(2, 32).to(dtype),
+            torch.arange(512).view(16, 32).remainder(7).to(dtype),
+        )
         return torch.equal(product(x, pack(weight, 2)), torch.nn.functional.linear(x, weight))
     except (RuntimeError, AttributeError, NotImplementedError):
         return False

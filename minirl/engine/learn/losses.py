@@ -1,7 +1,7 @@
 """Losses over the trained tokens of a batch, all tensors flat: (N,) for N trained tokens.
 
-Invariant: every loss is sum(weight * term), with weights fixed over the whole optimizer step beforehand, so that neither the micro-batch
-size nor the number of processes changes a gradient.
+Invariant: every loss is sum(weight * term), with weights fixed over the whole optimizer step
+beforehand, so that neither the micro-batch size nor the number of processes changes a gradient.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ def policy_loss(
     clip_high: float | None,
     episode: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Clipped policy gradient (PPO, arXiv 1707.06347, eq. 7), summed with `weights`; and which tokens were clipped, (N,) bool.
+    """Clipped policy gradient (PPO, arXiv 1707.06347, eq. 7), summed with `weights`; and which
+    tokens were clipped, (N,) bool.
 
-    logprobs carries the gradient; old is that of the policy that sampled. With `episode` (N,), the number of each token's episode, the
-    ratio is the geometric mean over the episode's tokens (GSPO, arXiv 2507.18071, eq. 7): all of an episode must then be in this batch.
+    logprobs carries the gradient; old is that of the policy that sampled. With `episode` (N,), the
+    number of each token's episode, the ratio is the geometric mean over the episode's tokens (GSPO,
+    arXiv 2507.18071, eq. 7): all of an episode must then be in this batch.
     """
     log_ratio = logprobs - old
     if episode is not None:
@@ -37,17 +39,23 @@ def policy_loss(
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(policy || reference) at each token, (N,): exp(d) - d - 1 with d = reference - policy; never negative."""
+    """Schulman's k3 estimate of KL(policy || reference) at each token, (N,): exp(d) - d - 1 with d
+    = reference - policy; never negative."""
     difference = reference - logprobs
-    # exp(d) - d - 1 would round to +-1e-7 in float32, and that is more than the KL of two nearly equal policies.
+    # exp(d) - d - 1 would round to +-1e-7 in float32, and that is more than the KL of two nearly
+    # equal policies.
     return torch.expm1(difference) - difference
 
 
-def value_loss(values: Tensor, old: Tensor, returns: Tensor, weights: Tensor, *, clip: float | None) -> tuple[Tensor, Tensor]:
-    """Half the squared error of the values, summed with `weights`; and which tokens were clipped, (N,) bool.
+def value_loss(
+    values: Tensor, old: Tensor, returns: Tensor, weights: Tensor, *, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error of the values, summed with `weights`; and which tokens were clipped,
+    (N,) bool.
 
-    values carries the gradient; old are those of before the step. The larger error of the value and of the value held within `clip` of
-    the old one counts (ReFT, arXiv 2401.08967, section 3.2): a value that has gone further than that towards its return gets no gradient.
+    values carries the gradient; old are those of before the step. The larger error of the value and
+    of the value held within `clip` of the old one counts (ReFT, arXiv 2401.08967, section 3.2): a
+    value that has gone further than that towards its return gets no gradient.
     """
     error = (values - returns).square()
     if clip is None:

@@ -1,7 +1,8 @@
 """Objective: the loss of one micro-batch, and what is logged of it.
 
-Invariant: everything is a sum over trained tokens with weights that are fixed over the whole optimizer step, so the micro-batches of a
-step add up to the same gradient and the same means however they are cut.
+Invariant: everything is a sum over trained tokens with weights that are fixed over the whole
+optimizer step, so the micro-batches of a step add up to the same gradient and the same means
+however they are cut.
 """
 
 from __future__ import annotations
@@ -49,18 +50,31 @@ class Sums:
 
 
 def objective(
-    policy: Policy, node: Learner, batch: Batch, sums: Sums, *, temperature: float, experience: Experience | None, measure_mismatch: bool
+    policy: Policy,
+    node: Learner,
+    batch: Batch,
+    sums: Sums,
+    *,
+    temperature: float,
+    experience: Experience | None,
+    measure_mismatch: bool,
 ) -> Tensor:
-    """The loss of a micro-batch, (); what is logged of it is added to `sums`. experience: PPO's, None for every other loss."""
+    """The loss of a micro-batch, (); what is logged of it is added to `sums`. experience: PPO's,
+    None for every other loss."""
     reference = None
     if node.penalises_loss:
-        # Before the policy's own forward: the swap must not touch weights that a backward pass still needs.
+        # Before the policy's own forward: the swap must not touch weights that a backward pass
+        # still needs.
         with policy.reference():
             reference, _ = policy.logprobs(batch, temperature=temperature)
     with torch.set_grad_enabled(experience is None or not experience.value_only):
         states = policy.states(batch)
         logprobs, entropy = policy.logprobs(
-            batch, temperature=temperature, entropy=node.loss != "nll", entropy_grad=node.entropy != 0, states=states
+            batch,
+            temperature=temperature,
+            entropy=node.loss != "nll",
+            entropy_grad=node.entropy != 0,
+            states=states,
         )
     if node.loss == "nll":
         loss = losses.nll(logprobs, batch.weights)
@@ -68,7 +82,11 @@ def objective(
         loss, clipped = losses.policy_loss(
             logprobs,
             batch.old,
-            batch.advantages if experience is None else experience.advantages[experience.where(batch)],
+            (
+                batch.advantages
+                if experience is None
+                else experience.advantages[experience.where(batch)]
+            ),
             batch.weights,
             clip_low=node.clip_low,
             clip_high=node.clip_high,
@@ -94,11 +112,17 @@ def objective(
     return loss
 
 
-def _value_term(policy: Policy, node: Learner, batch: Batch, sums: Sums, states: Tensor, experience: Experience) -> Tensor:
+def _value_term(
+    policy: Policy, node: Learner, batch: Batch, sums: Sums, states: Tensor, experience: Experience
+) -> Tensor:
     where = experience.where(batch)
     values = policy.values(batch, states=states.detach() if node.value_detach else states)
     value_loss, clipped = losses.value_loss(
-        values, experience.values[where], experience.returns[where], batch.weights, clip=node.value_clip
+        values,
+        experience.values[where],
+        experience.returns[where],
+        batch.weights,
+        clip=node.value_clip,
     )
     sums.value_loss += value_loss.detach().double()
     sums.value_clipped += clipped.double().sum()

@@ -1,4 +1,5 @@
-"""Optimizers: torch's AdamW or bitsandbytes' smaller ones, their rate, and their state as flat tensors that safetensors can hold."""
+"""Optimizers: torch's AdamW or bitsandbytes' smaller ones, their rate, and their state as flat
+tensors that safetensors can hold."""
 
 from __future__ import annotations
 
@@ -12,13 +13,18 @@ from minirl.errors import UserError
 from minirl.recipe import Learner
 
 
-def build(node: Learner, parameters: list[torch.nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+def build(
+    node: Learner, parameters: list[torch.nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
     """The optimizer a recipe names. Raises UserError for one that this device cannot run."""
     common: dict[str, Any] = {"lr": node.lr, "betas": node.betas, "weight_decay": node.weight_decay}
     if node.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **common)
     if device.type != "cuda":
-        raise UserError(f"learner.optimizer: got {node.optimizer!r}, which needs a CUDA GPU; on {device.type} expected 'adamw'")
+        raise UserError(
+            f"learner.optimizer: got {node.optimizer!r}, which needs a CUDA GPU; on {device.type}"
+            " expected 'adamw'"
+        )
     import bitsandbytes as bnb
 
     kinds = {
@@ -31,12 +37,14 @@ def build(node: Learner, parameters: list[torch.nn.Parameter], device: torch.dev
 
 
 def build_value(node: Learner, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW of the value head, whose few numbers are worth float32 whatever the adapter's optimizer is."""
+    """AdamW of the value head, whose few numbers are worth float32 whatever the adapter's optimizer
+    is."""
     return torch.optim.AdamW(parameters, lr=node.value_lr, betas=node.betas, weight_decay=0.0)
 
 
 def learning_rate(node: Learner, update: int, planned: int) -> float:
-    """The adapter's rate at an update, counted from 0, of so many planned; 0.0 before the first, while only a value head learns."""
+    """The adapter's rate at an update, counted from 0, of so many planned; 0.0 before the first,
+    while only a value head learns."""
     rising = math.ceil(round(node.warmup * planned, 9))  # 0.07 * 100 is a little more than 7
     if update < 0:
         return 0.0
@@ -51,7 +59,8 @@ def learning_rate(node: Learner, update: int, planned: int) -> float:
 
 
 def flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State of every parameter: its tensors under "number.name", its plain values as numbers of the same name."""
+    """State of every parameter: its tensors under "number.name", its plain values as numbers of the
+    same name."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     # torch's own view: bitsandbytes overrides it and hides its tensors one level deeper.
@@ -64,10 +73,14 @@ def flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[s
     return tensors, plain
 
 
-def unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+def unflatten(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]
+) -> None:
     """What `flatten` gave, back in an optimizer over the same parameters."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *plain.items()]:
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )

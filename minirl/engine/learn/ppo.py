@@ -1,7 +1,9 @@
-"""PPO's part before the first update of a step: values, rewards and advantages of every trained token.
+"""PPO's part before the first update of a step: values, rewards and advantages of every trained
+token.
 
-Invariant: what a step is trained towards is fixed before its first update and is the same in all its passes and minibatches; one entry
-stands for one trained token, and prompts, tool results and attempts have none.
+Invariant: what a step is trained towards is fixed before its first update and is the same in all
+its passes and minibatches; one entry stands for one trained token, and prompts, tool results and
+attempts have none.
 """
 
 from __future__ import annotations
@@ -14,14 +16,22 @@ import torch
 from torch import Tensor
 
 from minirl.engine.learn import losses
-from minirl.engine.learn.credit import Total, explained_variance, gae, moments, token_rewards, whiten
+from minirl.engine.learn.credit import (
+    Total,
+    explained_variance,
+    gae,
+    moments,
+    token_rewards,
+    whiten,
+)
 from minirl.engine.model.batch import Batch, Row
 from minirl.engine.model.policy import Policy
 from minirl.recipe import Learner
 
 
 class Places:
-    """Where the trained tokens of each episode stand in flat tensors of M entries, one for each trained token of a step."""
+    """Where the trained tokens of each episode stand in flat tensors of M entries, one for each
+    trained token of a step."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
         counts = [(r.episode, sum(r.mask)) for r in rows]
@@ -30,9 +40,13 @@ class Places:
         self._spans = {number: range(ends[i], ends[i + 1]) for i, (number, _) in enumerate(counts)}
 
     def of(self, batch: Batch) -> Tensor:
-        """The place of each of the batch's trained tokens, (N,) int64; a batch holds its episodes whole."""
+        """The place of each of the batch's trained tokens, (N,) int64; a batch holds its episodes
+        whole."""
         numbers = torch.unique_consecutive(batch.episode).tolist()
-        return torch.tensor([place for number in numbers for place in self._spans[number]], device=batch.episode.device)
+        return torch.tensor(
+            [place for number in numbers for place in self._spans[number]],
+            device=batch.episode.device,
+        )
 
     def parts(self, flat: Sequence[float]) -> dict[int, list[float]]:
         """The entries of each episode, by its number."""
@@ -51,7 +65,8 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """What a step is trained towards, and what is logged of it. value_only: in this step the adapter stays as it is."""
+    """What a step is trained towards, and what is logged of it. value_only: in this step the
+    adapter stays as it is."""
 
     places: Places
     values: Tensor  # (M,) float32, of before the step
@@ -66,8 +81,16 @@ class Experience:
 
 
 @torch.no_grad()
-def look(policy: Policy, rows: Sequence[Row], batches: Iterable[Batch], *, temperature: float, reference: bool) -> Seen:
-    """Values and (with `reference`) the reference's log-probabilities of the rows' trained tokens; `batches` are these rows in any cut."""
+def look(
+    policy: Policy,
+    rows: Sequence[Row],
+    batches: Iterable[Batch],
+    *,
+    temperature: float,
+    reference: bool,
+) -> Seen:
+    """Values and (with `reference`) the reference's log-probabilities of the rows' trained tokens;
+    `batches` are these rows in any cut."""
     places = Places(rows)
     values, old, anchor = (torch.zeros(places.total, device=policy.device) for _ in range(3))
     for batch in batches:
@@ -79,17 +102,24 @@ def look(policy: Policy, rows: Sequence[Row], batches: Iterable[Batch], *, tempe
     return Seen(places, values, old, anchor)
 
 
-def experience(seen: Seen, scores: Mapping[int, float], node: Learner, total: Total, *, value_only: bool) -> Experience:
-    """Token rewards, GAE and whitening (ReFT, arXiv 2401.08967, section 3.2) over the episodes of all processes.
+def experience(
+    seen: Seen, scores: Mapping[int, float], node: Learner, total: Total, *, value_only: bool
+) -> Experience:
+    """Token rewards, GAE and whitening (ReFT, arXiv 2401.08967, section 3.2) over the episodes of
+    all processes.
 
-    Advantages are taken with `gae_lambda`, the returns that the value head learns with `value_lambda` (decoupled GAE: VC-PPO, arXiv
-    2503.01491). With one lambda of 0.95 for both, the target k tokens before the end of a chain that pays R is 0.95^k R while the head is
-    still zero: it would learn how near the end is, and not how likely the chain is right.
+    Advantages are taken with `gae_lambda`, the returns that the value head learns with
+    `value_lambda` (decoupled GAE: VC-PPO, arXiv 2503.01491). With one lambda of 0.95 for both, the
+    target k tokens before the end of a chain that pays R is 0.95^k R while the head is still zero:
+    it would learn how near the end is, and not how likely the chain is right.
 
-    scores: the verifier's, by the episode's number. An episode that its token limit cut is over like any other: nothing is added for what
-    might have come, because the limit is part of the task and the verifier has judged the text as it stands.
+    scores: the verifier's, by the episode's number. An episode that its token limit cut is over
+    like any other: nothing is added for what might have come, because the limit is part of the task
+    and the verifier has judged the text as it stands.
     """
-    values, old, anchor = (seen.places.parts(flat.tolist()) for flat in (seen.values, seen.old, seen.reference))
+    values, old, anchor = (
+        seen.places.parts(flat.tolist()) for flat in (seen.values, seen.old, seen.reference)
+    )
     advantages: list[float] = []
     returns: list[float] = []
     for number in values:
@@ -107,4 +137,6 @@ def experience(seen: Seen, scores: Mapping[int, float], node: Learner, total: To
         stats["kl_penalty"] = node.beta * moments((seen.old - seen.reference).tolist(), total)[0]
     device = seen.values.device
     white = torch.tensor(whiten(advantages, total), device=device)
-    return Experience(seen.places, seen.values, torch.tensor(returns, device=device), white, value_only, stats)
+    return Experience(
+        seen.places, seen.values, torch.tensor(returns, device=device), white, value_only, stats
+    )

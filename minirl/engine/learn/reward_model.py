@@ -1,7 +1,9 @@
-"""The reward model: how likely a sample is right, by a sequence classifier with LoRA on samples that a verifier has judged.
+"""The reward model: how likely a sample is right, by a sequence classifier with LoRA on samples
+that a verifier has judged.
 
-(ReFT, arXiv 2401.08967, section 4: it picks one of k samples.) Invariant: it reads the ids of prompt and attempt as they were sampled, and
-what it says of a sample does not depend on the others. Its folder is plain peft with reward_model.json beside it; no pickle is read.
+(ReFT, arXiv 2401.08967, section 4: it picks one of k samples.) Invariant: it reads the ids of
+prompt and attempt as they were sampled, and what it says of a sample does not depend on the others.
+Its folder is plain peft with reward_model.json beside it; no pickle is read.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from minirl.record.statistics import auc
 
 CONFIG, WEIGHTS = "reward_model.json", "adapter_model.safetensors"
 LABELS = ("wrong", "right")
-HALF_SCALE = 1024.0  # of the loss where activations are float16: their gradients would vanish. AdamW does not feel it
+# of the loss where activations are float16: their gradients would vanish. AdamW does not feel it
+HALF_SCALE = 1024.0
 SCORED_TOKENS = 8192  # padded tokens in one forward pass when samples are scored
 
 
@@ -46,38 +49,48 @@ class RewardModel:
         self._pad: int = loaded.tokenizer.pad_token_id
 
     @classmethod
-    def fresh(cls, node: recipe.Model, adapter: Mapping[str, Tensor], seed: int, device: torch.device) -> Self:
-        """One whose trunk starts from a policy's adapter, as `adapter_state` gives it, and whose head starts at zero."""
+    def fresh(
+        cls, node: recipe.Model, adapter: Mapping[str, Tensor], seed: int, device: torch.device
+    ) -> Self:
+        """One whose trunk starts from a policy's adapter, as `adapter_state` gives it, and whose
+        head starts at zero."""
         model = cls(models.load_classifier(node, len(LABELS), seed, device))
         load_adapter_state(model.loaded.model, adapter_state(model.loaded.model) | dict(adapter))
         return model
 
     @classmethod
     def open(cls, folder: Path, node: recipe.Model) -> Self:
-        """The one that a run has left in `folder`; `node` is that run's model. Raises UserError where there is none, or another model's."""
+        """The one that a run has left in `folder`; `node` is that run's model. Raises UserError
+        where there is none, or another model's."""
         try:
             described = json.loads((folder / CONFIG).read_text())
             stored = load_file(folder / WEIGHTS)
-            if described.get("base") != public_name(node.name) or tuple(described.get("labels", ())) != LABELS:
+            if (
+                described.get("base") != public_name(node.name)
+                or tuple(described.get("labels", ())) != LABELS
+            ):
                 raise ValueError(f"{CONFIG} speaks of {str(described.get('base'))[:80]!r}")
             model = cls(models.load_classifier(node, len(LABELS)))
             load_adapter_state(model.loaded.model, stored)
         except (OSError, ValueError, AttributeError, SafetensorError) as error:
             raise UserError(
-                f"{folder}: no reward model of {node.name} that can be read ({' '.join(str(error).split())[:200]}); name a finished run of "
-                "a recipe with a reward_model stage, e.g. recipes/reft_reward_model.yaml"
+                f"{folder}: no reward model of {node.name} that can be read"
+                f" ({' '.join(str(error).split())[:200]}); name a finished run of a recipe with a"
+                " reward_model stage, e.g. recipes/reft_reward_model.yaml"
             ) from error
         return model
 
     def save(self, folder: Path, facts: Mapping[str, float]) -> None:
-        """Write the adapter with its head as plain peft, and what it is of, with `facts` about its training."""
+        """Write the adapter with its head as plain peft, and what it is of, with `facts` about its
+        training."""
         save_adapter(self.loaded.model, folder)
         described = {"base": public_name(self.loaded.node.name), "labels": LABELS, **facts}
         (folder / CONFIG).write_text(json.dumps(described, indent=1) + "\n")
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """The probability that each row of token ids is right; rows of like length are computed together."""
+        """The probability that each row of token ids is right; rows of like length are computed
+        together."""
         self.loaded.model.eval()
         found = [0.0] * len(rows)
         chunk: list[int] = []
@@ -90,20 +103,31 @@ class RewardModel:
             self._score(rows, chunk, found)
         return found
 
-    def _score(self, rows: Sequence[Sequence[int]], chunk: Sequence[int], found: list[float]) -> None:
+    def _score(
+        self, rows: Sequence[Sequence[int]], chunk: Sequence[int], found: list[float]
+    ) -> None:
         padded = self._collate([{"tokens": rows[i]} for i in chunk])
-        logits = self.loaded.model(**{name: tensor.to(self.loaded.device) for name, tensor in padded.items()}).logits
+        logits = self.loaded.model(
+            **{name: tensor.to(self.loaded.device) for name, tensor in padded.items()}
+        ).logits
         for i, (wrong, right) in zip(chunk, logits.double().tolist(), strict=True):
             found[i] = float(torch.sigmoid(torch.tensor(right - wrong, dtype=torch.float64)))
 
     def _collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Padded on the right: (B, T) ids and mask, and (B,) labels where there are any."""
         width = max(len(sample["tokens"]) for sample in samples)
-        ids, mask = torch.full((len(samples), width), self._pad), torch.zeros((len(samples), width), dtype=torch.int64)
+        ids, mask = (
+            torch.full((len(samples), width), self._pad),
+            torch.zeros((len(samples), width), dtype=torch.int64),
+        )
         for i, sample in enumerate(samples):
             ids[i, : len(sample["tokens"])] = torch.tensor(sample["tokens"])
             mask[i, : len(sample["tokens"])] = 1
-        labels = {"labels": torch.tensor([int(sample["right"]) for sample in samples])} if "right" in samples[0] else {}
+        labels = (
+            {"labels": torch.tensor([int(sample["right"]) for sample in samples])}
+            if "right" in samples[0]
+            else {}
+        )
         return {"input_ids": ids, "attention_mask": mask, **labels}
 
     def fit(
@@ -115,29 +139,50 @@ class RewardModel:
         log: Callable[[dict[str, float]], None],
         stop: Callable[[], bool],
     ) -> dict[str, float] | None:
-        """Train on samples by transformers' Trainer; the last epoch's numbers, None where it was stopped before its end.
+        """Train on samples by transformers' Trainer; the last epoch's numbers, None where it was
+        stopped before its end.
 
-        log: gets each epoch's number as `step` (from 0), its loss, and `assess` of `held_out`. stop: asked after every update.
-        Raises UserError where all of `train` are right, or all wrong.
+        log: gets each epoch's number as `step` (from 0), its loss, and `assess` of `held_out`.
+        stop: asked after every update. Raises UserError where all of `train` are right, or all
+        wrong.
         """
         counts = [sum(not s.right for s in train), sum(s.right for s in train)]
         if not all(counts):
             raise UserError(
-                f"reward model: got {counts[1]} right and {counts[0]} wrong samples to learn from, expected some of each; collect more"
+                f"reward model: got {counts[1]} right and {counts[0]} wrong samples to learn from,"
+                " expected some of each; collect more"
             )
         scale = HALF_SCALE if self.loaded.dtype == torch.float16 else 1.0
-        weights = torch.tensor([len(train) / (2 * count) if node.balance else 1.0 for count in counts], device=self.loaded.device)
+        weights = torch.tensor(
+            [len(train) / (2 * count) if node.balance else 1.0 for count in counts],
+            device=self.loaded.device,
+        )
 
         def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
             # Over the whole update, however it is cut; the weights are 1 on the mean sample.
-            each = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, weights, reduction="sum")
-            return scale * each / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+            each = torch.nn.functional.cross_entropy(
+                outputs.logits.float(), labels, weights, reduction="sum"
+            )
+            return (
+                scale
+                * each
+                / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+            )
 
         watch = _Watch(self, held_out, log, stop, scale)
-        with tempfile.TemporaryDirectory() as scratch:  # the Trainer's own notes: the run folder holds what is worth keeping
+        with (
+            tempfile.TemporaryDirectory() as scratch
+        ):  # the Trainer's own notes: the run folder holds what is worth keeping
             trainer = Trainer(
                 self.loaded.model,
-                _arguments(node, seed, scratch, len(train), clip=scale, on_cpu=self.loaded.device.type == "cpu"),
+                _arguments(
+                    node,
+                    seed,
+                    scratch,
+                    len(train),
+                    clip=scale,
+                    on_cpu=self.loaded.device.type == "cpu",
+                ),
                 data_collator=self._collate,
                 train_dataset=[sample._asdict() for sample in train],  # type: ignore[arg-type]
                 compute_loss_func=loss,
@@ -149,11 +194,14 @@ class RewardModel:
         return None if watch.stopped else watch.last
 
     def assess(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Accuracy at P(right) = 1/2, the share of right samples, and AUC where there are both kinds; nothing for no samples."""
+        """Accuracy at P(right) = 1/2, the share of right samples, and AUC where there are both
+        kinds; nothing for no samples."""
         if not samples:
             return {}
         chances, right = self([s.tokens for s in samples]), [s.right for s in samples]
-        accuracy = sum((chance > 0.5) == label for chance, label in zip(chances, right, strict=True)) / len(right)
+        accuracy = sum(
+            (chance > 0.5) == label for chance, label in zip(chances, right, strict=True)
+        ) / len(right)
         found = {"accuracy": accuracy, "right": sum(right) / len(right)}
         return found | ({"auc": auc(chances, right)} if 0 < sum(right) < len(right) else {})
 
@@ -171,10 +219,17 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.last: dict[str, float] = {}
         self.stopped = False
-        self._model, self._held_out, self._log, self._stop, self._scale = model, held_out, log, stop, scale
+        self._model, self._held_out, self._log, self._stop, self._scale = (
+            model,
+            held_out,
+            log,
+            stop,
+            scale,
+        )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Drop a gradient that is not finite (float16 overflows): clipped it would be NaN, and after a step the weights for good."""
+        """Drop a gradient that is not finite (float16 overflows): clipped it would be NaN, and
+        after a step the weights for good."""
         gradients = [p.grad for p in self._model.loaded.model.parameters() if p.grad is not None]
         if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
             for gradient in gradients:
@@ -184,15 +239,22 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         if state.global_step < state.max_steps and self._stop():
             self.stopped = control.should_training_stop = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any
+    ) -> None:
         if self.stopped or not logs or "loss" not in logs:
             return
-        self.last = {"loss": float(logs["loss"]) / self._scale, **self._model.assess(self._held_out)}
+        self.last = {
+            "loss": float(logs["loss"]) / self._scale,
+            **self._model.assess(self._held_out),
+        }
         self._log({"step": round(state.epoch) - 1, **self.last})
         self._model.loaded.model.train()
 
 
-def _arguments(node: recipe.RewardModel, seed: int, scratch: str, samples: int, *, clip: float, on_cpu: bool) -> TrainingArguments:
+def _arguments(
+    node: recipe.RewardModel, seed: int, scratch: str, samples: int, *, clip: float, on_cpu: bool
+) -> TrainingArguments:
     micro = min(node.micro_batch, node.batch)
     updates = node.epochs * -(-samples // node.batch)
     arguments = TrainingArguments(
@@ -209,7 +271,8 @@ def _arguments(node: recipe.RewardModel, seed: int, scratch: str, samples: int, 
         data_seed=seed,
         logging_strategy="epoch",
         eval_strategy="no",
-        save_strategy="no",  # a killed stage begins again: it is short, and half a checkpoint would be worse than none
+        # a killed stage begins again: it is short, and half a checkpoint would be worse than none
+        save_strategy="no",
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -217,5 +280,7 @@ def _arguments(node: recipe.RewardModel, seed: int, scratch: str, samples: int, 
         dataloader_pin_memory=False,
     )
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # else a second GPU in sight would get half of each batch by DataParallel
+        arguments._n_gpu = (
+            1  # else a second GPU in sight would get half of each batch by DataParallel
+        )
     return arguments

@@ -1,6 +1,7 @@
 """The adapter: drawn afresh or started from a folder, copied, saved.
 
-Invariant: what is saved is what plain peft loads, the same weights as the same bytes; no pickle is read.
+Invariant: what is saved is what plain peft loads, the same weights as the same bytes; no pickle is
+read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,16 +29,20 @@ from minirl import recipe
 from minirl.errors import UserError
 
 ADAPTER = "default"
-# What a folder that cannot be loaded makes transformers raise: files missing or torn, an unknown architecture, a package it would need.
+# What a folder that cannot be loaded makes transformers raise: files missing or torn, an unknown
+# architecture, a package it would need.
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 
 
 def fresh_adapter(base: PreTrainedModel, node: recipe.Model, seed: int, **more: Any) -> PeftModel:
-    """A LoRA adapter on every target layer, A drawn from `seed`, B zero. more: further settings of peft's LoraConfig."""
+    """A LoRA adapter on every target layer, A drawn from `seed`, B zero. more: further settings of
+    peft's LoraConfig."""
     targets, alpha = node.lora.targets, node.lora.alpha
     settings: dict[str, Any] = {
         "r": node.lora.rank,
-        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,  # readers of adapter_config.json expect a whole number
+        "lora_alpha": (
+            int(alpha) if alpha.is_integer() else alpha
+        ),  # readers of adapter_config.json expect a whole number
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -43,21 +54,34 @@ def fresh_adapter(base: PreTrainedModel, node: recipe.Model, seed: int, **more: 
         try:
             return get_peft_model(base, LoraConfig(**settings), adapter_name=ADAPTER)
         except ValueError as error:
-            known = sorted({name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
-            raise UserError(f"model.lora.targets: got {targets!r}, expected all-linear or some of {', '.join(known)}") from error
+            known = sorted(
+                {
+                    name.rpartition(".")[2]
+                    for name, module in base.named_modules()
+                    if isinstance(module, nn.Linear)
+                }
+            )
+            raise UserError(
+                f"model.lora.targets: got {targets!r}, expected all-linear or some of"
+                f" {', '.join(known)}"
+            ) from error
 
 
 def check_adapter(node: recipe.Model) -> None:
     """Raises UserError where the recipe starts from an adapter that is not there."""
-    for file in ("adapter_config.json", "adapter_model.safetensors") if node.adapter is not None else ():
+    for file in (
+        ("adapter_config.json", "adapter_model.safetensors") if node.adapter is not None else ()
+    ):
         if not (folder := Path(str(node.adapter)).expanduser()).joinpath(file).is_file():
             raise UserError(
-                f"model.adapter: {folder} has no {file}, expected a folder that peft saved; check the path, or run the recipe that makes it"
+                f"model.adapter: {folder} has no {file}, expected a folder that peft saved; check"
+                " the path, or run the recipe that makes it"
             )
 
 
 def start_from(model: PeftModel, node: recipe.Model) -> None:
-    """Load the adapter of a folder into the fresh one. Its rank, alpha and targets must be the recipe's: there a run's numbers stand."""
+    """Load the adapter of a folder into the fresh one. Its rank, alpha and targets must be the
+    recipe's: there a run's numbers stand."""
     check_adapter(node)
     folder, lora = Path(str(node.adapter)).expanduser(), node.lora
     try:
@@ -65,37 +89,46 @@ def start_from(model: PeftModel, node: recipe.Model) -> None:
         rank, alpha = config.get("r"), config.get("lora_alpha")
         if (rank, alpha) != (lora.rank, lora.alpha):
             raise UserError(
-                f"model.adapter: {folder} has rank {rank}, alpha {alpha}, the recipe {lora.rank}, {lora.alpha:g}; "
-                f"add --set model.lora.rank={rank} --set model.lora.alpha={alpha}"
+                f"model.adapter: {folder} has rank {rank}, alpha {alpha}, the recipe {lora.rank},"
+                f" {lora.alpha:g}; add --set model.lora.rank={rank} --set model.lora.alpha={alpha}"
             )
         if config.get("use_rslora") or config.get("alpha_pattern"):
             raise ValueError("it scales its layers otherwise than by alpha / rank")
         load_adapter_state(model, load_file(folder / "adapter_model.safetensors"))
     except LOAD_ERRORS as error:
         raise UserError(
-            f"model.adapter: {folder} does not fit {node.name} with model.lora.targets={lora.targets} ({first_line(error)}); "
-            "use the model and the targets it was trained with"
+            f"model.adapter: {folder} does not fit {node.name} with"
+            f" model.lora.targets={lora.targets} ({first_line(error)}); use the model and the"
+            " targets it was trained with"
         ) from error
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
     """Copies of the adapter's weights, float32 on the CPU, under the names of peft's own file."""
-    return {name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous() for name, tensor in _peft_state(model).items()}
+    return {
+        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, tensor in _peft_state(model).items()
+    }
 
 
 def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
-    """Put the weights of `adapter_state` back. ValueError unless these are the adapter's names and shapes, all of them."""
+    """Put the weights of `adapter_state` back. ValueError unless these are the adapter's names and
+    shapes, all of them."""
     shapes = {name: tuple(tensor.shape) for name, tensor in _peft_state(model).items()}
     wrong = shapes.items() ^ {name: tuple(tensor.shape) for name, tensor in state.items()}.items()
     if wrong:
-        raise ValueError(f"expected {len(shapes)} adapter weights, got {len(state)}; the first that differs is {min(wrong)}")
+        raise ValueError(
+            f"expected {len(shapes)} adapter weights, got {len(state)}; the first that differs is"
+            f" {min(wrong)}"
+        )
     set_peft_model_state_dict(model, dict(state), adapter_name=ADAPTER)
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
     """Write the adapter so that plain `peft.PeftModel.from_pretrained(base, folder)` loads it.
 
-    The same weights give the same bytes: peft's own save_pretrained lists target modules in hash order and may ask the hub about the base.
+    The same weights give the same bytes: peft's own save_pretrained lists target modules in hash
+    order and may ask the hub about the base.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,8 +141,15 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
 
 
 def _peft_state(model: PeftModel) -> dict[str, Tensor]:
-    # save_embedding_layers=False: to decide it by itself, peft would ask the hub about the base model.
-    return dict(sorted(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False).items()))
+    # save_embedding_layers=False: to decide it by itself, peft would ask the hub about the base
+    # model.
+    return dict(
+        sorted(
+            get_peft_model_state_dict(
+                model, adapter_name=ADAPTER, save_embedding_layers=False
+            ).items()
+        )
+    )
 
 
 def first_line(error: BaseException) -> str:

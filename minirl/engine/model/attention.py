@@ -1,11 +1,14 @@
-"""Attention for tokens that share prefixes: one function, registered with transformers' AttentionInterface.
+"""Attention for tokens that share prefixes: one function, registered with transformers'
+AttentionInterface.
 
-A micro-batch is ONE packed row of bundles, each `[prefix | completion 1 | ... | completion G]`. The prefix attends to itself causally, a
-completion to the prefix and to itself causally. Invariant: every token sees exactly the tokens it would see in a plain row of its own,
-at the same positions, so log-probabilities and gradients are those of plain rows up to rounding.
+A micro-batch is ONE packed row of bundles, each `[prefix | completion 1 | ... | completion G]`. The
+prefix attends to itself causally, a completion to the prefix and to itself causally. Invariant:
+every token sees exactly the tokens it would see in a plain row of its own, at the same positions,
+so log-probabilities and gradients are those of plain rows up to rounding.
 
-The layout reaches the function as the keyword `layout` of `model(...)`. Without it the function is stock attention over the mask it is
-given, with the query heads that share a key head seen as a longer query, so that keys and values are never repeated.
+The layout reaches the function as the keyword `layout` of `model(...)`. Without it the function is
+stock attention over the mask it is given, with the query heads that share a key head seen as a
+longer query, so that keys and values are never repeated.
 """
 
 from __future__ import annotations
@@ -23,15 +26,20 @@ from transformers.masking_utils import sdpa_mask
 from minirl.engine.cpu import attention as cpu_attention
 
 NAME = "minirl"
-# Families whose attention is plain softmax attention through the interface, with or without sliding windows.
-FAMILIES = frozenset({"llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "gemma2", "gemma3", "gemma3_text"})
+# Families whose attention is plain softmax attention through the interface, with or without sliding
+# windows.
+FAMILIES = frozenset(
+    {"llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "gemma2", "gemma3", "gemma3_text"}
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A shared prefix of `prefix` tokens and its completions of `lengths` tokens, packed one after the other.
+    """A shared prefix of `prefix` tokens and its completions of `lengths` tokens, packed one after
+    the other.
 
-    take: for each of the G * R places of a padded grid (R the longest completion) the packed completion token that stands there, or 0;
+    take: for each of the G * R places of a padded grid (R the longest completion) the packed
+    completion token that stands there, or 0;
     place: for each packed completion token its place in the grid.
     """
 
@@ -57,36 +65,46 @@ class Bundle:
 
 @dataclass(slots=True)
 class Cached:
-    """B rows of T new tokens at `positions` (B, T), each looking at its own cached keys 0 .. width - 1."""
+    """B rows of T new tokens at `positions` (B, T), each looking at its own cached keys 0 .. width
+    - 1."""
 
     positions: Tensor
     width: int
     biases: dict[int | None, Tensor] = field(default_factory=dict)
 
     def bias(self, window: int | None, heads: int, shared: int, dtype: torch.dtype) -> Tensor:
-        """What hides all cached keys behind each new token, added to the scores of its query heads, (B, heads, shared * T, width).
+        """What hides all cached keys behind each new token, added to the scores of its query heads,
+        (B, heads, shared * T, width).
 
-        heads: key heads, or 1 to have it broadcast over them; shared: query heads of each, which stand as one longer query.
+        heads: key heads, or 1 to have it broadcast over them; shared: query heads of each, which
+        stand as one longer query.
         """
         if window not in self.biases:
-            behind = self.positions[:, None, None, :, None] - torch.arange(self.width, device=self.positions.device)
+            behind = self.positions[:, None, None, :, None] - torch.arange(
+                self.width, device=self.positions.device
+            )
             mask = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
             rows, _, _, length, width = mask.shape
-            mask = mask.expand(rows, heads, shared, length, width).reshape(rows, heads, shared * length, width)
+            mask = mask.expand(rows, heads, shared, length, width).reshape(
+                rows, heads, shared * length, width
+            )
             self.biases[window] = cpu_attention.bias(mask, dtype)
         return self.biases[window]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The bundles of one packed row, in order; what their masks add to scores is made once for all layers of a kind, and kept for the
-    backward pass once."""
+    """The bundles of one packed row, in order; what their masks add to scores is made once for all
+    layers of a kind, and kept for the backward pass once."""
 
     bundles: tuple[Bundle, ...]
     biases: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
-    def bias(self, prefix: int, width: int, window: int | None, shared: int, like: Tensor) -> Tensor:
-        """What hides from each of `width` queries after the prefix all keys behind it, (shared * width, prefix + width) of `like`'s kind.
+    def bias(
+        self, prefix: int, width: int, window: int | None, shared: int, like: Tensor
+    ) -> Tensor:
+        """What hides from each of `width` queries after the prefix all keys behind it, (shared *
+        width, prefix + width) of `like`'s kind.
 
         shared: query heads of a key head, which stand as one longer query.
         """
@@ -105,11 +123,16 @@ def supports(config: Any) -> bool:
     """Whether a model's every layer can share a prefix, by its config."""
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    return text.model_type in FAMILIES and kinds <= {"full_attention", "sliding_attention"} and not _is_bidirectional(text)
+    return (
+        text.model_type in FAMILIES
+        and kinds <= {"full_attention", "sliding_attention"}
+        and not _is_bidirectional(text)
+    )
 
 
 def install(model: Any) -> str:
-    """Let a supported model compute its attention here, with and without a layout; the name of the library's own way that it came with."""
+    """Let a supported model compute its attention here, with and without a layout; the name of the
+    library's own way that it came with."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     if model.config._attn_implementation != NAME:
@@ -131,9 +154,11 @@ def attend(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The interface's function: query (B, H, T, D), key and value (B, K, T', D) with H a multiple of K; returns (B, T, H, D).
+    """The interface's function: query (B, H, T, D), key and value (B, K, T', D) with H a multiple
+    of K; returns (B, T, H, D).
 
-    With a layout attention_mask is ignored (and B is 1 where it is packed). Without: a bool mask (B, 1, T, T'), or None for causal.
+    With a layout attention_mask is ignored (and B is 1 where it is packed). Without: a bool mask
+    (B, 1, T, T'), or None for causal.
     """
     if isinstance(layout, Cached):
         out = _cached(query, key, value, layout, scaling, sliding_window, softcap)
@@ -144,16 +169,29 @@ def attend(
     else:
         if attention_mask is None:
             size = (query.shape[2], key.shape[2])
-            attention_mask = torch.ones(size, dtype=torch.bool, device=query.device).tril(size[1] - size[0])
+            attention_mask = torch.ones(size, dtype=torch.bool, device=query.device).tril(
+                size[1] - size[0]
+            )
         shared = query.shape[1] // key.shape[1]
-        # The rows of heads that share a key head stand one after the other; a single row is broadcast.
-        mask = attention_mask.repeat(*(1,) * (attention_mask.dim() - 2), shared, 1) if query.shape[2] > 1 else attention_mask
+        # The rows of heads that share a key head stand one after the other; a single row is
+        # broadcast.
+        mask = (
+            attention_mask.repeat(*(1,) * (attention_mask.dim() - 2), shared, 1)
+            if query.shape[2] > 1
+            else attention_mask
+        )
         out = _masked(query, key, value, mask, scaling, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _shared(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, window: int | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     sizes = [size for bundle in layout.bundles for size in (bundle.prefix, sum(bundle.lengths))]
     pieces = [torch.split(x, sizes, dim=2) for x in (query, key, value)]
@@ -174,60 +212,118 @@ def _shared(
 
 
 def _cached(
-    query: Tensor, key: Tensor, value: Tensor, layout: Cached, scaling: float | None, window: int | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Cached,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     batch, heads, length, size = query.shape
     shared = heads // key.shape[1]
     if softcap is not None or key.stride(-1) == 1:
-        return _masked(query, key, value, layout.bias(window, 1, shared, query.dtype), scaling, softcap)
+        return _masked(
+            query, key, value, layout.bias(window, 1, shared, query.dtype), scaling, softcap
+        )
     scale = size**-0.5 if scaling is None else scaling
     query = query.reshape(batch, key.shape[1], shared * length, size)
-    if length == 1 and (out := cpu_attention.decode(query, key, value, layout.positions, window, scale)) is not None:
+    if (
+        length == 1
+        and (out := cpu_attention.decode(query, key, value, layout.positions, window, scale))
+        is not None
+    ):
         return out.view(batch, heads, length, size)
     bias = layout.bias(window, key.shape[1], shared, query.dtype).flatten(0, 1)
-    return cpu_attention.attention(query, key, value, bias, scale).reshape(batch, heads, length, size)
+    return cpu_attention.attention(query, key, value, bias, scale).reshape(
+        batch, heads, length, size
+    )
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
+def _causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
     if softcap is None and (window is None or window >= q.shape[2]) and not cpu_attention.serves(q):
         return _unmasked(q, k, v, scaling, causal=True)
-    return _masked(q, k, v, layout.bias(0, q.shape[2], window, q.shape[1] // k.shape[1], q), scaling, softcap)
+    return _masked(
+        q, k, v, layout.bias(0, q.shape[2], window, q.shape[1] // k.shape[1], q), scaling, softcap
+    )
 
 
-def _unmasked(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, causal: bool) -> Tensor:
+def _unmasked(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, causal: bool
+) -> Tensor:
     if not shares_heads(query.device, query.dtype):
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
+        key, value = (
+            x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value)
+        )
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=causal, scale=scaling, enable_gqa=True
+    )
 
 
 def shares_heads(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the library's fast kernels let query heads share a key head. Of CUDA's only flash attention does, from Ampere on and in half
-    precision; without it the library falls back to a kernel that holds all scores in float32."""
-    return device.type != "cuda" or (dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(device)[0] >= 8)
+    """Whether the library's fast kernels let query heads share a key head. Of CUDA's only flash
+    attention does, from Ampere on and in half precision; without it the library falls back to a
+    kernel that holds all scores in float32."""
+    return device.type != "cuda" or (
+        dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(device)[0] >= 8
+    )
 
 
 def row_multiple(device: torch.device) -> int:
-    """Of how many numbers the rows of a bias are multiples. CUDA's kernels want 16 bytes, and would copy a whole bias in every layer."""
+    """Of how many numbers the rows of a bias are multiples. CUDA's kernels want 16 bytes, and would
+    copy a whole bias in every layer."""
     return 8 if device.type == "cuda" else 1
 
 
-def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
-    """Softmax attention; the query heads of a key head stand one after the other as one query of shared * T.
+def _masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """Softmax attention; the query heads of a key head stand one after the other as one query of
+    shared * T.
 
-    mask: which keys are seen (bool), or what is added to the scores; (shared * T, T') or (B, 1, shared * T, T').
+    mask: which keys are seen (bool), or what is added to the scores; (shared * T, T') or (B, 1,
+    shared * T, T').
     """
     batch, heads, length, size = query.shape
     shared = heads // key.shape[1]
     query = query.reshape(batch, key.shape[1], shared * length, size)
-    if softcap is None and mask.dim() == 2 and mask.dtype == query.dtype and cpu_attention.serves(query):
-        out = cpu_attention.attention(query, key, value, mask, size**-0.5 if scaling is None else scaling)
+    if (
+        softcap is None
+        and mask.dim() == 2
+        and mask.dtype == query.dtype
+        and cpu_attention.serves(query)
+    ):
+        out = cpu_attention.attention(
+            query, key, value, mask, size**-0.5 if scaling is None else scaling
+        )
     elif softcap is None:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     else:
-        scores = (query @ key.transpose(-1, -2)).float() * (size**-0.5 if scaling is None else scaling)
-        # A padded row sees nothing: the least number, not minus infinity, keeps it from becoming NaN.
+        scores = (query @ key.transpose(-1, -2)).float() * (
+            size**-0.5 if scaling is None else scaling
+        )
+        # A padded row sees nothing: the least number, not minus infinity, keeps it from becoming
+        # NaN.
         scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+        scores = (
+            scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            if mask.dtype == torch.bool
+            else scores + mask
+        )
         out = torch.softmax(scores, dim=-1).to(query.dtype) @ value
     return out.reshape(batch, heads, length, size)
 
@@ -247,8 +343,9 @@ def _from_grid(x: Tensor, bundle: Bundle) -> Tensor:
 
 
 class _Rearrange(torch.autograd.Function):
-    """x[:, :, forward], whose gradient is gathered by `backward` in place of a scatter: the two undo each other on all real tokens,
-    and what stands in padded places reaches nothing, so its gradient is dropped (into the grid) or zero (out of it)."""
+    """x[:, :, forward], whose gradient is gathered by `backward` in place of a scatter: the two
+    undo each other on all real tokens, and what stands in padded places reaches nothing, so its
+    gradient is dropped (into the grid) or zero (out of it)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: Tensor, backward: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Batch: the one door from episodes to tensors.
 
-Episodes that begin alike are bundled: their longest common prefix is computed once. Sharing is discovered from equal token ids, never
-declared. Invariant: after this door the flat (N,) tensors hold one entry a trained token, in the same order, and index t of an episode
-always speaks of its token t. Turns after the last trained one are dropped: their reward is already known.
+Episodes that begin alike are bundled: their longest common prefix is computed once. Sharing is
+discovered from equal token ids, never declared. Invariant: after this door the flat (N,) tensors
+hold one entry a trained token, in the same order, and index t of an episode always speaks of its
+token t. Turns after the last trained one are dropped: their reward is already known.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from minirl.engine.model.attention import Bundle, Layout
 from minirl.episode import Episode
 
 MIN_SHARED = 16  # tokens; a shorter common prefix is not worth an attention call of its own
-ROUND = 64  # packed rows are filled up to multiples of this: every new length costs matrix kernels built anew
+# packed rows are filled up to multiples of this: every new length costs matrix kernels built anew
+ROUND = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An episode on its way into a batch. weight is that of each of its trained tokens in the step's loss.
+    """An episode on its way into a batch. weight is that of each of its trained tokens in the
+    step's loss.
 
     advantage: of all its trained tokens, or one for each of them in order.
     """
@@ -57,13 +60,16 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """N trained tokens and what predicts them. Packed: B is 1 and `layout` says who sees whom. Plain: B rows padded on the right."""
+    """N trained tokens and what predicts them. Packed: B is 1 and `layout` says who sees whom.
+    Plain: B rows padded on the right."""
 
     tokens: Tensor  # (B, T) int64
     positions: Tensor  # (B, T) int64
     present: Tensor | None  # (B, T) int64, 0 at padding; None where packed
     layout: Layout | None
-    seen: Tensor  # (N,) int64, index into the B * T positions of what predicts each trained token: the token before it
+    # (N,) int64, index into the B * T positions of what predicts each trained token: the token
+    # before it
+    seen: Tensor
     target: Tensor  # (N,) int64, the trained tokens
     old: Tensor  # (N,) float32, the sampler's log-probabilities
     advantages: Tensor  # (N,) float32
@@ -71,23 +77,39 @@ class Batch:
     episode: Tensor  # (N,) int64, the number of each token's episode
 
 
-def row(episode: Episode, *, advantage: float | Sequence[float], weight: float, number: int, group: int = 0) -> Row:
-    """An episode cut after its last trained token. The first token is never trained: nothing predicts it.
+def row(
+    episode: Episode,
+    *,
+    advantage: float | Sequence[float],
+    weight: float,
+    number: int,
+    group: int = 0,
+) -> Row:
+    """An episode cut after its last trained token. The first token is never trained: nothing
+    predicts it.
 
     advantage: of the episode, or one for each of its trained turns.
     """
     mask = episode.mask
     end = max((i for i, trained in enumerate(mask) if trained), default=-1) + 1
     if end == 0 or mask[0]:
-        raise ValueError(f"episode of {episode.problem.id}: expected trained tokens after a prompt, got {end} tokens")
+        raise ValueError(
+            f"episode of {episode.problem.id}: expected trained tokens after a prompt, got {end}"
+            " tokens"
+        )
     if isinstance(advantage, Sequence):
         lengths = [len(turn.tokens) for turn in episode.turns if turn.trained]
-        advantage = tuple(value for value, length in zip(advantage, lengths, strict=True) for _ in range(length))
-    return Row(episode.tokens[:end], mask[:end], episode.logprobs[:end], advantage, weight, number, group)
+        advantage = tuple(
+            value for value, length in zip(advantage, lengths, strict=True) for _ in range(length)
+        )
+    return Row(
+        episode.tokens[:end], mask[:end], episode.logprobs[:end], advantage, weight, number, group
+    )
 
 
 def pack(rows: Sequence[Row], budget_tokens: int) -> Iterator[list[Shared]]:
-    """Micro-batches of bundles, at most `budget_tokens` computed tokens each (a longer row goes alone)."""
+    """Micro-batches of bundles, at most `budget_tokens` computed tokens each (a longer row goes
+    alone)."""
     bundles: list[Shared] = []
     loose: list[Row] = []
     for _, same in groupby(sorted(rows, key=lambda r: (r.group, r.episode)), key=lambda r: r.group):
@@ -109,7 +131,8 @@ def pack(rows: Sequence[Row], budget_tokens: int) -> Iterator[list[Shared]]:
 
 
 def pack_plain(rows: Sequence[Row], budget_tokens: int) -> Iterator[list[Row]]:
-    """Micro-batches of rows of like length, at most `budget_tokens` padded tokens each (a longer row goes alone)."""
+    """Micro-batches of rows of like length, at most `budget_tokens` padded tokens each (a longer
+    row goes alone)."""
     chunk: list[Row] = []
     for item in sorted(rows, key=lambda r: (r.length, r.episode)):
         if chunk and (len(chunk) + 1) * item.length > budget_tokens:
@@ -141,26 +164,48 @@ def collate(bundles: Sequence[Shared], device: torch.device) -> Batch:
             shift = len(tokens) - prefix
             tokens += r.tokens[prefix:]
             positions += range(prefix, r.length)
-            # Token t is predicted at t - 1, which stands in the prefix for the first token of a completion.
-            seen += [(start if t <= prefix else shift) + t - 1 for t, trained in enumerate(r.mask) if trained]
+            # Token t is predicted at t - 1, which stands in the prefix for the first token of a
+            # completion.
+            seen += [
+                (start if t <= prefix else shift) + t - 1
+                for t, trained in enumerate(r.mask)
+                if trained
+            ]
             rows.append(r)
     layout = [Bundle.of(b.prefix, [r.length - b.prefix for r in b.rows], device) for b in bundles]
     if filler := -len(tokens) % ROUND:
-        layout.append(Bundle.of(0, [filler], device))  # a row of its own that nobody sees and that nothing is read from
+        layout.append(
+            Bundle.of(0, [filler], device)
+        )  # a row of its own that nobody sees and that nothing is read from
         tokens += [0] * filler
         positions += range(filler)
-    return _batch(torch.tensor([tokens]), torch.tensor([positions]), None, Layout(tuple(layout)), seen, rows, device)
+    return _batch(
+        torch.tensor([tokens]),
+        torch.tensor([positions]),
+        None,
+        Layout(tuple(layout)),
+        seen,
+        rows,
+        device,
+    )
 
 
 def collate_plain(rows: Sequence[Row], *, pad: int, device: torch.device) -> Batch:
     """Rows padded on the right, for models whose attention cannot share a prefix."""
     width = max(r.length for r in rows)
-    tokens, present = torch.full((len(rows), width), pad), torch.zeros((len(rows), width), dtype=torch.int64)
+    tokens, present = (
+        torch.full((len(rows), width), pad),
+        torch.zeros((len(rows), width), dtype=torch.int64),
+    )
     for i, r in enumerate(rows):
         tokens[i, : r.length] = torch.tensor(r.tokens)
         present[i, : r.length] = 1
-    seen = [i * width + t - 1 for i, r in enumerate(rows) for t, trained in enumerate(r.mask) if trained]
-    return _batch(tokens, torch.arange(width).expand(len(rows), -1), present, None, seen, rows, device)
+    seen = [
+        i * width + t - 1 for i, r in enumerate(rows) for t, trained in enumerate(r.mask) if trained
+    ]
+    return _batch(
+        tokens, torch.arange(width).expand(len(rows), -1), present, None, seen, rows, device
+    )
 
 
 def _batch(
@@ -204,8 +249,13 @@ def _fit(bundle: Shared, budget: int) -> list[Shared]:
 
 
 def _fit_loose(rows: Sequence[Row], budget: int) -> list[Shared]:
-    """Rows of different problems, those of like length together: their attention is padded to the longest. They may still begin alike,
-    with a system prompt."""
+    """Rows of different problems, those of like length together: their attention is padded to the
+    longest. They may still begin alike, with a system prompt."""
     chunks = [tuple(chunk) for chunk in pack_plain(rows, budget)]
-    prefixes = [common_prefix([r.tokens for r in chunk]) if len(chunk) > 1 else 0 for chunk in chunks]
-    return [Shared(prefix if prefix >= MIN_SHARED else 0, chunk) for prefix, chunk in zip(prefixes, chunks, strict=True)]
+    prefixes = [
+        common_prefix([r.tokens for r in chunk]) if len(chunk) > 1 else 0 for chunk in chunks
+    ]
+    return [
+        Shared(prefix if prefix >= MIN_SHARED else 0, chunk)
+        for prefix, chunk in zip(prefixes, chunks, strict=True)
+    ]

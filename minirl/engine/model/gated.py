@@ -1,8 +1,10 @@
-"""SwiGLU (Shazeer 2020, "GLU Variants Improve Transformer") as one autograd function, which keeps its two inputs and nothing else.
+"""SwiGLU (Shazeer 2020, "GLU Variants Improve Transformer") as one autograd function, which keeps
+its two inputs and nothing else.
 
-The library's keeps silu(gate) too, the widest tensor of a layer: an update's peak memory was 1.08 to 1.13 times as large
-(SmolLM2-135M, groups of 8 on a CPU). Computing it again takes 0.98 to 1.07 of the time, within the spread of single runs. Invariant: values
-and gradients are the library's own.
+The library's keeps silu(gate) too, the widest tensor of a layer: an update's peak memory was 1.08
+to 1.13 times as large (SmolLM2-135M, groups of 8 on a CPU). Computing it again takes 0.98 to 1.07
+of the time, within the spread of single runs. Invariant: values and gradients are the library's
+own.
 """
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ from torch.nn.functional import silu
 
 
 def lean_gates(model: nn.Module) -> int:
-    """Let a model's gated MLPs compute here; returns how many. One that computes anything else stays."""
-    gates = [module for module in model.modules() if hasattr(module, "down_proj") and _is_plain(module)]
+    """Let a model's gated MLPs compute here; returns how many. One that computes anything else
+    stays."""
+    gates = [
+        module for module in model.modules() if hasattr(module, "down_proj") and _is_plain(module)
+    ]
     for module in gates:
         module.forward = MethodType(lean_forward, module)
     return len(gates)
@@ -26,7 +31,9 @@ def lean_gates(model: nn.Module) -> int:
 def lean_forward(self: Any, x: Tensor) -> Tensor:
     """down(silu(gate(x)) * up(x)), (..., D) -> (..., D)."""
     gate, up = self.gate_proj(x), self.up_proj(x)
-    out: Tensor = self.down_proj(_Gated.apply(gate, up) if torch.is_grad_enabled() else silu(gate).mul_(up))  # type: ignore[no-untyped-call]
+    out: Tensor = self.down_proj(
+        _Gated.apply(gate, up) if torch.is_grad_enabled() else silu(gate).mul_(up)
+    )  # type: ignore[no-untyped-call]
     return out
 
 
@@ -46,7 +53,12 @@ def _is_plain(module: Any) -> bool:
     """Whether it computes this formula: by trying, with projections that can be seen through."""
     if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "act_fn")):
         return False
-    parts = SimpleNamespace(gate_proj=lambda x: x, up_proj=lambda x: 2 * x + 1, down_proj=lambda x: x - 1, act_fn=module.act_fn)
+    parts = SimpleNamespace(
+        gate_proj=lambda x: x,
+        up_proj=lambda x: 2 * x + 1,
+        down_proj=lambda x: x - 1,
+        act_fn=module.act_fn,
+    )
     x = torch.linspace(-9, 9, 40).view(2, 20)
     try:
         with torch.no_grad():

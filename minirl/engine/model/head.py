@@ -1,6 +1,8 @@
-"""The output head: log-probabilities of chosen tokens from hidden states, without ever holding the logits of all positions.
+"""The output head: log-probabilities of chosen tokens from hidden states, without ever holding the
+logits of all positions.
 
-Invariant: values and gradients are those of log_softmax(head(hidden) * scale / temperature), position by position, up to rounding.
+Invariant: values and gradients are those of log_softmax(head(hidden) * scale / temperature),
+position by position, up to rounding.
 """
 
 from __future__ import annotations
@@ -13,23 +15,33 @@ from torch.utils.checkpoint import checkpoint
 
 from minirl.engine.cpu import packed
 
-# Logits alive at once. On a GPU 128 MiB in float32 and as much again for their probabilities; on a CPU 16 MiB, which its cache may hold.
+# Logits alive at once. On a GPU 128 MiB in float32 and as much again for their probabilities; on a
+# CPU 16 MiB, which its cache may hold.
 CHUNK_LOGITS, CHUNK_LOGITS_CPU = 2**25, 2**22
 
 
 class Head:
-    """A model's output embeddings with what its family does to logits: a scale (Cohere, Granite) and a soft cap (Gemma 2)."""
+    """A model's output embeddings with what its family does to logits: a scale (Cohere, Granite)
+    and a soft cap (Gemma 2)."""
 
     def __init__(self, linear: Any, config: Any) -> None:
         self.linear = linear
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.scale: float = getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0)
-        self._is_plain = type(linear) is nn.Linear and linear.bias is None and not linear.weight.requires_grad and self.softcap is None
+        self.scale: float = getattr(config, "logit_scale", None) or 1.0 / getattr(
+            config, "logits_scaling", 1.0
+        )
+        self._is_plain = (
+            type(linear) is nn.Linear
+            and linear.bias is None
+            and not linear.weight.requires_grad
+            and self.softcap is None
+        )
 
         self._packed: Tensor | None = None
 
     def pack(self, rows: int) -> None:
-        """Let `logits` be computed from packed weights without a gradient, laid out for some `rows` rows, where that can be."""
+        """Let `logits` be computed from packed weights without a gradient, laid out for some `rows`
+        rows, where that can be."""
         if self._packed is None and self._is_plain and packed.fits([self.linear.weight]):
             self._packed = packed.pack(self.linear.weight, rows)
 
@@ -43,33 +55,54 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def logprobs(
-        self, hidden: Tensor, target: Tensor, *, temperature: float, entropy: bool, entropy_grad: bool
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        *,
+        temperature: float,
+        entropy: bool,
+        entropy_grad: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probability of each target under logits / temperature, (N,) float32, from hidden (N, D); the entropy too where asked.
+        """Log-probability of each target under logits / temperature, (N,) float32, from hidden (N,
+        D); the entropy too where asked.
 
         With entropy_grad the entropy carries a gradient, else it is a number to log.
         """
         parts: list[tuple[Tensor, Tensor]] = []
-        size = max(64, (CHUNK_LOGITS_CPU if hidden.device.type == "cpu" else CHUNK_LOGITS) // self.linear.weight.shape[0])
+        size = max(
+            64,
+            (CHUNK_LOGITS_CPU if hidden.device.type == "cpu" else CHUNK_LOGITS)
+            // self.linear.weight.shape[0],
+        )
         for h, t in zip(torch.split(hidden, size), torch.split(target, size), strict=True):
             if self._is_plain and not entropy_grad:
-                parts.append(_Chosen.apply(h, t, self.linear.weight, self.scale / temperature, entropy))  # type: ignore[no-untyped-call]
+                parts.append(
+                    _Chosen.apply(h, t, self.linear.weight, self.scale / temperature, entropy)
+                )  # type: ignore[no-untyped-call]
             elif torch.is_grad_enabled() and h.requires_grad:
-                parts.append(checkpoint(self._compute, h, t, temperature, entropy, use_reentrant=False))
+                parts.append(
+                    checkpoint(self._compute, h, t, temperature, entropy, use_reentrant=False)
+                )
             else:
                 parts.append(self._compute(h, t, temperature, entropy))
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy else None
+        return torch.cat([p[0] for p in parts]), (
+            torch.cat([p[1] for p in parts]) if entropy else None
+        )
 
-    def _compute(self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
+    def _compute(
+        self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
         logprobs = torch.log_softmax(self.logits(hidden) / temperature, dim=-1)  # (n, V)
         chosen = logprobs.gather(-1, target[:, None]).squeeze(-1)
         return chosen, -(logprobs.exp() * logprobs).sum(-1) if entropy else chosen
 
 
 class _Chosen(torch.autograd.Function):
-    """log softmax(factor * W h)[target], with the gradient's direction worked out while the probabilities are at hand.
+    """log softmax(factor * W h)[target], with the gradient's direction worked out while the
+    probabilities are at hand.
 
-    d/dh = factor * (onehot(target) - p) W, one (n, D) matrix to keep in place of the (n, V) logits, and nothing to compute again.
+    d/dh = factor * (onehot(target) - p) W, one (n, D) matrix to keep in place of the (n, V) logits,
+    and nothing to compute again.
     """
 
     @staticmethod
@@ -78,14 +111,20 @@ class _Chosen(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # (n, D), (n,), (V, D) -> (n,), (n,)
         logits = nn.functional.linear(hidden, weight).float()
         logits = logits if factor == 1.0 else logits.mul_(factor)
-        # Every pass over (n, V) numbers counts: the sum's logarithm is read off the likeliest token, and nothing is written twice.
+        # Every pass over (n, V) numbers counts: the sum's logarithm is read off the likeliest
+        # token, and nothing is written twice.
         largest = logits.amax(-1, keepdim=True)
         probabilities = torch.softmax(logits, -1)
         total = largest - probabilities.amax(-1, keepdim=True).log()
         chosen = logits.gather(-1, target[:, None]) - total  # (n, 1)
-        spread = total.squeeze(-1) - torch.linalg.vecdot(probabilities, logits) if entropy else torch.zeros_like(chosen).squeeze(-1)
+        spread = (
+            total.squeeze(-1) - torch.linalg.vecdot(probabilities, logits)
+            if entropy
+            else torch.zeros_like(chosen).squeeze(-1)
+        )
         if ctx.needs_input_grad[0]:
-            # p - 1 of the target by expm1, in float32: p W - W[target] would lose everything to rounding where p is near 1.
+            # p - 1 of the target by expm1, in float32: p W - W[target] would lose everything to
+            # rounding where p is near 1.
             residual = probabilities.scatter_(-1, target[:, None], torch.expm1(chosen))
             ctx.save_for_backward((residual.to(weight.dtype) @ weight).mul_(-factor))
         ctx.mark_non_differentiable(spread)

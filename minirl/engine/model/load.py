@@ -1,7 +1,7 @@
 """Loading: a chat model (plain, NF4 or INT8), its tokenizer, and one LoRA adapter to train.
 
-Invariant: the base weights are frozen, and the adapter's are float32 masters whatever dtype the model computes in. No code from a model
-folder is ever run, and no pickle is read.
+Invariant: the base weights are frozen, and the adapter's are float32 masters whatever dtype the
+model computes in. No code from a model folder is ever run, and no pickle is read.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """model: base with one trainable adapter named "default", in eval mode (train mode computes the same: every dropout is zero, but
-    gradient checkpointing is at work in train mode only, and key-value caches in eval mode only). node: the recipe it came from."""
+    """model: base with one trainable adapter named "default", in eval mode (train mode computes the
+    same: every dropout is zero, but gradient checkpointing is at work in train mode only, and
+    key-value caches in eval mode only). node: the recipe it came from."""
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -50,21 +51,32 @@ class LoadedModel:
 
 
 def pick_device() -> torch.device:
-    """The current CUDA device, else the CPU. Apple's MPS is passed over: bitsandbytes and the dtype rules are untested there."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """The current CUDA device, else the CPU. Apple's MPS is passed over: bitsandbytes and the dtype
+    rules are untested there."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """What to compute in: the recipe's word, or for "auto" the fastest type the device does in hardware.
+    """What to compute in: the recipe's word, or for "auto" the fastest type the device does in
+    hardware.
 
-    CUDA: bf16 from compute capability 8 (Ampere) on, else fp16 (a T4 has no bf16). CPU: bf16 with AVX512-BF16 or AMX, else fp32.
+    CUDA: bf16 from compute capability 8 (Ampere) on, else fp16 (a T4 has no bf16). CPU: bf16 with
+    AVX512-BF16 or AMX, else fp32.
     """
     if wanted != "auto":
         return DTYPES[wanted]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     has = torch.cpu.get_capabilities()
-    return torch.bfloat16 if device.type == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16")) else torch.float32
+    return (
+        torch.bfloat16
+        if device.type == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16"))
+        else torch.float32
+    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -73,24 +85,34 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def load_tokenizer(path: str, name: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id, with a pad token. `name` is what the user called it. UserError without a chat template."""
+    """The tokenizer of a folder or hub id, with a pad token. `name` is what the user called it.
+    UserError without a chat template."""
     quiet()
     name = name or path
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except LOAD_ERRORS as error:
-        raise UserError(f"model {name}: its tokenizer cannot be loaded ({first_line(error)}); check model.name") from error
+        raise UserError(
+            f"model {name}: its tokenizer cannot be loaded ({first_line(error)}); check model.name"
+        ) from error
     if not tokenizer.chat_template:
-        raise UserError(f"model {name}: its tokenizer has no chat template, expected a chat model; take its -Instruct or -chat variant")
+        raise UserError(
+            f"model {name}: its tokenizer has no chat template, expected a chat model; take its"
+            " -Instruct or -chat variant"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(node: recipe.Model, seed: int = 0, device: torch.device | None = None) -> LoadedModel:
-    """The recipe's model with its adapter, on `device` (default: `pick_device()`). `seed` draws a fresh adapter's A; B starts at zero.
+def load_model(
+    node: recipe.Model, seed: int = 0, device: torch.device | None = None
+) -> LoadedModel:
+    """The recipe's model with its adapter, on `device` (default: `pick_device()`). `seed` draws a
+    fresh adapter's A; B starts at zero.
 
-    A model that cannot be had, has no chat template or cannot be quantised here, and an adapter that does not fit, raise UserError.
+    A model that cannot be had, has no chat template or cannot be quantised here, and an adapter
+    that does not fit, raise UserError.
     """
     device, dtype, path, tokenizer = _settle(node, device)
     base = _load_base(path, node, device, dtype)
@@ -100,7 +122,8 @@ def load_model(node: recipe.Model, seed: int = 0, device: torch.device | None = 
     model.peft_config[ADAPTER].base_model_name_or_path = public_name(node.name)
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            # peft promotes half-precision adapters by itself; here it is a promise, and optimisers rely on it.
+            # peft promotes half-precision adapters by itself; here it is a promise, and optimisers
+            # rely on it.
             module.lora_A.float()
             module.lora_B.float()
     lean_lora(model)
@@ -110,10 +133,14 @@ def load_model(node: recipe.Model, seed: int = 0, device: torch.device | None = 
     return LoadedModel(model.eval(), tokenizer, device, dtype, node)
 
 
-def load_classifier(node: recipe.Model, labels: int, seed: int = 0, device: torch.device | None = None) -> LoadedModel:
-    """The recipe's model as a sequence classifier with a fresh adapter: its head is part of that, in float32, and starts at zero.
+def load_classifier(
+    node: recipe.Model, labels: int, seed: int = 0, device: torch.device | None = None
+) -> LoadedModel:
+    """The recipe's model as a sequence classifier with a fresh adapter: its head is part of that,
+    in float32, and starts at zero.
 
-    It reads its last token that is no padding. Raises UserError as `load_model` does; `node.adapter` is left to the caller.
+    It reads its last token that is no padding. Raises UserError as `load_model` does;
+    `node.adapter` is left to the caller.
     """
     device, dtype, path, tokenizer = _settle(node, device)
     base = _load_base(path, node, device, dtype, labels=labels)
@@ -130,13 +157,16 @@ def load_classifier(node: recipe.Model, labels: int, seed: int = 0, device: torc
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of the frozen weights, from some thousand values of each: another model, copy or rounding has another one."""
+    """A digest of the frozen weights, from some thousand values of each: another model, copy or
+    rounding has another one."""
     digest = hashlib.blake2b(digest_size=16)
     for name, p in model.named_parameters():
         if not p.requires_grad:
             flat = p.detach().flatten()
             some = flat[:: max(1, flat.numel() // 1024)].contiguous().view(torch.uint8)
-            digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode() + some.cpu().numpy().tobytes())
+            digest.update(
+                f"{name} {tuple(p.shape)} {p.dtype}".encode() + some.cpu().numpy().tobytes()
+            )
     return digest.hexdigest()
 
 
@@ -152,22 +182,30 @@ def describe(loaded: LoadedModel) -> str:
     lora, node = loaded.model.peft_config[ADAPTER], loaded.node
     dtype = dtype_name(loaded.dtype)
     base = "base not quantised" if node.quantize == "none" else f"base in {node.quantize}"
-    device = torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else loaded.device.type
+    device = (
+        torch.cuda.get_device_name(loaded.device)
+        if loaded.device.type == "cuda"
+        else loaded.device.type
+    )
     return (
-        f"{public_name(node.name)} · {(total - trained) / 1e6:,.1f} M parameters, {base} · "
-        f"LoRA rank {lora.r}, alpha {lora.lora_alpha:g}, {trained / 1e6:,.2f} M trained in fp32 · computes in {dtype} on {device}"
+        f"{public_name(node.name)} · {(total - trained) / 1e6:,.1f} M parameters, {base} · LoRA"
+        f" rank {lora.r}, alpha {lora.lora_alpha:g}, {trained / 1e6:,.2f} M trained in fp32 ·"
+        f" computes in {dtype} on {device}"
     )
 
 
-def _settle(node: recipe.Model, device: torch.device | None) -> tuple[torch.device, torch.dtype, str, PreTrainedTokenizerBase]:
-    """Device, dtype, where the weights are, and the tokenizer; and what the process sets once for all that it will compute there."""
+def _settle(
+    node: recipe.Model, device: torch.device | None
+) -> tuple[torch.device, torch.dtype, str, PreTrainedTokenizerBase]:
+    """Device, dtype, where the weights are, and the tokenizer; and what the process sets once for
+    all that it will compute there."""
     quiet()
     device = device or pick_device()
     if device.type == "cpu":
         keep_freed_memory()
     elif device.type == "cuda":
-        # cuDNN's attention, the library's first choice on Hopper and Blackwell, plans anew for every shape (others measured 0.4 s), and
-        # here nearly every pass has its own.
+        # cuDNN's attention, the library's first choice on Hopper and Blackwell, plans anew for
+        # every shape (others measured 0.4 s), and here nearly every pass has its own.
         torch.backends.cuda.enable_cudnn_sdp(False)
     path = resolve(node.name)
     return device, pick_dtype(node.dtype, device), path, load_tokenizer(path, node.name)
@@ -183,10 +221,15 @@ def _in_float32(module: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, 
     return tuple(state.float() for state in states)
 
 
-def _load_base(path: str, node: recipe.Model, device: torch.device, dtype: torch.dtype, labels: int = 0) -> PreTrainedModel:
+def _load_base(
+    path: str, node: recipe.Model, device: torch.device, dtype: torch.dtype, labels: int = 0
+) -> PreTrainedModel:
     """labels: how many a sequence classifier's head has; 0 for a language model."""
     if node.quantize != "none" and device.type not in ("cuda", "cpu"):
-        raise UserError(f"model.quantize: got {node.quantize} on {device.type}, which bitsandbytes is untested on; set model.quantize=none")
+        raise UserError(
+            f"model.quantize: got {node.quantize} on {device.type}, which bitsandbytes is untested"
+            " on; set model.quantize=none"
+        )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         text = config.get_text_config()
@@ -203,24 +246,33 @@ def _load_base(path: str, node: recipe.Model, device: torch.device, dtype: torch
             device_map={"": device},
             quantization_config=_quantization(node.quantize, dtype, [HEAD] if labels else None),
             # sdpa has no soft-cap on attention scores (Gemma 2) and refuses such models.
-            attn_implementation="eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa",
+            attn_implementation=(
+                "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"
+            ),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
     except LOAD_ERRORS as error:
         raise UserError(
-            f"model {node.name}: cannot be loaded ({first_line(error)}); expected a causal language model with safetensors weights that "
-            "transformers knows without code of its own; check model.name"
+            f"model {node.name}: cannot be loaded ({first_line(error)}); expected a causal language"
+            " model with safetensors weights that transformers knows without code of its own;"
+            " check model.name"
         ) from error
     if missing := sorted(set(report["missing_keys"]) - {f"{HEAD}.weight"}):
-        raise UserError(f"model {node.name}: its files lack weights ({', '.join(missing[:3])}, ...); fetch it again")
+        raise UserError(
+            f"model {node.name}: its files lack weights ({', '.join(missing[:3])}, ...); fetch it"
+            " again"
+        )
     _keep_4bit_layout(model)
     return model.requires_grad_(False)
 
 
-def _quantization(quantize: str, dtype: torch.dtype, skip: list[str] | None) -> BitsAndBytesConfig | None:
-    """skip: modules to leave as they are; None for the library's own choice, a language model's output head."""
+def _quantization(
+    quantize: str, dtype: torch.dtype, skip: list[str] | None
+) -> BitsAndBytesConfig | None:
+    """skip: modules to leave as they are; None for the library's own choice, a language model's
+    output head."""
     if quantize == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -229,13 +281,19 @@ def _quantization(quantize: str, dtype: torch.dtype, skip: list[str] | None) -> 
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=skip,
         )
-    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip) if quantize == "int8" else None
+    return (
+        BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+        if quantize == "int8"
+        else None
+    )
 
 
 def _keep_4bit_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes 0.50 from repacking 4-bit weights at the first eval-mode forward on a CPU with AVX512-BF16.
+    """Keep bitsandbytes 0.50 from repacking 4-bit weights at the first eval-mode forward on a CPU
+    with AVX512-BF16.
 
-    The packed layout has no backward: afterwards no gradient flows through a layer, silently, and a biased layer crashes.
+    The packed layout has no backward: afterwards no gradient flows through a layer, silently, and a
+    biased layer crashes.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,6 +1,8 @@
-"""How LoRA layers compute: in the model's dtype, from float32 masters; and faster still while the weights stand still.
+"""How LoRA layers compute: in the model's dtype, from float32 masters; and faster still while the
+weights stand still.
 
-Invariant: the output is peft's own up to rounding, base(x) + scaling * B A x; gradients on A and B are float32.
+Invariant: the output is peft's own up to rounding, base(x) + scaling * B A x; gradients on A and B
+are float32.
 """
 
 from __future__ import annotations
@@ -16,14 +18,19 @@ from torch import Tensor, nn
 from minirl.engine.cpu.compiled import array, flat_rows, pair_kernels
 from minirl.engine.cpu.packed import fits, pack, product
 
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that are given the same input, in the order of their calls
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+)  # layers that are given the same input, in the order of their calls
 
 
 def lean_lora(model: nn.Module) -> int:
-    """Let every plain LoRA layer compute in the dtype of its input, from float32 masters; returns how many layers were changed.
+    """Let every plain LoRA layer compute in the dtype of its input, from float32 masters; returns
+    how many layers were changed.
 
-    peft casts the input up to the adapter's float32, which on a bf16 CPU makes a training step 1.2 to 1.3 times as long. Gradients on A
-    and B stay float32. Disabled, switched and merged adapters behave as in peft; layers with DoRA, a LoRA bias or dropout keep peft's own.
+    peft casts the input up to the adapter's float32, which on a bf16 CPU makes a training step 1.2
+    to 1.3 times as long. Gradients on A and B stay float32. Disabled, switched and merged adapters
+    behave as in peft; layers with DoRA, a LoRA bias or dropout keep peft's own.
     """
     changed = 0
     for module in model.modules():
@@ -35,8 +42,9 @@ def lean_lora(model: nn.Module) -> int:
 
 
 class FixedLora:
-    """Inside it, no gradients, and LoRA layers keep what they need from one forward to the next: the casts of small factors cost a decode
-    step more than their products. On a CPU base and factors are packed together. Whoever changes the weights must `clear` it.
+    """Inside it, no gradients, and LoRA layers keep what they need from one forward to the next:
+    the casts of small factors cost a decode step more than their products. On a CPU base and
+    factors are packed together. Whoever changes the weights must `clear` it.
 
     rows: of a usual forward pass.
     """
@@ -48,7 +56,8 @@ class FixedLora:
         self._is_stale = True
 
     def clear(self) -> None:
-        """The weights have changed. The copies are brought up to date where they stand: a CUDA graph goes by their addresses."""
+        """The weights have changed. The copies are brought up to date where they stand: a CUDA
+        graph goes by their addresses."""
         self._is_stale = True
 
     def __enter__(self) -> None:
@@ -72,7 +81,8 @@ class FixedLora:
 
 
 class Joint:
-    """Layers with the same input x, as two products: low = x A^T for all of them, then [x, low] [W, scaling * B]^T, in packed weights.
+    """Layers with the same input x, as two products: low = x A^T for all of them, then [x, low] [W,
+    scaling * B]^T, in packed weights.
 
     So the sums of base and adapter are rounded once, not twice.
     """
@@ -92,9 +102,15 @@ class Joint:
         """Take the layers' present weights."""
         self._name = self.layers[0].active_adapters[0]
         weights = torch.cat([layer.get_base_layer().weight for layer in self.layers])
-        scaled = [layer.lora_B[self._name].weight * layer.scaling[self._name] for layer in self.layers]
+        scaled = [
+            layer.lora_B[self._name].weight * layer.scaling[self._name] for layer in self.layers
+        ]
         b: Tensor = torch.block_diag(*scaled)  # type: ignore[no-untyped-call]
-        self._a = torch.cat([layer.lora_A[self._name].weight for layer in self.layers]).detach().to(weights.dtype)
+        self._a = (
+            torch.cat([layer.lora_A[self._name].weight for layer in self.layers])
+            .detach()
+            .to(weights.dtype)
+        )
         self._up = pack(torch.cat([weights, b.to(weights.dtype)], dim=1), self._rows)
         self._down = pack(self._a, self._rows)
 
@@ -104,17 +120,24 @@ class Joint:
 
     def serves(self, layer: Any) -> bool:
         """Whether what was packed is what `layer` now computes."""
-        return not (layer.disable_adapters or layer.merged) and list(layer.active_adapters) == [self._name]
+        return not (layer.disable_adapters or layer.merged) and list(layer.active_adapters) == [
+            self._name
+        ]
 
     def __call__(self, layer: Any, x: Tensor) -> Tensor:
-        """What `layer` makes of x, (..., in) -> (..., out). The first of the layers computes for all."""
+        """What `layer` makes of x, (..., in) -> (..., out). The first of the layers computes for
+        all."""
         index = next(i for i, one in enumerate(self.layers) if one is layer)
         if index == 0 or self._x is not x:
-            self._x, self._out = x, torch.split(product(self._beside(x), self._up, self._bias), self._sizes, dim=-1)
+            self._x, self._out = (
+                x,
+                torch.split(product(self._beside(x), self._up, self._bias), self._sizes, dim=-1),
+            )
         return self._out[index]
 
     def _beside(self, x: Tensor) -> Tensor:
-        """[x, low], (..., in + R). The compiled kernel saves a decode step two calls; for many rows the library is the faster."""
+        """[x, low], (..., in + R). The compiled kernel saves a decode step two calls; for many rows
+        the library is the faster."""
         (rank, size), count, found = self._a.shape, x.shape[:-1].numel(), pair_kernels(x)
         if found is None or count > self._rows or size % found.BLOCK or rank % 4:
             return torch.cat([x, product(x, self._down)], dim=-1)
@@ -124,8 +147,13 @@ class Joint:
 
 
 def lean_forward(self: Any, x: Tensor) -> Tensor:
-    """peft's LoRA forward, (..., in) -> (..., out), with the two small products in the dtype of x."""
-    if self.joint is not None and self.joint.serves(self) and x.dtype == self.base_layer.weight.dtype:
+    """peft's LoRA forward, (..., in) -> (..., out), with the two small products in the dtype of
+    x."""
+    if (
+        self.joint is not None
+        and self.joint.serves(self)
+        and x.dtype == self.base_layer.weight.dtype
+    ):
         out: Tensor = self.joint(self, x)
         return out
     linear = nn.functional.linear
@@ -137,7 +165,8 @@ def lean_forward(self: Any, x: Tensor) -> Tensor:
             a, b = _factors(self, name, x.dtype)
             low = linear(x, a)
             if type(self.base_layer) is nn.Linear or not torch.is_grad_enabled():
-                # Into the base's output, scaled on the way: a second result and a pass over both cost as much as the product.
+                # Into the base's output, scaled on the way: a second result and a pass over both
+                # cost as much as the product.
                 result.flatten(0, -2).addmm_(low.flatten(0, -2), b.t(), alpha=self.scaling[name])
             else:  # autograd refuses to write to bitsandbytes' outputs
                 result = torch.add(result, linear(low, b), alpha=self.scaling[name])
@@ -145,29 +174,44 @@ def lean_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def _joints(model: nn.Module, rows: int) -> list[Joint]:
-    """The joints of a model's plain LoRA layers over plain linear ones; none where these cannot be packed."""
+    """The joints of a model's plain LoRA layers over plain linear ones; none where these cannot be
+    packed."""
     groups: list[list[Any]] = []
     for module in model.modules():
-        children = {name: child for name, child in module.named_children() if hasattr(child, "held")}
+        children = {
+            name: child for name, child in module.named_children() if hasattr(child, "held")
+        }
         for names in SIBLINGS:
             if len(found := [children[name] for name in names if name in children]) == len(names):
                 groups.append(found)
                 children = {name: child for name, child in children.items() if name not in names}
         groups += [[child] for child in children.values()]
     groups = [group for group in groups if _can_join(group)]
-    return [Joint(group, rows) for group in groups] if fits([layer.get_base_layer().weight for group in groups for layer in group]) else []
+    return (
+        [Joint(group, rows) for group in groups]
+        if fits([layer.get_base_layer().weight for group in groups for layer in group])
+        else []
+    )
 
 
 def _can_join(layers: Sequence[Any]) -> bool:
     bases = [layer.get_base_layer() for layer in layers]
     biased = {base.bias is not None for base in bases}
-    return all(type(base) is nn.Linear for base in bases) and len(biased) == 1 and all(len(layer.active_adapters) == 1 for layer in layers)
+    return (
+        all(type(base) is nn.Linear for base in bases)
+        and len(biased) == 1
+        and all(len(layer.active_adapters) == 1 for layer in layers)
+    )
 
 
 def _is_plain(layer: LoraLayer) -> bool:
-    has_dropout = any(isinstance(dropout, nn.Dropout) and dropout.p > 0 for dropout in layer.lora_dropout.values())
+    has_dropout = any(
+        isinstance(dropout, nn.Dropout) and dropout.p > 0 for dropout in layer.lora_dropout.values()
+    )
     has_bias = any(linear.bias is not None for linear in layer.lora_B.values())
-    return isinstance(layer.get_base_layer(), nn.Linear) and not (layer.lora_variant or has_dropout or has_bias)
+    return isinstance(layer.get_base_layer(), nn.Linear) and not (
+        layer.lora_variant or has_dropout or has_bias
+    )
 
 
 def _factors(layer: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -178,5 +222,8 @@ def _factors(layer: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     if held is None:
         return a.to(dtype), b.to(dtype)
-    held[name] = a.to(dtype, copy=True), b.to(dtype, copy=True)  # of their own in float32 too: a graph remembers where they stand
+    held[name] = (
+        a.to(dtype, copy=True),
+        b.to(dtype, copy=True),
+    )  # of their own in float32 too: a graph remembers where they stand
     return held[name]

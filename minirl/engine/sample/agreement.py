@@ -1,7 +1,9 @@
-"""The safety net: do the sampler and the shared-prefix layout give the log-probabilities that plain rows give?
+"""The safety net: do the sampler and the shared-prefix layout give the log-probabilities that plain
+rows give?
 
-Asked on a few episodes at the first step of every stage and after every resume. Invariant: what is compared are the same tokens of the
-same episodes, and the plain side is padded rows through the library's own attention, with none of ours.
+Asked on a few episodes at the first step of every stage and after every resume. Invariant: what is
+compared are the same tokens of the same episodes, and the plain side is padded rows through the
+library's own attention, with none of ours.
 """
 
 from __future__ import annotations
@@ -16,8 +18,12 @@ from minirl.engine.model.batch import Row, collate, collate_plain, pack, row
 from minirl.engine.model.policy import Policy
 from minirl.episode import Group
 
-GROUPS, EPISODES = 2, 2  # how many are compared, of how many groups: two of one group share their prefix
-# Mean distance of two log-probabilities that rounding explains, in nats. A wrong mask, position or weight is ten times as far off.
+GROUPS, EPISODES = (
+    2,
+    2,
+)  # how many are compared, of how many groups: two of one group share their prefix
+# Mean distance of two log-probabilities that rounding explains, in nats. A wrong mask, position or
+# weight is ten times as far off.
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
@@ -35,8 +41,11 @@ class Agreement:
 
 
 @torch.no_grad()
-def agreement(policy: Policy, groups: Sequence[Group], *, temperature: float, pad: int) -> Agreement:
-    """The sampler's and the layout's log-probabilities of trained tokens against those of plain rows; `temperature` is that of sampling."""
+def agreement(
+    policy: Policy, groups: Sequence[Group], *, temperature: float, pad: int
+) -> Agreement:
+    """The sampler's and the layout's log-probabilities of trained tokens against those of plain
+    rows; `temperature` is that of sampling."""
     rows, sampled = _some_rows(groups)
     limit = LIMITS[policy.dtype]
     if not rows:
@@ -66,7 +75,11 @@ def _some_rows(groups: Sequence[Group]) -> tuple[list[Row], bool]:
 
 def _by_episode(values: Tensor, rows: Sequence[Row]) -> Tensor:
     """One value a trained token of `rows`, put in the order of their numbers."""
-    parts = dict(zip((r.episode for r in rows), torch.split(values, [sum(r.mask) for r in rows]), strict=True))
+    parts = dict(
+        zip(
+            (r.episode for r in rows), torch.split(values, [sum(r.mask) for r in rows]), strict=True
+        )
+    )
     return torch.cat([parts[number] for number in sorted(parts)])
 
 

@@ -1,7 +1,9 @@
-"""One decode step for all rows: eager, or replayed from CUDA graphs that were captured for a few sizes.
+"""One decode step for all rows: eager, or replayed from CUDA graphs that were captured for a few
+sizes.
 
-Invariant: both give the same logits. A captured step is padded in rows and in keys; what a padded row writes stands in the last place of
-its slot, which no conversation ever uses (the last token of an answer is never fed).
+Invariant: both give the same logits. A captured step is padded in rows and in keys; what a padded
+row writes stands in the last place of its slot, which no conversation ever uses (the last token of
+an answer is never fed).
 """
 
 from __future__ import annotations
@@ -17,8 +19,12 @@ from minirl.engine.model.attention import Cached
 from minirl.engine.model.policy import Policy
 from minirl.engine.sample.slots import Slots
 
-KEYS = 16  # passes read multiples of this many keys, into which capacities divide: a CPU's library builds kernels for every new number
-WIDTH = 256  # captured steps read multiples of this many keys: every size is a graph, and a graph costs about a second
+# passes read multiples of this many keys, into which capacities divide: a CPU's library builds
+# kernels for every new number
+KEYS = 16
+# captured steps read multiples of this many keys: every size is a graph, and a graph costs about a
+# second
+WIDTH = 256
 WARM_UPS = 2  # eager steps before a capture, in which libraries allocate what they need
 
 Step = Callable[[], Tensor]
@@ -45,9 +51,11 @@ class Decoder:
 
 
 class GraphDecoder(Decoder):
-    """The same from captured graphs, one for each power of two of rows and multiple of WIDTH keys; eager for good once a capture fails.
+    """The same from captured graphs, one for each power of two of rows and multiple of WIDTH keys;
+    eager for good once a capture fails.
 
-    The slots' memory must stay where it is between rollouts; where it moves, the graphs are captured anew.
+    The slots' memory must stay where it is between rollouts; where it moves, the graphs are
+    captured anew.
     """
 
     def __init__(self, policy: Policy, slots: Slots) -> None:
@@ -58,7 +66,9 @@ class GraphDecoder(Decoder):
         self._pool: Any = None
 
     def __call__(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        if not self.works or not self.slots.memory:  # the first step of all gives the slots their memory
+        if (
+            not self.works or not self.slots.memory
+        ):  # the first step of all gives the slots their memory
             return super().__call__(tokens, positions)
         if self._memory != self.slots.memory:
             self.graphs.clear()
@@ -69,7 +79,8 @@ class GraphDecoder(Decoder):
             self.works = False
             self.graphs.clear()
             logging.getLogger("minirl").warning(
-                "CUDA graphs do not work here (%s); decoding goes on without them", str(error).split("\n")[0]
+                "CUDA graphs do not work here (%s); decoding goes on without them",
+                str(error).split("\n")[0],
             )
             return super().__call__(tokens, positions)
 
@@ -77,7 +88,10 @@ class GraphDecoder(Decoder):
         count, unused = len(tokens), self.slots.capacity - 1
         rows = min(1 << (count - 1).bit_length(), self.slots.count)
         width = min(-(-(max(positions) + 1) // WIDTH) * WIDTH, self.slots.capacity)
-        values = torch.tensor([[*tokens, *[0] * (rows - count)], [*positions, *[unused] * (rows - count)]], device=self.policy.device)
+        values = torch.tensor(
+            [[*tokens, *[0] * (rows - count)], [*positions, *[unused] * (rows - count)]],
+            device=self.policy.device,
+        )
         if (rows, width) not in self.graphs:
             fed, at = values[0, :, None].clone(), values[1, :, None].clone()
             self.graphs[rows, width] = fed, at, self.capture(lambda: self.step(fed, at, width))
@@ -89,7 +103,8 @@ class GraphDecoder(Decoder):
     def capture(self, step: Step) -> Step:
         """A callable that runs the kernels of `step` again, on whatever its tensors then hold.
 
-        All graphs share one pool of memory: one runs at a time, and what it gives is copied before the next.
+        All graphs share one pool of memory: one runs at a time, and what it gives is copied before
+        the next.
         """
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())

@@ -1,6 +1,7 @@
 """Sampling: the few exact operations that every sampler shares.
 
-Invariant: sampling is exact (temperature, no top-k, no top-p) and a draw depends on its row's logits and its own uniform number alone.
+Invariant: sampling is exact (temperature, no top-k, no top-p) and a draw depends on its row's
+logits and its own uniform number alone.
 """
 
 from __future__ import annotations
@@ -16,24 +17,32 @@ from minirl.episode import Ask
 from minirl.errors import UserError
 
 BLOCK = 256  # tokens of the vocabulary whose probabilities are summed together
-TAIL_TOKENS = 12  # how far back a stop string is looked for: it ends at the newest token and has at least a byte a token
+# how far back a stop string is looked for: it ends at the newest token and has at least a byte a
+# token
+TAIL_TOKENS = 12
 
 
 def uniforms(ask: Ask) -> list[float]:
     """An ask's stream of uniform numbers in [0, 1), one a token, from its own seed."""
-    stream: list[float] = torch.rand(ask.max_tokens, generator=torch.Generator().manual_seed(ask.seed)).tolist()
+    stream: list[float] = torch.rand(
+        ask.max_tokens, generator=torch.Generator().manual_seed(ask.seed)
+    ).tolist()
     return stream
 
 
 def pick(logits: Tensor, temperature: Sequence[float], uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens drawn from softmax(logits / temperature) by inverting its distribution function, and their log-probabilities.
+    """Tokens drawn from softmax(logits / temperature) by inverting its distribution function, and
+    their log-probabilities.
 
-    logits (B, V) float32, temperature B numbers where 0 is greedy, uniform (B,) in [0, 1); returns (B,) int64 and (B,) float32.
-    A greedy token's log-probability is that at temperature 1. The function is inverted in two steps, first over blocks of tokens and then
-    within one: a running sum over the whole vocabulary costs as much as all the rest.
+    logits (B, V) float32, temperature B numbers where 0 is greedy, uniform (B,) in [0, 1); returns
+    (B,) int64 and (B,) float32. A greedy token's log-probability is that at temperature 1. The
+    function is inverted in two steps, first over blocks of tokens and then within one: a running
+    sum over the whole vocabulary costs as much as all the rest.
     """
     if set(temperature) - {0.0, 1.0}:
-        logits = logits / torch.tensor([t or 1.0 for t in temperature], device=logits.device)[:, None]
+        logits = (
+            logits / torch.tensor([t or 1.0 for t in temperature], device=logits.device)[:, None]
+        )
     largest = logits.amax(dim=-1, keepdim=True)
     weights = (logits - largest).exp_()
     if short := -weights.shape[-1] % BLOCK:
@@ -43,29 +52,44 @@ def pick(logits: Tensor, temperature: Sequence[float], uniform: Tensor) -> tuple
     block, before = _invert(running, uniform[:, None] * running[:, -1:])
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).cumsum(-1)
     token, _ = _invert(inside, uniform[:, None] * running[:, -1:] - before)
-    chosen = (block * BLOCK + token).squeeze(-1).clamp_(max=logits.shape[-1] - 1)  # logits that are not finite are refused by the caller
+    chosen = (
+        (block * BLOCK + token).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+    )  # logits that are not finite are refused by the caller
     if not all(temperature):
-        chosen = torch.where(torch.tensor([t == 0 for t in temperature], device=logits.device), logits.argmax(-1), chosen)
-    return chosen, logits.gather(-1, chosen[:, None]).squeeze(-1) - (largest + running[:, -1:].log()).squeeze(-1)
+        chosen = torch.where(
+            torch.tensor([t == 0 for t in temperature], device=logits.device),
+            logits.argmax(-1),
+            chosen,
+        )
+    return chosen, logits.gather(-1, chosen[:, None]).squeeze(-1) - (
+        largest + running[:, -1:].log()
+    ).squeeze(-1)
 
 
 def _invert(running: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each running sum (B, N) first exceeds its point (B, 1), and the sum before that place; both (B, 1)."""
+    """Where each running sum (B, N) first exceeds its point (B, 1), and the sum before that place;
+    both (B, 1)."""
     total = running[:, -1:]
-    # Strictly below the total, else a rounded-up draw would fall off the end onto a token of probability zero.
+    # Strictly below the total, else a rounded-up draw would fall off the end onto a token of
+    # probability zero.
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
     found = torch.searchsorted(running, point, right=True).clamp_(max=running.shape[-1] - 1)
     return found, torch.where(found > 0, running.gather(-1, (found - 1).clamp_(min=0)), 0.0)
 
 
 def check_finite(logprobs: Sequence[float]) -> None:
-    """Raises UserError where a model's logits overflowed: a half-precision model that needs a wider type."""
+    """Raises UserError where a model's logits overflowed: a half-precision model that needs a wider
+    type."""
     if not all(map(isfinite, logprobs)):
-        raise UserError("the model's logits are not finite; expected numbers: set model.dtype=bf16 or fp32 (fp16 overflows on some models)")
+        raise UserError(
+            "the model's logits are not finite; expected numbers: set model.dtype=bf16 or fp32"
+            " (fp16 overflows on some models)"
+        )
 
 
 def stops(chat: Chat, tokens: Sequence[int], stop: Sequence[str]) -> bool:
-    """Whether the newest token completes a stop string. Text is only looked at: the ids stay as they were sampled."""
+    """Whether the newest token completes a stop string. Text is only looked at: the ids stay as
+    they were sampled."""
     width = max(TAIL_TOKENS, *(len(text.encode()) for text in stop))
     tail = chat.text(tokens[-width:], special=True)
     before = chat.text(tokens[-width:-1], special=True)

@@ -1,7 +1,9 @@
-"""The live sampler: asks in, completions out, with the log-probability of every token under the weights that will be trained.
+"""The live sampler: asks in, completions out, with the log-probability of every token under the
+weights that will be trained.
 
-It keeps the keys and values of live conversations in slots, so that every token is computed once. Invariant: a completion is a function
-of the weights, the ask's tokens and its seed alone (given the same logits), whatever it was batched with.
+It keeps the keys and values of live conversations in slots, so that every token is computed once.
+Invariant: a completion is a function of the weights, the ask's tokens and its seed alone (given the
+same logits), whatever it was batched with.
 """
 
 from __future__ import annotations
@@ -25,20 +27,32 @@ from minirl.engine.sample.plain import PlainSampler
 from minirl.engine.sample.slots import Slots
 from minirl.episode import Ask, Completion, Finish
 
-# Asks that wait for each other while others decode (as many as decode, when few do): a prefill reads all weights, like a decode step.
+# Asks that wait for each other while others decode (as many as decode, when few do): a prefill
+# reads all weights, like a decode step.
 ADMIT_TOGETHER = 16
-# Most padded tokens of one prefill pass. On a CPU the padding of larger ones costs more than it saves; small ones keep a GPU waiting.
+# Most padded tokens of one prefill pass. On a CPU the padding of larger ones costs more than it
+# saves; small ones keep a GPU waiting.
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 def open_sampler(
-    policy: Policy, chat: Chat, *, rows: int, cache_tokens: int | None = None, cuda_graphs: bool = False
+    policy: Policy,
+    chat: Chat,
+    *,
+    rows: int,
+    cache_tokens: int | None = None,
+    cuda_graphs: bool = False,
 ) -> LiveSampler | PlainSampler:
-    """The live sampler where the model's attention allows it, else the plain one. The numbers are those of recipe.Sampling."""
+    """The live sampler where the model's attention allows it, else the plain one. The numbers are
+    those of recipe.Sampling."""
     if policy.shares_prefixes:
-        return LiveSampler(policy, chat, rows=rows, cache_tokens=cache_tokens, cuda_graphs=cuda_graphs)
+        return LiveSampler(
+            policy, chat, rows=rows, cache_tokens=cache_tokens, cuda_graphs=cuda_graphs
+        )
     kind = policy.model.get_base_model().config.get_text_config().model_type
-    logging.getLogger("minirl").info("%s models cannot share prefixes here: sampling by `generate`, learning on plain rows", kind)
+    logging.getLogger("minirl").info(
+        "%s models cannot share prefixes here: sampling by `generate`, learning on plain rows", kind
+    )
     return PlainSampler(policy, chat, rows=rows)
 
 
@@ -66,11 +80,20 @@ class Live:
 class LiveSampler:
     """Continuous decoding: rows that end leave at once, and waiting asks take their places.
 
-    Asks with equal tokens are prefilled once and forked; an ask that extends a conversation still in a slot prefills its new tokens only.
-    Row i decodes in slot i, so the rows' keys are read in place; the slots behind them hold conversations that may go on.
+    Asks with equal tokens are prefilled once and forked; an ask that extends a conversation still
+    in a slot prefills its new tokens only. Row i decodes in slot i, so the rows' keys are read in
+    place; the slots behind them hold conversations that may go on.
     """
 
-    def __init__(self, policy: Policy, chat: Chat, *, rows: int, cache_tokens: int | None = None, cuda_graphs: bool = False) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        chat: Chat,
+        *,
+        rows: int,
+        cache_tokens: int | None = None,
+        cuda_graphs: bool = False,
+    ) -> None:
         self.policy = policy
         self.chat = chat
         self.rows = rows
@@ -83,11 +106,14 @@ class LiveSampler:
         self._lora = FixedLora(policy.model, rows)
         policy.head.pack(rows)
         captures = cuda_graphs and policy.device.type == "cuda"
-        self._slots = Slots(config.num_hidden_layers, rows, policy.device, cache_tokens, keeps_memory=captures)
+        self._slots = Slots(
+            config.num_hidden_layers, rows, policy.device, cache_tokens, keeps_memory=captures
+        )
         self._decode = (GraphDecoder if captures else Decoder)(policy, self._slots)
 
     def add(self, key: int, ask: Ask) -> None:
-        """Queue an ask; one that goes on with a conversation still in a slot goes first, before that slot is given away."""
+        """Queue an ask; one that goes on with a conversation still in a slot goes first, before
+        that slot is given away."""
         slot, length = self._slots.longest_prefix(ask.tokens)
         if length and length == len(self._slots.tokens[slot]):
             self._queue.appendleft((key, ask))
@@ -95,9 +121,13 @@ class LiveSampler:
             self._queue.append((key, ask))
 
     def reset(self) -> None:
-        """Forget every conversation: the weights have changed, or a run must not depend on what came before."""
+        """Forget every conversation: the weights have changed, or a run must not depend on what
+        came before."""
         if self._queue or self._live:
-            raise RuntimeError(f"expected an idle sampler, got {len(self._queue)} waiting and {len(self._live)} running asks")
+            raise RuntimeError(
+                f"expected an idle sampler, got {len(self._queue)} waiting and {len(self._live)}"
+                " running asks"
+            )
         self._slots.clear()
         self._lora.clear()
 
@@ -131,7 +161,9 @@ class LiveSampler:
         self._slots.reserve(self._capacity(asks), live=start)
         leaders: dict[tuple[int, ...], int] = {}
         # Conversations that go on come first: they sit in slots which the others might be given.
-        for key, ask in sorted(asks, key=lambda item: -self._slots.longest_prefix(item[1].tokens)[1]):
+        for key, ask in sorted(
+            asks, key=lambda item: -self._slots.longest_prefix(item[1].tokens)[1]
+        ):
             row = len(self._live)
             if ask.tokens in leaders:
                 self._slots.vacate(row)
@@ -148,12 +180,21 @@ class LiveSampler:
         self._draw(start, first[[place[live.ask.tokens] for live in fresh]], self._uniform(fresh))
 
     def _capacity(self, asks: Sequence[tuple[int, Ask]]) -> int:
-        """Places that each slot needs for `asks`; for all that wait where the budget has them: every growth copies the cache."""
-        needed, later = (max((len(ask.tokens) + ask.max_tokens for _, ask in some), default=0) for some in (asks, self._queue))
-        return max(needed, later) if self._slots.room(max(needed, later)) >= len(self._live) + len(asks) else needed
+        """Places that each slot needs for `asks`; for all that wait where the budget has them:
+        every growth copies the cache."""
+        needed, later = (
+            max((len(ask.tokens) + ask.max_tokens for _, ask in some), default=0)
+            for some in (asks, self._queue)
+        )
+        return (
+            max(needed, later)
+            if self._slots.room(max(needed, later)) >= len(self._live) + len(asks)
+            else needed
+        )
 
     def _prefill(self, leaders: Sequence[tuple[tuple[int, ...], int]]) -> Tensor:
-        """Compute the tokens that the leaders' slots lack; the logits after each leader's last token, (leaders, V)."""
+        """Compute the tokens that the leaders' slots lack; the logits after each leader's last
+        token, (leaders, V)."""
         missing = [len(tokens) - len(self._slots.tokens[row]) for tokens, row in leaders]
         out: dict[int, Tensor] = {}
         chunk: list[int] = []
@@ -165,19 +206,32 @@ class LiveSampler:
         out |= self._prefill_chunk(leaders, chunk, missing)
         return torch.stack([out[i] for i in range(len(leaders))])
 
-    def _prefill_chunk(self, leaders: Sequence[tuple[tuple[int, ...], int]], chunk: list[int], missing: list[int]) -> dict[int, Tensor]:
+    def _prefill_chunk(
+        self, leaders: Sequence[tuple[tuple[int, ...], int]], chunk: list[int], missing: list[int]
+    ) -> dict[int, Tensor]:
         device, width = self.policy.device, max(missing[i] for i in chunk)
         rows = [leaders[i][1] for i in chunk]
         span = slice(rows[0], rows[0] + len(rows))
         held = [len(self._slots.tokens[row]) for row in rows]
-        tokens = torch.tensor([[*leaders[i][0][h:], *[0] * (width - missing[i])] for i, h in zip(chunk, held, strict=True)], device=device)
+        tokens = torch.tensor(
+            [
+                [*leaders[i][0][h:], *[0] * (width - missing[i])]
+                for i, h in zip(chunk, held, strict=True)
+            ],
+            device=device,
+        )
         positions = torch.tensor(held, device=device)[:, None] + torch.arange(width, device=device)
-        # Padded tokens are written too, all behind what the slots hold and will hold: at most one place behind the longest.
+        # Padded tokens are written too, all behind what the slots hold and will hold: at most one
+        # place behind the longest.
         longest = max(len(leaders[i][0]) for i in chunk)
         positions.clamp_(max=longest)
         reach = -(-(min(longest, max(held) + width - 1) + 1) // KEYS) * KEYS
         # Slots side by side are read where they stand.
-        self._slots.aim(span if rows == [*range(span.start, span.stop)] else torch.tensor(rows, device=device), positions, reach)
+        self._slots.aim(
+            span if rows == [*range(span.start, span.stop)] else torch.tensor(rows, device=device),
+            positions,
+            reach,
+        )
         hidden = self.policy.hidden(tokens, positions, Cached(positions, reach), cache=self._slots)
         last = hidden[torch.arange(len(chunk)), torch.tensor([missing[i] - 1 for i in chunk])]
         for i, row in zip(chunk, rows, strict=True):
@@ -188,7 +242,9 @@ class LiveSampler:
     def _step(self) -> None:
         """One token for every row."""
         lengths = [len(self._slots.tokens[row]) for row in range(len(self._live))]
-        uniform = self._uniform(self._live)  # before the pass: a copy to a GPU waits for all that was asked of it
+        uniform = self._uniform(
+            self._live
+        )  # before the pass: a copy to a GPU waits for all that was asked of it
         logits = self._decode([live.picked[-1] for live in self._live], lengths)
         for row, live in enumerate(self._live):
             self._slots.tokens[row].append(live.picked[-1])
@@ -196,7 +252,9 @@ class LiveSampler:
 
     def _uniform(self, rows: Sequence[Live]) -> Tensor:
         """The numbers that decide the rows' next tokens, (B,)."""
-        return torch.tensor([live.uniforms[len(live.picked)] for live in rows], device=self.policy.device)
+        return torch.tensor(
+            [live.uniforms[len(live.picked)] for live in rows], device=self.policy.device
+        )
 
     def _draw(self, start: int, logits: Tensor, uniform: Tensor) -> None:
         """Draw the next token of the rows from `start` on, and let those that have ended go."""
@@ -209,7 +267,12 @@ class LiveSampler:
         for row in reversed(range(start, len(self._live))):
             live = self._live[row]
             if live.finish is not None:
-                completion = Completion(tuple(live.picked), tuple(live.logprobs), self.chat.text(live.picked), live.finish)
+                completion = Completion(
+                    tuple(live.picked),
+                    tuple(live.logprobs),
+                    self.chat.text(live.picked),
+                    live.finish,
+                )
                 self._ended.append((live.key, completion))
                 self._live[row] = self._live[-1]
                 self._slots.swap(row, len(self._live) - 1)

@@ -1,6 +1,8 @@
-"""The plain sampler: transformers' `generate`, for any architecture, and what the live one is checked against.
+"""The plain sampler: transformers' `generate`, for any architecture, and what the live one is
+checked against.
 
-Invariant: `generate` only computes logits here. What is drawn from them, and its log-probability, is decided as in every sampler.
+Invariant: `generate` only computes logits here. What is drawn from them, and its log-probability,
+is decided as in every sampler.
 """
 
 from __future__ import annotations
@@ -11,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from minirl.chat import Chat
 from minirl.engine.model.policy import Policy
@@ -20,7 +28,8 @@ from minirl.episode import Ask, Completion
 
 
 class PlainSampler:
-    """Decodes up to `rows` asks together, left-padded, and gives them all back when the last has ended."""
+    """Decodes up to `rows` asks together, left-padded, and gives them all back when the last has
+    ended."""
 
     def __init__(self, policy: Policy, chat: Chat, *, rows: int) -> None:
         self.policy = policy
@@ -38,7 +47,8 @@ class PlainSampler:
 
     def poll(self) -> list[tuple[int, Completion]]:
         """The completions of the next asks, those of like length together."""
-        # Longest first: an out-of-memory error, if there is to be one, comes at once and not at the end.
+        # Longest first: an out-of-memory error, if there is to be one, comes at once and not at the
+        # end.
         waiting = sorted(self._queue, key=lambda item: (-len(item[1].tokens), item[0]))
         chosen, self._queue = waiting[: self.rows], deque(waiting[self.rows :])
         completions = self._generate([ask for _, ask in chosen])
@@ -55,7 +65,8 @@ class PlainSampler:
             present[i, longest - len(ask.tokens) :] = 1
         picker = Picker(asks, self.chat, self.policy.device)
         base = self.policy.model.get_base_model()
-        # The model's own generation config may hold a repetition penalty or other warpers: they would bias every ratio.
+        # The model's own generation config may hold a repetition penalty or other warpers: they
+        # would bias every ratio.
         kept, base.generation_config = base.generation_config, GenerationConfig()
         try:
             with torch.no_grad():
@@ -63,7 +74,10 @@ class PlainSampler:
                     input_ids=tokens.to(self.policy.device),
                     attention_mask=present.to(self.policy.device),
                     generation_config=GenerationConfig(
-                        do_sample=False, use_cache=True, pad_token_id=pad, max_new_tokens=max(ask.max_tokens for ask in asks)
+                        do_sample=False,
+                        use_cache=True,
+                        pad_token_id=pad,
+                        max_new_tokens=max(ask.max_tokens for ask in asks),
                     ),
                     logits_processor=LogitsProcessorList([picker]),
                     stopping_criteria=StoppingCriteriaList([Ended(picker)]),
@@ -74,7 +88,8 @@ class PlainSampler:
 
 
 class Picker(LogitsProcessor):  # type: ignore[misc]
-    """Draws each row's next token from its own stream of uniforms, and writes down its log-probability.
+    """Draws each row's next token from its own stream of uniforms, and writes down its
+    log-probability.
 
     `generate` is told to be greedy and is handed logits in which the drawn token alone is finite.
     """
@@ -114,7 +129,9 @@ class Picker(LogitsProcessor):  # type: ignore[misc]
         """One for each ask, in order."""
         return [
             Completion(tuple(tokens), tuple(logprobs), self.chat.text(tokens), finish)
-            for tokens, logprobs, finish in zip(self._picked, self._logprobs, self._finish, strict=True)
+            for tokens, logprobs, finish in zip(
+                self._picked, self._logprobs, self._finish, strict=True
+            )
         ]
 
 
@@ -125,4 +142,6 @@ class Ended(StoppingCriteria):  # type: ignore[misc]
         self.picker = picker
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        return torch.tensor([not running for running in self.picker.running], device=input_ids.device)
+        return torch.tensor(
+            [not running for running in self.picker.running], device=input_ids.device
+        )

@@ -1,7 +1,8 @@
-"""Scorer: how likely a model thinks one reply against another, from its own logits; nothing is sampled.
+"""Scorer: how likely a model thinks one reply against another, from its own logits; nothing is
+sampled.
 
-Invariant: prompts of one group share their common prefix like the completions of any group (see batch.py), and the numbers are those that
-the model gives each prompt alone, up to rounding.
+Invariant: prompts of one group share their common prefix like the completions of any group (see
+batch.py), and the numbers are those that the model gives each prompt alone, up to rounding.
 """
 
 from __future__ import annotations
@@ -18,23 +19,41 @@ MICRO_TOKENS = 8192
 
 
 class Scorer:
-    """See `judge.Chances`. inside: a context in which the policy computes as the judging model (without its adapter, say)."""
+    """See `judge.Chances`. inside: a context in which the policy computes as the judging model
+    (without its adapter, say)."""
 
-    def __init__(self, policy: Policy, *, pad: int, inside: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        pad: int,
+        inside: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._policy = policy
         self._pad = pad
         self._inside = inside
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[tuple[int, ...]], options: tuple[tuple[int, ...], tuple[int, ...]], groups: Sequence[int]
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        options: tuple[tuple[int, ...], tuple[int, ...]],
+        groups: Sequence[int],
     ) -> list[float]:
         """P(options[0]) / (P(options[0]) + P(options[1])) after each prompt, at temperature 1."""
         rows = [
             Row(
-                (*prompt, *option), (False,) * len(prompt) + (True,) * len(option), (0.0,) * (len(prompt) + len(option)), 0.0, 0.0, n, group
+                (*prompt, *option),
+                (False,) * len(prompt) + (True,) * len(option),
+                (0.0,) * (len(prompt) + len(option)),
+                0.0,
+                0.0,
+                n,
+                group,
             )
-            for n, (prompt, group, option) in enumerate((p, g, o) for p, g in zip(prompts, groups, strict=True) for o in options)
+            for n, (prompt, group, option) in enumerate(
+                (p, g, o) for p, g in zip(prompts, groups, strict=True) for o in options
+            )
         ]
         total = torch.zeros(len(rows), device=self._policy.device)
         with self._inside():

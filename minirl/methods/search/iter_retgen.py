@@ -1,6 +1,8 @@
-"""iter_retgen: retrieve, answer, retrieve with the question and that answer, answer again (Iter-RetGen, arXiv 2305.15294).
+"""iter_retgen: retrieve, answer, retrieve with the question and that answer, answer again
+(Iter-RetGen, arXiv 2305.15294).
 
-Each round is a conversation of its own with the passages of that round; the last one is the episode.
+Each round is a conversation of its own with the passages of that round; the last one is the
+episode.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""no_rag: the baseline without retrieval. The question, some thought, an answer from the model's own knowledge."""
+"""no_rag: the baseline without retrieval. The question, some thought, an answer from the model's
+own knowledge."""
 
 from __future__ import annotations
 

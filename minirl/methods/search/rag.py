@@ -1,7 +1,9 @@
-"""What the methods that retrieve have in common: the task's retriever, passages as text, and how a plain answer is asked for and scored.
+"""What the methods that retrieve have in common: the task's retriever, passages as text, and how a
+plain answer is asked for and scored.
 
-Invariant: every baseline is asked for its answer in the same words and scored on that answer alone, in its tags and box or without, so that
-between two of them only the retrieval differs. Nothing here is trained.
+Invariant: every baseline is asked for its answer in the same words and scored on that answer alone,
+in its tags and box or without, so that between two of them only the retrieval differs. Nothing here
+is trained.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ def corpus_of(task: Task) -> tuple[SearchTask, Retriever]:
     """The task and its retriever. Raises UserError for a task that has none."""
     if isinstance(task, SearchTask) and task.retriever is not None:
         return task, task.retriever
-    raise UserError(f"task {task.name!r} has nothing to search; expected a question-answering task such as hotpotqa")
+    raise UserError(
+        f"task {task.name!r} has nothing to search; expected a question-answering task such as"
+        " hotpotqa"
+    )
 
 
 def listed(passages: Sequence[Passage]) -> str:
@@ -39,9 +44,11 @@ def listed(passages: Sequence[Passage]) -> str:
 
 
 def recall(talk: Talk, seen: Sequence[Passage]) -> float | None:
-    """The share of the question's gold paragraphs among those that were shown, by title; None where none is known.
+    """The share of the question's gold paragraphs among those that were shown, by title; None where
+    none is known.
 
-    seen: passages whose whole title the model could read. What `result_tokens` cut away before it was found, but never shown.
+    seen: passages whose whole title the model could read. What `result_tokens` cut away before it
+    was found, but never shown.
     """
     return coverage([talk.problem], [passage.title for passage in seen])
 
@@ -52,7 +59,8 @@ def form(tags: Tags) -> str:
 
 
 def put(talk: Talk, tags: Tags, passages: Sequence[Passage] | None = None) -> None:
-    """Begin the conversation: the question, below the passages where there are any. Each search's are at most `result_tokens` long."""
+    """Begin the conversation: the question, below the passages where there are any. Each search's
+    are at most `result_tokens` long."""
     system = ANSWER.format(answer=tags.answer, form=form(tags), shown=answer_text("Putney", tags))
     if passages is None:
         talk.begin(talk.problem.prompt, system=system)
@@ -62,7 +70,8 @@ def put(talk: Talk, tags: Tags, passages: Sequence[Passage] | None = None) -> No
 
 
 def within(talk: Talk, passages: Sequence[Passage]) -> list[Passage]:
-    """The first of the passages, as far as `result_tokens` go; the last of them cut between two tokens, after its title."""
+    """The first of the passages, as far as `result_tokens` go; the last of them cut between two
+    tokens, after its title."""
     kept, room = list[Passage](), talk.sampling.result_tokens
     for passage in passages:
         tokens = talk.chat.inside(listed([passage]))
@@ -81,9 +90,11 @@ def answer(talk: Talk, task: Task) -> Generator[Ask, Completion, str]:
 
 
 def stated(text: str, tags: Tags) -> str | None:
-    """The answer that a reply gives: what its answer tags hold or, where it opens none, its box, or all of it; None for nothing.
+    """The answer that a reply gives: what its answer tags hold or, where it opens none, its box, or
+    all of it; None for nothing.
 
-    So a model that was never taught the tags is scored on what it says, though its words around the answer cost it precision.
+    So a model that was never taught the tags is scored on what it says, though its words around the
+    answer cost it precision.
     """
     if f"<{tags.answer}>" in text:
         return read(text, tags).answer
@@ -91,12 +102,19 @@ def stated(text: str, tags: Tags) -> str | None:
 
 
 def end(talk: Talk, task: Task, text: str, seen: Sequence[Passage], *, searches: int) -> Episode:
-    """The episode, scored by the F1 of the answer that `text` gives, whatever the form of the rest."""
+    """The episode, scored by the F1 of the answer that `text` gives, whatever the form of the
+    rest."""
     qa, _ = corpus_of(task)
     golds, said = talk.problem.answer["golds"], stated(text, qa.tags)
     em, overlap = (0.0, 0.0) if said is None else (float(exact_match(said, golds)), f1(said, golds))
     kind = None if em else "partial" if overlap else "wrong" if answered(text, task) else "answer"
-    parts: dict[str, Part] = {"answer": said, "em": em, "f1": overlap, "searches": searches, "response": len(talk.replied)}
+    parts: dict[str, Part] = {
+        "answer": said,
+        "em": em,
+        "f1": overlap,
+        "searches": searches,
+        "response": len(talk.replied),
+    }
     parts["recall"] = recall(talk, seen) if searches else None
     return talk.end(Verdict(overlap, bool(em)), first=bool(em), first_error=kind, **parts)
 

@@ -1,8 +1,9 @@
 """search: think, search, read, answer (ReSearch, arXiv 2503.19470), in one assistant turn.
 
-The model writes; where it closes a search, what is found is appended as ids inside its turn, and it writes on. Everything it wrote is
-trained, no result ever is. Invariant: the ids that were sampled stay as they are, a result never closes itself early, and the turn,
-results included, is at most `attempt_tokens` long. The prompt below and the parser in `verify/qa.py` speak of the same tags.
+The model writes; where it closes a search, what is found is appended as ids inside its turn, and it
+writes on. Everything it wrote is trained, no result ever is. Invariant: the ids that were sampled
+stay as they are, a result never closes itself early, and the turn, results included, is at most
+`attempt_tokens` long. The prompt below and the parser in `verify/qa.py` speak of the same tags.
 """
 
 from __future__ import annotations
@@ -41,18 +42,29 @@ For example:
 
 def instructions(tags: Tags) -> str:
     """The system message: what the tags are for, and one example."""
-    names = {"think": tags.think, "search": tags.search, "result": tags.result, "answer": tags.answer}
+    names = {
+        "think": tags.think,
+        "search": tags.search,
+        "result": tags.result,
+        "answer": tags.answer,
+    }
     return PROMPT.format(**names, form=form(tags), shown=answer_text("Putney", tags))
 
 
 def search(talk: Talk, task: Task) -> Play:
-    """Prompt, then writing and results in turn until an answer, the model's end or the limit; verdict of all that the turn says."""
+    """Prompt, then writing and results in turn until an answer, the model's end or the limit;
+    verdict of all that the turn says."""
     qa, retriever = corpus_of(task)
     tags, sampling, limit = qa.tags, talk.sampling, talk.sampling.attempt_tokens
     talk.begin(talk.problem.prompt, system=instructions(tags))
     seen, searches = list[Passage](), 0
     while True:
-        text = yield from talk.ask("attempt", max_tokens=limit - len(talk.replied), trained=True, stop=(f"</{tags.search}>", *task.stop))
+        text = yield from talk.ask(
+            "attempt",
+            max_tokens=limit - len(talk.replied),
+            trained=True,
+            stop=(f"</{tags.search}>", *task.stop),
+        )
         query, fresh = called(text, tags, task.stop), list[Passage]()
         if query is None or talk.turns[-1].tokens[-1] in talk.chat.eos:
             break
@@ -77,9 +89,11 @@ def search(talk: Talk, task: Task) -> Play:
 
 
 def called(text: str, tags: Tags, stop: Sequence[str] = ()) -> str | None:
-    """The query of the search that ends `text`: what follows the last opening tag before it, "" where that is nothing or missing.
+    """The query of the search that ends `text`: what follows the last opening tag before it, ""
+    where that is nothing or missing.
 
-    None where there is no search, or an answer (`stop`) came first. A token that ends the tag may hold more than that: it is ignored.
+    None where there is no search, or an answer (`stop`) came first. A token that ends the tag may
+    hold more than that: it is ignored.
     """
     before, found, _ = text.partition(f"</{tags.search}>")
     if not found or any(end in before for end in stop):
@@ -90,13 +104,24 @@ def called(text: str, tags: Tags, stop: Sequence[str] = ()) -> str | None:
 def visible(talk: Talk, found: Sequence[Passage], tags: Tags) -> list[Passage]:
     """Those of a result's passages whose whole title is shown; see `shown`."""
     tokens = talk.chat.inside(defuse(listed(found), tags))[: talk.sampling.result_tokens]
-    chars = len(talk.chat.text(tokens, special=True).rstrip("\ufffd"))  # a cut may go through a character
-    ends = (len(defuse(listed([*found[:at], Passage(p.title, "")]), tags)) - 1 for at, p in enumerate(found))
+    chars = len(
+        talk.chat.text(tokens, special=True).rstrip("\ufffd")
+    )  # a cut may go through a character
+    ends = (
+        len(defuse(listed([*found[:at], Passage(p.title, "")]), tags)) - 1
+        for at, p in enumerate(found)
+    )
     return [passage for passage, end in zip(found, ends, strict=True) if end <= chars]
 
 
-def shown(talk: Talk, said: str | Sequence[Passage], tags: Tags, most_tokens: int | None = None) -> tuple[int, ...]:
-    """The ids of a result: a notice or passages, cut between two tokens where they are more than `result_tokens`, closed either way."""
-    inside, most = talk.chat.inside, talk.sampling.result_tokens if most_tokens is None else most_tokens
+def shown(
+    talk: Talk, said: str | Sequence[Passage], tags: Tags, most_tokens: int | None = None
+) -> tuple[int, ...]:
+    """The ids of a result: a notice or passages, cut between two tokens where they are more than
+    `result_tokens`, closed either way."""
+    inside, most = (
+        talk.chat.inside,
+        talk.sampling.result_tokens if most_tokens is None else most_tokens,
+    )
     text = said if isinstance(said, str) else defuse(listed(said), tags) or NOTHING
     return (*inside(f" <{tags.result}>\n"), *inside(text)[:most], *inside(f"\n</{tags.result}>"))

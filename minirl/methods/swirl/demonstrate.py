@@ -1,7 +1,9 @@
-"""demonstrate_stepwise: a gold trajectory as an episode of method stepwise that nobody sampled, for SFT (loss nll).
+"""demonstrate_stepwise: a gold trajectory as an episode of method stepwise that nobody sampled, for
+SFT (loss nll).
 
-The tool's replies are real: the calculator works GSM8K's marks out, and the searches of a question's plan are searched. The model's turns
-are trained, the tool's are not. Small models need this warm-up, for they do not call tools by themselves.
+The tool's replies are real: the calculator works GSM8K's marks out, and the searches of a
+question's plan are searched. The model's turns are trained, the tool's are not. Small models need
+this warm-up, for they do not call tools by themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from minirl.verify import calculator
 
 
 def demonstrate_stepwise(talk: Talk, task: Task) -> Play:
-    """Prompt, then thought and call for each step that the data knows of, each with the tool's reply; then thought and answer."""
+    """Prompt, then thought and call for each step that the data knows of, each with the tool's
+    reply; then thought and answer."""
     tags = tags_of(task, talk.sampling.stepwise)
     talk.begin(talk.problem.prompt, system=tags.instructions())
     if isinstance(task, SearchTask):
@@ -33,7 +36,10 @@ def demonstrate_stepwise(talk: Talk, task: Task) -> Play:
 
 def _calculations(talk: Talk, task: Task, tags: Tags) -> int:
     if talk.problem.solution is None:
-        raise UserError(f"{talk.problem.id}: no chain with calculator marks to show; give task.source a file of GSM8K's own")
+        raise UserError(
+            f"{talk.problem.id}: no chain with calculator marks to show; give task.source a file of"
+            " GSM8K's own"
+        )
     chain = read(talk.problem.solution)
     for call in chain.calls:
         talk.reply(ACTION, tags.write(call.thought, "call", call.expression), trained=True)
@@ -45,10 +51,17 @@ def _calculations(talk: Talk, task: Task, tags: Tags) -> int:
 def _searches(talk: Talk, task: SearchTask, tags: Tags) -> Generator[Lookup, Any, int]:
     qa, retriever = corpus_of(task)
     if qa.plan is None:
-        raise UserError(f"task {task.name!r} has no plans to show; expected a data set with supporting facts for demonstrations")
+        raise UserError(
+            f"task {task.name!r} has no plans to show; expected a data set with supporting facts"
+            " for demonstrations"
+        )
     plan, known = qa.plan(talk.problem), ""
     for step in plan.steps:
-        talk.reply(ACTION, tags.write(f"{known}I need to find: {step.query}", "call", step.query), trained=True)
+        talk.reply(
+            ACTION,
+            tags.write(f"{known}I need to find: {step.query}", "call", step.query),
+            trained=True,
+        )
         passages = yield Lookup(retriever, step.query, qa.k)
         said = found(talk, passages)
         talk.tell(RESULT, result(step.query, said))

@@ -1,7 +1,9 @@
-"""Filters: which trajectories are kept, and what is counted of them (SWiRL, arXiv 2504.04736, section 3).
+"""Filters: which trajectories are kept, and what is counted of them (SWiRL, arXiv 2504.04736,
+section 3).
 
-Invariant: pure. A step that was not scored is not approved, a trajectory without steps passes no process filter, and what is counted adds
-up over the parts that trajectories are judged in (filter_counts.py says what it comes to).
+Invariant: pure. A step that was not scored is not approved, a trajectory without steps passes no
+process filter, and what is counted adds up over the parts that trajectories are judged in
+(filter_counts.py says what it comes to).
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ _MARKS = {"unreadable": "?", "unanswered": "!"}
 
 
 class Judged(NamedTuple):
-    """A trajectory with an opinion on each of its steps (None: nobody was asked), and whether its answer is right (None: not known).
+    """A trajectory with an opinion on each of its steps (None: nobody was asked), and whether its
+    answer is right (None: not known).
 
-    rules: what rules say of the same steps, to compare the judge with; None where the rules are the judge.
+    rules: what rules say of the same steps, to compare the judge with; None where the rules are the
+    judge.
     """
 
     episode: Episode
@@ -50,7 +54,8 @@ def passes(judged: Judged, keep: str, at: float) -> bool:
 
 
 def marked(judged: Judged, at: float) -> Episode:
-    """The episode with what was said of it: `process`, `outcome`, and `verdicts`, a letter a step: G, B, ? unreadable or ! unanswered."""
+    """The episode with what was said of it: `process`, `outcome`, and `verdicts`, a letter a step:
+    G, B, ? unreadable or ! unanswered."""
     parts = {**judged.episode.parts, "outcome": judged.right}
     if judged.opinions is not None:
         letters = (_MARKS.get(o.came, "G" if approved(o, at) else "B") for o in judged.opinions)
@@ -59,13 +64,26 @@ def marked(judged: Judged, at: float) -> Episode:
 
 
 def tally(trajectories: Sequence[Judged], keep: str, at: float) -> dict[str, int]:
-    """Counts to log: trajectories and steps, what was approved, right, both and kept; and the pairs that agreement is reckoned from.
+    """Counts to log: trajectories and steps, what was approved, right, both and kept; and the pairs
+    that agreement is reckoned from.
 
-    outcome_unknown: trajectories of which nobody could say whether they are right; they are not right, and in no ends.
-    pairs_xy: steps of which the judge says x and the rules y; ends_xy: last steps of which the judge says x and the outcome y (1 is good).
-    Steps that were not scored are in no pair.
+    outcome_unknown: trajectories of which nobody could say whether they are right; they are not
+    right, and in no ends.
+    pairs_xy: steps of which the judge says x and the rules y; ends_xy: last steps of which the
+    judge says x and the outcome y (1 is good). Steps that were not scored are in no pair.
     """
-    names = ("trajectories", "states", "good_steps", "unreadable", "unanswered", "process", "outcome", "outcome_unknown", "both", "kept")
+    names = (
+        "trajectories",
+        "states",
+        "good_steps",
+        "unreadable",
+        "unanswered",
+        "process",
+        "outcome",
+        "outcome_unknown",
+        "both",
+        "kept",
+    )
     counts = dict.fromkeys(names, 0)
     counts |= {f"{kind}_{a}{b}": 0 for kind in ("pairs", "ends") for a in (1, 0) for b in (1, 0)}
     for judged in trajectories:

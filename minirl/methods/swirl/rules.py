@@ -1,13 +1,17 @@
-"""Rules in place of a judging model: whether a step is a good one, read off its text alone. For tests and cheap ablations.
+"""Rules in place of a judging model: whether a step is a good one, read off its text alone. For
+tests and cheap ablations.
 
-Invariant: pure and bounded, no tool but the calculator is run, and without `gold` nothing but the question and what was said is looked at.
-The rules: a turn is one readable action, the last turn there is answers, and no call is made twice. A calculation is of two numbers or more
-and has a value; every number in it stands in the question or in a reply, or is one that people know (up to 12, 100, 60 minutes, ...), or a
-share that a percentage there is (0.2, 0.8 or 1.2 for 20 %). A search asks for something, and at least half of its words stand in the
-question or in a reply. An answer is a number that the calculator gave, or words that stand in what was found; yes and no count where
-something was. With `gold` an answer is good when the task's verifier passes it, and a call must also get what is still missing: a value
-that the gold solution works out or ends in, or any paragraph while one of the supporting ones has not been shown. (Were calls judged as
-without it, one more call would be safer than any answer, and a policy that is trained on that soon never answers.)
+Invariant: pure and bounded, no tool but the calculator is run, and without `gold` nothing but the
+question and what was said is looked at. The rules: a turn is one readable action, the last turn
+there is answers, and no call is made twice. A calculation is of two numbers or more and has a
+value; every number in it stands in the question or in a reply, or is one that people know (up to
+12, 100, 60 minutes, ...), or a share that a percentage there is (0.2, 0.8 or 1.2 for 20 %). A
+search asks for something, and at least half of its words stand in the question or in a reply. An
+answer is a number that the calculator gave, or words that stand in what was found; yes and no count
+where something was. With `gold` an answer is good when the task's verifier passes it, and a call
+must also get what is still missing: a value that the gold solution works out or ends in, or any
+paragraph while one of the supporting ones has not been shown. (Were calls judged as without it, one
+more call would be safer than any answer, and a policy that is trained on that soon never answers.)
 """
 
 from __future__ import annotations
@@ -29,7 +33,34 @@ from minirl.verify.numeric import number
 
 Reader = Callable[[str], Action | None]
 KNOWN = frozenset(
-    map(Fraction, (*range(13), 15, 16, 20, 24, 25, 30, 36, 48, 50, 52, 60, 75, 90, 100, 144, 180, 360, 365, 1000, 1760, 3600, 5280))
+    map(
+        Fraction,
+        (
+            *range(13),
+            15,
+            16,
+            20,
+            24,
+            25,
+            30,
+            36,
+            48,
+            50,
+            52,
+            60,
+            75,
+            90,
+            100,
+            144,
+            180,
+            360,
+            365,
+            1000,
+            1760,
+            3600,
+            5280,
+        ),
+    )
 )
 _FIGURE = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]*\.?[0-9]+")
 _PERCENT = re.compile(rf"({_FIGURE.pattern})\s*(?:%|per\s?cent)")
@@ -55,9 +86,12 @@ def search_reader(task: SearchTask) -> Reader:
 
 
 class Rules:
-    """Opinions on steps by rule; see the module's words. read: how a turn is read. steps: most turns there can be."""
+    """Opinions on steps by rule; see the module's words. read: how a turn is read. steps: most
+    turns there can be."""
 
-    def __init__(self, task: Task, read: Reader, *, gold: bool = False, steps: int | None = None) -> None:
+    def __init__(
+        self, task: Task, read: Reader, *, gold: bool = False, steps: int | None = None
+    ) -> None:
         self._task = task
         self._read = read
         self._gold = gold
@@ -65,7 +99,10 @@ class Rules:
 
     def __call__(self, cases: Sequence[StepCase], problems: Sequence[Problem]) -> list[Opinion]:
         """1 or 0 for each step; `problems` are looked at with `gold` alone."""
-        return [Opinion(float(self._approves(case, problem))) for case, problem in zip(cases, problems, strict=True)]
+        return [
+            Opinion(float(self._approves(case, problem)))
+            for case, problem in zip(cases, problems, strict=True)
+        ]
 
     def reads(self, message: str) -> bool:
         """Whether a message is one readable action."""
@@ -76,7 +113,10 @@ class Rules:
         if action is None or not action.content:
             return False
         if action.kind == "answer" and self._gold:
-            return self._task.verify_answer is not None and self._task.verify_answer(problem, action.content).passed
+            return (
+                self._task.verify_answer is not None
+                and self._task.verify_answer(problem, action.content).passed
+            )
         told = self._replies(case)
         if action.kind == "answer":
             return self._supports(action.content, told)
@@ -85,13 +125,19 @@ class Rules:
             return False  # nobody will answer this call
         searches = isinstance(self._task, SearchTask)
         plain = _plain_query if searches else _plain_expression
-        if any(a is not None and a.kind == "call" and plain(a.content) == plain(action.content) for a in before):
+        if any(
+            a is not None and a.kind == "call" and plain(a.content) == plain(action.content)
+            for a in before
+        ):
             return False
         asks = _asks_for_words if searches else _asks_for_numbers
-        return asks(action.content, [case.question, *told]) and (not self._gold or self._gains(action.content, problem, told))
+        return asks(action.content, [case.question, *told]) and (
+            not self._gold or self._gains(action.content, problem, told)
+        )
 
     def _replies(self, case: StepCase) -> list[str]:
-        """What the tool has given for each call, without the call that stands before it; no notices."""
+        """What the tool has given for each call, without the call that stands before it; no
+        notices."""
         action, found = None, []
         for author, text in case.said:
             if author == "model":
@@ -101,12 +147,15 @@ class Rules:
         return [text for text in found if text not in ("", NOTHING)]
 
     def _gains(self, call: str, problem: Problem, told: Sequence[str]) -> bool:
-        """Whether a sensible call gets what the gold answer needs and nobody has been told; True where what it needs is not known."""
+        """Whether a sensible call gets what the gold answer needs and nobody has been told; True
+        where what it needs is not known."""
         if isinstance(self._task, SearchTask):
             return coverage([problem], (line for text in told for line in text.splitlines())) != 1.0
         if problem.solution is None or not (steps := worked_out(problem.solution)):
             return True
-        final = number(str(problem.answer["value"]))  # chains leave the mark of their last step out at times
+        final = number(
+            str(problem.answer["value"])
+        )  # chains leave the mark of their last step out at times
         value, known = calculator.evaluate(call), _values(told)
         needed = [*steps, *([] if final is None else [final.value])]
         return any(_same(value, n) and not any(_same(n, k) for k in known) for n in needed)
@@ -115,7 +164,11 @@ class Rules:
         if isinstance(self._task, SearchTask):
             words = qa.normalise(answer)
             where = [qa.normalise(text) for text in told]
-            return bool(words) and bool(where) and (words in _EITHER or any(f" {words} " in f" {text} " for text in where))
+            return (
+                bool(words)
+                and bool(where)
+                and (words in _EITHER or any(f" {words} " in f" {text} " for text in where))
+            )
         stated = number(answer)
         return stated is not None and any(_same(value, stated.value) for value in _values(told))
 
@@ -146,7 +199,9 @@ def _asks_for_numbers(expression: str, known: Sequence[str]) -> bool:
     worked = calculator.worked_side(expression)
     if len(_FIGURE.findall(worked)) < 2:
         return False  # one number is no calculation
-    return _figures(worked) - KNOWN <= {value for text in known for value in _figures(text) | _shares(text)}
+    return _figures(worked) - KNOWN <= {
+        value for text in known for value in _figures(text) | _shares(text)
+    }
 
 
 def _figures(text: str) -> set[Fraction]:

@@ -1,7 +1,8 @@
-"""Split: a trajectory of K actions becomes K states, each a problem of its own (SWiRL, arXiv 2504.04736, section 3).
+"""Split: a trajectory of K actions becomes K states, each a problem of its own (SWiRL, arXiv
+2504.04736, section 3).
 
-Invariant: a state's context is an exact token prefix of the trajectory, everything before its action and none of it trained; the actions
-are the trained turns, whichever method wrote them.
+Invariant: a state's context is an exact token prefix of the trajectory, everything before its
+action and none of it trained; the actions are the trained turns, whichever method wrote them.
 """
 
 from __future__ import annotations
@@ -19,12 +20,18 @@ def actions(episode: Episode) -> list[int]:
 
 
 def states(episodes: Iterable[Episode]) -> list[Problem]:
-    """The states of all actions, in order; each has its trajectory's number and its own in its id: `gsm8k/train/7#12.0`."""
-    return [_problem(e, i, f"#{n}.{k}", ()) for n, e in enumerate(episodes) for k, i in enumerate(actions(e))]
+    """The states of all actions, in order; each has its trajectory's number and its own in its id:
+    `gsm8k/train/7#12.0`."""
+    return [
+        _problem(e, i, f"#{n}.{k}", ())
+        for n, e in enumerate(episodes)
+        for k, i in enumerate(actions(e))
+    ]
 
 
 def imitations(episodes: Iterable[Episode]) -> list[Problem]:
-    """The same states, each with its own action behind it, trained: what SFT on the same trajectories learns (see methods.imitate).
+    """The same states, each with its own action behind it, trained: what SFT on the same
+    trajectories learns (see methods.imitate).
 
     The action counts as sampled by nobody: its log-probabilities are those of the weights of then.
     """

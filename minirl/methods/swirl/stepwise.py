@@ -1,9 +1,11 @@
 """stepwise: one action a turn, a tool call or the answer (SWiRL, arXiv 2504.04736).
 
-Each of the model's turns is some reasoning and then ONE action between its tags; what the tool says comes back as the user's turn,
-`query -> result`, and so do a tool's error and the news that an action could not be read: neither ends an episode. A task has one tool,
-the search or the calculator. Invariant: the model's turns are trained, the tool's never are, and an action is what `read` says it is,
-here and wherever actions are judged. The prompt and the parser below speak of the same tags.
+Each of the model's turns is some reasoning and then ONE action between its tags; what the tool says
+comes back as the user's turn, `query -> result`, and so do a tool's error and the news that an
+action could not be read: neither ends an episode. A task has one tool, the search or the
+calculator. Invariant: the model's turns are trained, the tool's never are, and an action is what
+`read` says it is, here and wherever actions are judged. The prompt and the parser below speak of
+the same tags.
 """
 
 from __future__ import annotations
@@ -56,11 +58,15 @@ class Tags(NamedTuple):
 
     def instructions(self) -> str:
         """The system message."""
-        return (SEARCH if self.tool == "search" else CALCULATE).format(call=self.call, answer=self.answer, steps=self.steps)
+        return (SEARCH if self.tool == "search" else CALCULATE).format(
+            call=self.call, answer=self.answer, steps=self.steps
+        )
 
     def unreadable(self) -> str:
         """What is told after a turn that is no action."""
-        return UNREADABLE.format(call=f"<{self.call}>...</{self.call}>", answer=f"<{self.answer}>...</{self.answer}>")
+        return UNREADABLE.format(
+            call=f"<{self.call}>...</{self.call}>", answer=f"<{self.answer}>...</{self.answer}>"
+        )
 
     def write(self, thought: str, kind: Literal["call", "answer"], content: str) -> str:
         """A turn as a model is to write it."""
@@ -78,16 +84,21 @@ class Action(NamedTuple):
 def tags_of(task: Task, node: Stepwise) -> Tags:
     """The tags of a task's tool. Raises UserError for a task that cannot be played step by step."""
     if task.verify_answer is None:
-        raise UserError(f"task {task.name!r} cannot be played step by step; expected question answering, or maths with task.chain=calls")
+        raise UserError(
+            f"task {task.name!r} cannot be played step by step; expected question answering, or"
+            " maths with task.chain=calls"
+        )
     if isinstance(task, SearchTask):
         return Tags("search", node.query, node.answer, node.steps)
     return Tags("calculator", node.expression, node.answer, node.steps)
 
 
 def read(text: str, tags: Tags) -> Action | None:
-    """The one action that ends a turn; None where there is none, several, or a tag of another one beside it.
+    """The one action that ends a turn; None where there is none, several, or a tag of another one
+    beside it.
 
-    A token that ends the closing tag may hold more than that: what follows the tag is ignored, unless it is another tag.
+    A token that ends the closing tag may hold more than that: what follows the tag is ignored,
+    unless it is another tag.
     """
     found = list(_pattern(tags).finditer(text))
     if len(found) != 2 or found[0][1] or not found[1][1] or found[0][2] != found[1][2]:
@@ -97,17 +108,21 @@ def read(text: str, tags: Tags) -> Action | None:
 
 
 def stepwise(talk: Talk, task: Task) -> Play:
-    """Prompt, then actions and the tool's replies in turn until an answer or the last step; verdict of the answer.
+    """Prompt, then actions and the tool's replies in turn until an answer or the last step; verdict
+    of the answer.
 
-    An episode without an answer is worth 0. parts: `steps` (actions), `calls` (the tool's replies), `errors` (of these, errors),
-    `malformed` (actions that could not be read), `answered`, `answer`; for questions also `searches`, `recall`, `em` and `f1`.
+    An episode without an answer is worth 0. parts: `steps` (actions), `calls` (the tool's replies),
+    `errors` (of these, errors), `malformed` (actions that could not be read), `answered`, `answer`;
+    for questions also `searches`, `recall`, `em` and `f1`.
     """
     tags, answer = tags_of(task, talk.sampling.stepwise), None
     counts = {"steps": 0, "calls": 0, "errors": 0, "malformed": 0}
     seen: list[Passage] = []
     talk.begin(talk.problem.prompt, system=tags.instructions())
     for left in reversed(range(tags.steps)):
-        text = yield from talk.ask(ACTION, max_tokens=talk.sampling.attempt_tokens, trained=True, stop=tags.stop)
+        text = yield from talk.ask(
+            ACTION, max_tokens=talk.sampling.attempt_tokens, trained=True, stop=tags.stop
+        )
         action = read(text, tags)
         counts["steps"] += 1
         counts["malformed"] += action is None
@@ -128,14 +143,20 @@ def stepwise(talk: Talk, task: Task) -> Play:
 def step(talk: Talk, task: Task) -> Play:
     """One new action at a stored state, not scored: a judge does that. No tool runs."""
     text = yield from talk.ask(
-        ACTION, max_tokens=talk.sampling.attempt_tokens, trained=True, stop=tags_of(task, talk.sampling.stepwise).stop
+        ACTION,
+        max_tokens=talk.sampling.attempt_tokens,
+        trained=True,
+        stop=tags_of(task, talk.sampling.stepwise).stop,
     )
     action = read(text, tags_of(task, talk.sampling.stepwise))
-    return talk.end(None, malformed=int(action is None), answered=action is not None and action.kind == "answer")
+    return talk.end(
+        None, malformed=int(action is None), answered=action is not None and action.kind == "answer"
+    )
 
 
 def imitate(talk: Talk, task: Task) -> Play:
-    """A stored action at its state, for SFT: both stand in the problem's context already, the action marked as trained."""
+    """A stored action at its state, for SFT: both stand in the problem's context already, the
+    action marked as trained."""
     yield from ()
     return talk.end(None)
 
@@ -150,7 +171,9 @@ def found(talk: Talk, passages: Sequence[Passage]) -> str:
     return f"\n{listed(within(talk, passages))}" if passages else NOTHING
 
 
-def _call(talk: Talk, task: Task, content: str, seen: list[Passage]) -> Generator[Lookup, Any, bool]:
+def _call(
+    talk: Talk, task: Task, content: str, seen: list[Passage]
+) -> Generator[Lookup, Any, bool]:
     """Tell the tool's reply to a call; whether it is an error."""
     if not content:
         talk.tell(RESULT, result("", f"error: {EMPTY}"))
@@ -167,10 +190,19 @@ def _call(talk: Talk, task: Task, content: str, seen: list[Passage]) -> Generato
 
 
 def _scored(
-    talk: Talk, task: Task, tags: Tags, answer: str | None, counts: dict[str, int], seen: Sequence[Passage]
+    talk: Talk,
+    task: Task,
+    tags: Tags,
+    answer: str | None,
+    counts: dict[str, int],
+    seen: Sequence[Passage],
 ) -> tuple[Verdict, dict[str, Part]]:
     assert task.verify_answer is not None
-    verdict = Verdict(0.0, False, {"error_kind": "answer"}) if answer is None else task.verify_answer(talk.problem, answer)
+    verdict = (
+        Verdict(0.0, False, {"error_kind": "answer"})
+        if answer is None
+        else task.verify_answer(talk.problem, answer)
+    )
     parts: dict[str, Part] = {
         "first": verdict.passed,
         "first_error": verdict.parts.get("error_kind"),

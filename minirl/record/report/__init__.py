@@ -1,7 +1,8 @@
 """report.html: one file that shows what a run did, readable without a network, a GPU or torch.
 
-Invariant: everything that comes from a run (model output above all) is escaped before it enters the page, and the page may run no
-script and fetch nothing. A run that has barely begun makes a shorter report, never an error.
+Invariant: everything that comes from a run (model output above all) is escaped before it enters the
+page, and the page may run no script and fetch nothing. A run that has barely begun makes a shorter
+report, never an error.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ PAGE, STYLE = (Path(__file__).with_name(name) for name in ("page.html", "page.cs
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write report.html into a run folder and return its path. Raises UserError if the folder holds no run or a damaged one."""
+    """Write report.html into a run folder and return its path. Raises UserError if the folder holds
+    no run or a damaged one."""
     folder = Path(folder)
     if not (folder / "recipe.yaml").exists():
         raise UserError(f"{folder}: no recipe.yaml in it; expected the folder of a run")
@@ -36,8 +38,17 @@ def write_report(folder: str | Path) -> Path:
     rows = {name: rows_of(folder, name) for name in ("metrics", "timings", "evals", "episodes")}
     versions = rows_of(folder, "versions")
     done = finished or position.stage >= len(recipe.stages)
-    where = "all stages done" if done else f"at stage {position.stage} of {len(recipe.stages)}, step {position.step}"
-    facts = [("model", recipe.model.name), ("task", recipe.task.name), ("seed", str(recipe.seed)), ("state", where)]
+    where = (
+        "all stages done"
+        if done
+        else f"at stage {position.stage} of {len(recipe.stages)}, step {position.step}"
+    )
+    facts = [
+        ("model", recipe.model.name),
+        ("task", recipe.task.name),
+        ("seed", str(recipe.seed)),
+        ("state", where),
+    ]
     body = [
         evaluations_html(rows["evals"]),
         later_evaluations_html(rows["evals"], rows_of(folder, Path(LATER).stem)),
@@ -56,24 +67,37 @@ def write_report(folder: str | Path) -> Path:
     try:
         write_file(folder / "report.html", page)
     except OSError as error:
-        raise UserError(f"{folder / 'report.html'}: cannot be written ({error}); copy the folder to where you can write") from error
+        raise UserError(
+            f"{folder / 'report.html'}: cannot be written ({error}); copy the folder to where you"
+            " can write"
+        ) from error
     return folder / "report.html"
 
 
 def episode_html(row: Mapping[str, Any]) -> str:
     """One row of episodes.jsonl as HTML for a notebook: unfolded, trained tokens coloured."""
-    return _frame(one_episode_html(row).replace("<details>", "<details open>", 1), height_px=160 + 70 * len(row.get("turns") or []))
+    return _frame(
+        one_episode_html(row).replace("<details>", "<details open>", 1),
+        height_px=160 + 70 * len(row.get("turns") or []),
+    )
 
 
 def curves_html(folder: str | Path) -> str:
     """The report's curves as HTML for a notebook."""
-    return _frame(curves({name: rows_of(Path(folder), name) for name in ("metrics", "timings", "evals")}), height_px=900)
+    return _frame(
+        curves({name: rows_of(Path(folder), name) for name in ("metrics", "timings", "evals")}),
+        height_px=900,
+    )
 
 
 def _frame(html: str, *, height_px: int) -> str:
-    """A page of its own inside a notebook's, so that neither's style, nor anything a model wrote, reaches the other."""
+    """A page of its own inside a notebook's, so that neither's style, nor anything a model wrote,
+    reaches the other."""
     page = f"<style>{STYLE.read_text(encoding='utf-8')}</style><main>{html}</main>"
-    return f'<iframe sandbox srcdoc="{escape(page)}" style="width: 100%; height: {height_px}px; border: 0"></iframe>'
+    return (
+        f'<iframe sandbox srcdoc="{escape(page)}" style="width: 100%; height: {height_px}px;'
+        ' border: 0"></iframe>'
+    )
 
 
 def _totals(rows: Mapping[str, Rows]) -> str:
@@ -82,9 +106,21 @@ def _totals(rows: Mapping[str, Rows]) -> str:
     def total(name: str, key: str) -> float:
         return float(sum(row[key] for row in rows[name] if is_number(row.get(key))))
 
-    hours = [(title, total("timings", key)) for key, title in (("sample_s", "sampling"), ("learn_s", "learning"), ("eval_s", "evaluating"))]
-    counts = [(title, total("metrics", key)) for key, title in (("sampled", "tokens sampled"), ("trained_tokens", "tokens trained"))]
-    last = {row.get("stage"): row["skipped"] for row in rows["metrics"] if is_number(row.get("skipped"))}
+    hours = [
+        (title, total("timings", key))
+        for key, title in (
+            ("sample_s", "sampling"),
+            ("learn_s", "learning"),
+            ("eval_s", "evaluating"),
+        )
+    ]
+    counts = [
+        (title, total("metrics", key))
+        for key, title in (("sampled", "tokens sampled"), ("trained_tokens", "tokens trained"))
+    ]
+    last = {
+        row.get("stage"): row["skipped"] for row in rows["metrics"] if is_number(row.get("skipped"))
+    }
     lines = [[title, f"{seconds / 60:,.1f} min"] for title, seconds in hours if seconds]
     lines += [[title, f"{count:,.0f}"] for title, count in counts if count]
     lines += [["steps skipped (gradient not finite)", f"{sum(last.values()):,.0f}"]] if last else []
@@ -94,6 +130,16 @@ def _totals(rows: Mapping[str, Rows]) -> str:
 def _about(recipe: str, versions: Rows) -> str:
     latest = versions[-1] if versions else {}
     lines = [[text(name), text(value)] for name, value in latest.items()]
-    more = f'<p class="note">The run was taken up under other versions {len(versions) - 1} time(s); versions.jsonl has them all.</p>'
-    made = f"<details><summary>Versions</summary>{table([], lines)}{more if len(versions) > 1 else ''}</details>" if lines else ""
-    return f"<section><h2>Recipe</h2><details><summary>The resolved recipe</summary><pre>{text(recipe)}</pre></details>{made}</section>"
+    more = (
+        f'<p class="note">The run was taken up under other versions {len(versions) - 1} time(s);'
+        " versions.jsonl has them all.</p>"
+    )
+    made = (
+        f"<details><summary>Versions</summary>{table([], lines)}{more if len(versions) > 1 else ''}</details>"
+        if lines
+        else ""
+    )
+    return (
+        "<section><h2>Recipe</h2><details><summary>The resolved"
+        f" recipe</summary><pre>{text(recipe)}</pre></details>{made}</section>"
+    )

@@ -1,7 +1,7 @@
 """The curves of a report: small charts as inline SVG, over all steps of all stages.
 
-Invariant: a number that is missing or not finite leaves a gap, never a wrong point, and every title and name is this file's own text, so
-nothing here needs escaping.
+Invariant: a number that is missing or not finite leaves a gap, never a wrong point, and every title
+and name is this file's own text, so nothing here needs escaping.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ Point = tuple[float, float]
 CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("metrics", "Reward", (("reward", "mean"),)),
     ("metrics", "Solved in training", (("first", "first try"), ("second", "second try"))),
-    ("metrics", "EM and F1 in training", (("em", "exact match"), ("f1", "F1"), ("format", "good form"))),
+    (
+        "metrics",
+        "EM and F1 in training",
+        (("em", "exact match"), ("f1", "F1"), ("format", "good form")),
+    ),
     ("metrics", "Searches an episode", (("searches", "searches"),)),
     ("metrics", "Gold paragraphs shown", (("recall", "share"),)),
     ("metrics", "Response with results", (("response", "tokens"),)),
@@ -38,7 +42,8 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("timings", "Tokens a second", (("sample_tps", "sampling"), ("learn_tps", "learning"))),
     ("timings", "Seconds a step", (("sample_s", "sampling"), ("learn_s", "learning"))),
 )
-"""Which file, title, and up to three columns with their names; a chart without numbers is left out."""
+"""Which file, title, and up to three columns with their names; a chart without numbers is left out.
+"""
 LARGEST = 1e300  # an int may be larger than any float
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 44, 10, 12, 22
 
@@ -46,19 +51,48 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 44, 10, 12, 22
 def curves(rows: Mapping[str, Rows]) -> str:
     """Small charts over all steps of all stages, in the order they were made."""
     metrics = [{**row, **_dead_share(row)} for row in rows["metrics"]]
-    place = {(row.get("stage"), row.get("step")): number for number, row in enumerate(metrics, start=1)}
-    borders = [number for number, (a, b) in enumerate(pairwise(metrics), start=1) if a.get("stage") != b.get("stage")]
-    charts = [_held_out_chart(rows["evals"], metrics, borders), *_score_charts(rows["evals"], metrics, borders)]
+    place = {
+        (row.get("stage"), row.get("step")): number for number, row in enumerate(metrics, start=1)
+    }
+    borders = [
+        number
+        for number, (a, b) in enumerate(pairwise(metrics), start=1)
+        if a.get("stage") != b.get("stage")
+    ]
+    charts = [
+        _held_out_chart(rows["evals"], metrics, borders),
+        *_score_charts(rows["evals"], metrics, borders),
+    ]
     for source, title, columns in CURVES:
-        placed = [(place.get((row.get("stage"), row.get("step"))), row) for row in (metrics if source == "metrics" else rows["timings"])]
+        placed = [
+            (place.get((row.get("stage"), row.get("step"))), row)
+            for row in (metrics if source == "metrics" else rows["timings"])
+        ]
         lines = []
         for key, name in columns:
-            found = [(row.get("stage"), (float(x), float(row[key]))) for x, row in placed if x and is_number(row.get(key))]
-            lines.append((name, [[point for _, point in run] for _, run in groupby(found, key=lambda pair: pair[0])]))
+            found = [
+                (row.get("stage"), (float(x), float(row[key])))
+                for x, row in placed
+                if x and is_number(row.get(key))
+            ]
+            lines.append(
+                (
+                    name,
+                    [
+                        [point for _, point in run]
+                        for _, run in groupby(found, key=lambda pair: pair[0])
+                    ],
+                )
+            )
         charts.append(_chart(title, lines, len(metrics), borders))
     drawn = "".join(charts)
     note = "Over all steps; dotted lines stand between stages, thick lines are running means."
-    return f'<section><h2>Curves</h2><div class="charts">{drawn}</div><p class="note">{note}</p></section>' if drawn else ""
+    return (
+        f'<section><h2>Curves</h2><div class="charts">{drawn}</div><p'
+        f' class="note">{note}</p></section>'
+        if drawn
+        else ""
+    )
 
 
 def is_number(value: Any) -> bool:
@@ -73,19 +107,26 @@ def _dead_share(row: Mapping[str, Any]) -> dict[str, float]:
 
 def _held_out_chart(evals: Rows, metrics: Rows, borders: Sequence[int]) -> str:
     """The evaluations over the steps that came before each, with their intervals."""
-    found = [{key: said[key] for key in ("first", "second", "fixed")} for said in map(summarise, evals)]
+    found = [
+        {key: said[key] for key in ("first", "second", "fixed")} for said in map(summarise, evals)
+    ]
     names = (("first", "first try"), ("second", "two tries"), ("fixed", "fixed"))
     return _evals_chart("Held-out", names, found, evals, metrics, borders, top=1.0)
 
 
 def _score_charts(evals: Rows, metrics: Rows, borders: Sequence[int]) -> list[str]:
-    """The paper's dynamics of search (arXiv 2503.19470, section 4), on held-out questions: empty text where nothing searches."""
+    """The paper's dynamics of search (arXiv 2503.19470, section 4), on held-out questions: empty
+    text where nothing searches."""
     found = [summarise(row)["scores"] for row in evals]
     shares = (("em", "exact match"), ("f1", "F1"), ("judged", "judged right"))
     return [
         _evals_chart("Held-out answers", shares, found, evals, metrics, borders, top=1.0),
-        _evals_chart("Held-out searches", (("searches", "an episode"),), found, evals, metrics, borders),
-        _evals_chart("Held-out response", (("response", "tokens"),), found, evals, metrics, borders),
+        _evals_chart(
+            "Held-out searches", (("searches", "an episode"),), found, evals, metrics, borders
+        ),
+        _evals_chart(
+            "Held-out response", (("response", "tokens"),), found, evals, metrics, borders
+        ),
     ]
 
 
@@ -122,11 +163,15 @@ def _chart(
     bands: Sequence[Sequence[tuple[float, float, float]]] = (),
     top: float | None = None,
 ) -> str:
-    """One chart as inline SVG; each line is a name and its unbroken runs of points. Empty text when there is no point."""
+    """One chart as inline SVG; each line is a name and its unbroken runs of points. Empty text when
+    there is no point."""
     values = [y for _, runs in lines for run in runs for _, y in run]
     if not values:
         return ""
-    marked = ticks(min(0.0, *values), max(*values, *(h for band in bands for *_, h in band), 0.0) if top is None else top)
+    marked = ticks(
+        min(0.0, *values),
+        max(*values, *(h for band in bands for *_, h in band), 0.0) if top is None else top,
+    )
     low, high = marked[0], marked[-1]
 
     def at(x: float, y: float) -> str:
@@ -137,24 +182,42 @@ def _chart(
     for tick in marked:
         x, y = at(0, tick).split(",")
         marks.append(f'<line class="grid" x1="{x}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        marks.append(f'<text x="{LEFT - 6}" y="{float(y) + 3.5:.1f}" text-anchor="end">{tick:.4g}</text>')
+        marks.append(
+            f'<text x="{LEFT - 6}" y="{float(y) + 3.5:.1f}" text-anchor="end">{tick:.4g}</text>'
+        )
     for border in borders:
         x = at(border + 0.5, low).split(",")[0]
         marks.append(f'<line class="border" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     for step in {0, steps // 2, steps} if steps > 1 else {0, steps}:
-        marks.append(f'<text x="{at(step, low).split(",")[0]}" y="{HEIGHT - 6}" text-anchor="middle">{step}</text>')
+        marks.append(
+            f'<text x="{at(step, low).split(",")[0]}" y="{HEIGHT - 6}"'
+            f' text-anchor="middle">{step}</text>'
+        )
     for number, band in enumerate(bands, start=1):
         outline = [at(x, h) for x, _, h in band] + [at(x, lo) for x, lo, _ in reversed(band)]
-        marks += [f'<polygon class="band s{number}" points="{" ".join(outline)}"/>'] if len(band) > 1 else []
+        marks += (
+            [f'<polygon class="band s{number}" points="{" ".join(outline)}"/>']
+            if len(band) > 1
+            else []
+        )
     for number, (_, runs) in enumerate(lines, start=1):
         marks += [mark for run in runs for mark in _run(run, number, at, dots=bool(bands))]
-    key = "".join(f'<i class="s{n}"></i>{name}' for n, (name, runs) in enumerate(lines, start=1) if runs)
-    picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(marks)}</svg>'
-    return f'<figure class="chart"><figcaption>{title}<span class="key">{key}</span></figcaption>{picture}</figure>'
+    key = "".join(
+        f'<i class="s{n}"></i>{name}' for n, (name, runs) in enumerate(lines, start=1) if runs
+    )
+    picture = (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
+        f' aria-label="{title}">{"".join(marks)}</svg>'
+    )
+    return (
+        f'<figure class="chart"><figcaption>{title}<span'
+        f' class="key">{key}</span></figcaption>{picture}</figure>'
+    )
 
 
 def _run(points: Sequence[Point], number: int, at: Any, *, dots: bool) -> list[str]:
-    """A line; over 30 points a faint one under its running mean; points as dots where they are few."""
+    """A line; over 30 points a faint one under its running mean; points as dots where they are
+    few."""
     marks = []
     path = " ".join(at(x, y) for x, y in points)
     if len(points) > 30 and not dots:
@@ -169,7 +232,10 @@ def _run(points: Sequence[Point], number: int, at: Any, *, dots: bool) -> list[s
     if dots or len(points) == 1:
         for x, y in points:
             cx, cy = at(x, y).split(",")
-            marks.append(f'<circle class="point s{number}" cx="{cx}" cy="{cy}" r="3"><title>{y:.4g}</title></circle>')
+            marks.append(
+                f'<circle class="point s{number}" cx="{cx}" cy="{cy}"'
+                f' r="3"><title>{y:.4g}</title></circle>'
+            )
     return marks
 
 

@@ -15,7 +15,8 @@ from minirl.io.files import read_rows
 
 
 class _Row(BaseModel):
-    """Any row; what is not named here is drawn where it is a number and left out where it is none."""
+    """Any row; what is not named here is drawn where it is a number and left out where it is
+    none."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     stage: int = 0
@@ -44,11 +45,16 @@ class _Evaluation(_Row):
     problems: list[dict[str, Any]]
 
 
-_SHAPES: dict[str, type[_Row]] = {"episodes": _Episode, "evals": _Evaluation, "later_evals": _Evaluation}
+_SHAPES: dict[str, type[_Row]] = {
+    "episodes": _Episode,
+    "evals": _Evaluation,
+    "later_evals": _Evaluation,
+}
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The rows of `name`.jsonl in a run folder, none where it is absent. Raises UserError for one that no run writes."""
+    """The rows of `name`.jsonl in a run folder, none where it is absent. Raises UserError for one
+    that no run writes."""
     path, shape = folder / f"{name}.jsonl", _SHAPES.get(name, _Row)
     rows = read_rows(path)
     for number, row in enumerate(rows, start=1):

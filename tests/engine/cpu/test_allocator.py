@@ -26,7 +26,9 @@ def test_freed_memory_is_used_again() -> None:
     """Catches: a threshold that the C library does not take. A block of 64 MiB is 16,384 pages."""
 
     def faults(mode: str) -> int:
-        ran = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, timeout=120)
+        ran = subprocess.run(
+            [sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, timeout=120
+        )
         if "another C library" in ran.stderr:
             pytest.skip("not glibc")
         assert ran.returncode == 0, ran.stderr

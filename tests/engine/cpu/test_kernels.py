@@ -47,10 +47,24 @@ def powers(x: Any, out: Any) -> None:
 
 
 def test_numbers_are_rounded_as_torch_rounds_them() -> None:
-    """Random bits, so every exponent and both zeros; ties, infinities and NaN. Catches: truncation, a NaN whose bits carry over."""
+    """Random bits, so every exponent and both zeros; ties, infinities and NaN. Catches: truncation,
+    a NaN whose bits carry over."""
     rng = np.random.default_rng(0)
-    bits = np.concatenate([rng.integers(0, 2**32, 100_000, dtype=np.uint32), np.arange(0x3F80_0000, 0x3F83_0000, 0x4000, dtype=np.uint32)])
-    bits = np.concatenate([bits, np.array([0x7F7F_FFFF, 0x7F80_0000, 0xFF80_0000, 0x7FFF_FFFF, 0x7F80_0001, 0, 0x8000_0000], np.uint32)])
+    bits = np.concatenate(
+        [
+            rng.integers(0, 2**32, 100_000, dtype=np.uint32),
+            np.arange(0x3F80_0000, 0x3F83_0000, 0x4000, dtype=np.uint32),
+        ]
+    )
+    bits = np.concatenate(
+        [
+            bits,
+            np.array(
+                [0x7F7F_FFFF, 0x7F80_0000, 0xFF80_0000, 0x7FFF_FFFF, 0x7F80_0001, 0, 0x8000_0000],
+                np.uint32,
+            ),
+        ]
+    )
     numbers = bits.view(np.float32)
     out = torch.empty(len(bits), dtype=torch.bfloat16)
     rounded(numbers, np.uint16(0), array(out))
@@ -61,7 +75,9 @@ def test_numbers_are_rounded_as_torch_rounds_them() -> None:
 
 
 def test_powers_of_two() -> None:
-    x = np.concatenate([np.linspace(-126, 0, 100_001), [-1e30, -127.0, -200.0, -0.0]]).astype(np.float32)
+    x = np.concatenate([np.linspace(-126, 0, 100_001), [-1e30, -127.0, -200.0, -0.0]]).astype(
+        np.float32
+    )
     out = np.empty_like(x)
     powers(x, out)
     exact = np.exp2(x[:100_001].astype(np.float64))
@@ -69,17 +85,23 @@ def test_powers_of_two() -> None:
     assert out[100_001:].tolist() == [2.0**-126] * 3 + [1.0]
 
 
-def cache(rng: Random, rows: int, heads: int, capacity: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def cache(
+    rng: Random, rows: int, heads: int, capacity: int, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Keys and values (rows, heads, capacity, size) as slots.py holds them: keys by column."""
     torch.manual_seed(rng.randrange(2**31))
     keys = torch.randn(rows, heads, size, capacity).to(dtype).transpose(-1, -2)
     return keys, torch.randn(rows, heads, capacity, size).to(dtype)
 
 
-def reference(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None, scale: float) -> Tensor:
+def reference(
+    query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None, scale: float
+) -> Tensor:
     behind = positions[:, None, None, :] - torch.arange(keys.shape[2])
     seen = (behind >= 0) & (behind < (window or keys.shape[2]))
-    scores = (query.double() @ keys.double().transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf)
+    scores = (query.double() @ keys.double().transpose(-1, -2) * scale).masked_fill(
+        ~seen, -torch.inf
+    )
     return torch.softmax(scores, -1) @ values.double().nan_to_num()
 
 
@@ -95,9 +117,13 @@ SHAPES = [(1, 1, 1, 4), (3, 2, 3, 16), (5, 1, 8, 64), (2, 3, 1, 80), (4, 2, 3, 9
 )
 @torch.no_grad()
 def test_attention_of_one_new_token(
-    rng: Random, kind: tuple[torch.dtype, bool], shape: tuple[int, int, int, int], window: int | None
+    rng: Random,
+    kind: tuple[torch.dtype, bool],
+    shape: tuple[int, int, int, int],
+    window: int | None,
 ) -> None:
-    """Rows of all lengths, alone and in a wider cache. What stands behind a row's own keys is NaN: none of it may count.
+    """Rows of all lengths, alone and in a wider cache. What stands behind a row's own keys is NaN:
+    none of it may count.
 
     By pairs the weights are rounded too, which may take half a unit of what they sum.
     """
@@ -111,21 +137,35 @@ def test_attention_of_one_new_token(
     query, scale = 2 * torch.randn(rows, heads, shared, size).to(dtype), 0.2
     width = int(positions.max()) + 1
     with nullcontext() if by_pairs else patch.object(compiled, "_pair_kernels", lambda: None):
-        found = cpu_attention.decode(query, keys[:, :, :width], values[:, :, :width], positions, window, scale)
-        alone = cpu_attention.decode(query[-1:], keys[-1:, :, :width], values[-1:, :, :width], positions[-1:], window, scale)
+        found = cpu_attention.decode(
+            query, keys[:, :, :width], values[:, :, :width], positions, window, scale
+        )
+        alone = cpu_attention.decode(
+            query[-1:], keys[-1:, :, :width], values[-1:, :, :width], positions[-1:], window, scale
+        )
     assert found is not None
     assert alone is not None
     assert found.dtype == dtype
     expected = reference(query, keys, values, positions, window, scale)
     room = reference(query, keys, values.abs(), positions, window, scale) if by_pairs else 0.0
-    assert bool(((found.double() - expected).abs() <= 1e-5 + HALF_ULP[dtype] * (expected.abs() + room)).all())
-    assert torch.equal(alone[0], found[-1]), "a row's attention is its own, whatever stands beside it"
+    assert bool(
+        (
+            (found.double() - expected).abs() <= 1e-5 + HALF_ULP[dtype] * (expected.abs() + room)
+        ).all()
+    )
+    assert torch.equal(alone[0], found[-1]), (
+        "a row's attention is its own, whatever stands beside it"
+    )
 
 
-@pytest.mark.skipif(not get_host_cpu_features().get(compiled.PAIRS), reason="this CPU does not multiply bf16 by pairs")
+@pytest.mark.skipif(
+    not get_host_cpu_features().get(compiled.PAIRS),
+    reason="this CPU does not multiply bf16 by pairs",
+)
 @torch.no_grad()
 def test_bf16_is_multiplied_by_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches: the faster kernel left out, or taken where its blocks do not fit. One weight is 1, so what it gives is a value, exactly."""
+    """Catches: the faster kernel left out, or taken where its blocks do not fit. One weight is 1,
+    so what it gives is a value, exactly."""
     calls: list[int] = []
     attend = bf16_kernels.attend
     monkeypatch.setattr(bf16_kernels, "attend", lambda *args: calls.append(attend(*args)))
@@ -145,16 +185,37 @@ def test_what_the_kernel_does_not_know_is_left_to_the_library() -> None:
     keys, values = cache(Random(0), 2, 1, 16, 8, torch.float32)
     query, positions = torch.randn(2, 1, 3, 8), torch.tensor([[3], [5]])
     assert cpu_attention.decode(query, keys, values, positions, None, 1.0) is not None
-    assert cpu_attention.decode(query, keys.contiguous(), values, positions, None, 1.0) is None, "keys by row"
-    assert cpu_attention.decode(query, keys, values.transpose(-1, -2).contiguous().transpose(-1, -2), positions, None, 1.0) is None
-    assert cpu_attention.decode(query[..., :6], keys[..., :6], values[..., :6], positions, None, 1.0) is None
-    assert cpu_attention.decode(query.half(), keys.half(), values.half(), positions, None, 1.0) is None
+    assert cpu_attention.decode(query, keys.contiguous(), values, positions, None, 1.0) is None, (
+        "keys by row"
+    )
+    assert (
+        cpu_attention.decode(
+            query,
+            keys,
+            values.transpose(-1, -2).contiguous().transpose(-1, -2),
+            positions,
+            None,
+            1.0,
+        )
+        is None
+    )
+    assert (
+        cpu_attention.decode(query[..., :6], keys[..., :6], values[..., :6], positions, None, 1.0)
+        is None
+    )
+    assert (
+        cpu_attention.decode(query.half(), keys.half(), values.half(), positions, None, 1.0) is None
+    )
     with torch.enable_grad():
         assert cpu_attention.decode(query, keys, values, positions, None, 1.0) is None
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.randoms(use_true_random=False), st.lists(st.integers(1, 4), min_size=1, max_size=4), st.booleans())
+@given(
+    st.randoms(use_true_random=False),
+    st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    st.booleans(),
+)
 def test_flat_rows(rng: Random, shape: list[int], is_part: bool) -> None:
     """Rows of whole tensors, of a part of the columns, and in an order that is not the memory's."""
     torch.manual_seed(rng.randrange(2**31))
@@ -172,7 +233,8 @@ def test_flat_rows(rng: Random, shape: list[int], is_part: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @torch.no_grad()
 def test_new_tokens_are_stored_each_in_its_own_place(dtype: torch.dtype) -> None:
-    """Laid out as the model gives them: keys as rotary embeddings return them, values a part of the joint projection's columns."""
+    """Laid out as the model gives them: keys as rotary embeddings return them, values a part of the
+    joint projection's columns."""
     keys, values = cache(Random(2), 5, 3, 64, 16, dtype)
     expected = keys.clone(), values.clone()
     joint = torch.randn(4, 1, 160).to(dtype)
@@ -181,17 +243,32 @@ def test_new_tokens_are_stored_each_in_its_own_place(dtype: torch.dtype) -> None
     positions = torch.tensor([[0], [63], [17], [17]])
     assert cpu_attention.store(new_keys, new_values, keys[:4], values[:4], positions)
     for row, (at,) in enumerate(positions.tolist()):
-        expected[0][row, :, at], expected[1][row, :, at] = new_keys[row, :, 0], new_values[row, :, 0]
+        expected[0][row, :, at], expected[1][row, :, at] = (
+            new_keys[row, :, 0],
+            new_values[row, :, 0],
+        )
     assert torch.equal(keys, expected[0])
     assert torch.equal(values, expected[1])
-    assert not cpu_attention.store(new_keys, new_values, keys[:4].contiguous(), values[:4], positions), "keys by row"
-    assert not cpu_attention.store(new_keys.expand(4, 3, 2, 16), new_values.expand(4, 3, 2, 16), keys[:4], values[:4], positions)
+    assert not cpu_attention.store(
+        new_keys, new_values, keys[:4].contiguous(), values[:4], positions
+    ), "keys by row"
+    assert not cpu_attention.store(
+        new_keys.expand(4, 3, 2, 16),
+        new_values.expand(4, 3, 2, 16),
+        keys[:4],
+        values[:4],
+        positions,
+    )
     assert torch.equal(keys, expected[0])
 
 
-@pytest.mark.skipif(not get_host_cpu_features().get(compiled.PAIRS), reason="this CPU does not multiply bf16 by pairs")
+@pytest.mark.skipif(
+    not get_host_cpu_features().get(compiled.PAIRS),
+    reason="this CPU does not multiply bf16 by pairs",
+)
 @pytest.mark.parametrize(
-    ("size", "rank", "count", "is_compiled"), [(64, 16, 7, 1), (96, 4, 8, 1), (64, 6, 7, 0), (48, 16, 7, 0), (64, 16, 9, 0)]
+    ("size", "rank", "count", "is_compiled"),
+    [(64, 16, 7, 1), (96, 4, 8, 1), (64, 6, 7, 0), (48, 16, 7, 0), (64, 16, 9, 0)],
 )
 @torch.no_grad()
 def test_an_adapter_s_low_products_stand_beside_their_input(
@@ -199,7 +276,9 @@ def test_an_adapter_s_low_products_stand_beside_their_input(
 ) -> None:
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"o_proj": torch.nn.Linear(size, 32, dtype=torch.bfloat16)})
-    peft_model: Any = get_peft_model(model, LoraConfig(r=rank, target_modules=["o_proj"]), autocast_adapter_dtype=True)  # type: ignore[arg-type]
+    peft_model: Any = get_peft_model(
+        model, LoraConfig(r=rank, target_modules=["o_proj"]), autocast_adapter_dtype=True
+    )  # type: ignore[arg-type]
     lora.lean_lora(peft_model)
     layer = peft_model.base_model.model["o_proj"]
     joint = lora.Joint([layer], rows=8)
@@ -213,7 +292,9 @@ def test_an_adapter_s_low_products_stand_beside_their_input(
     assert len(calls) == is_compiled
     low = x.double() @ layer.lora_A["default"].weight.bfloat16().double().T
     assert torch.equal(both[..., :size], x)
-    torch.testing.assert_close(both[..., size:].double(), low, rtol=HALF_ULP[torch.bfloat16], atol=1e-5)
+    torch.testing.assert_close(
+        both[..., size:].double(), low, rtol=HALF_ULP[torch.bfloat16], atol=1e-5
+    )
 
 
 class Norm:
@@ -223,7 +304,9 @@ class Norm:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @torch.no_grad()
-def test_norms_are_those_of_the_formula(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_are_those_of_the_formula(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     module = Norm((1 + torch.randn(576) / 4).to(dtype))
     for shape in ((64, 1, 576), (3, 5, 576), (1, 576)):
@@ -238,16 +321,23 @@ def test_norms_are_those_of_the_formula(dtype: torch.dtype, monkeypatch: pytest.
         if dtype == torch.bfloat16:
             assert (compiled_ == plain).float().mean() > 0.999, "rounded in the same places"
     strided = torch.randn(6, 576).to(dtype)[::2]
-    assert torch.equal(norm.lean_forward(module, strided), norm.lean_forward(module, strided.clone()))
+    assert torch.equal(
+        norm.lean_forward(module, strided), norm.lean_forward(module, strided.clone())
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
-def test_completions_are_the_same_with_and_without(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completions_are_the_same_with_and_without(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = models.load_model(recipe.Model(name=str(save_tiny(tmp_path, family)), dtype="fp32"))
     policy, chat = Policy(loaded.model, loaded.device, loaded.dtype), Chat(byte_tokenizer(), eos=[])
     for p in (p for name, p in policy.trainable.items() if ".lora_B." in name):
         torch.nn.init.normal_(p, std=0.1)
-    asks = [Ask(tuple(b"What is it? " * (n % 3 + 1) + bytes([65 + n])), 20, 1.0, seed=n) for n in range(7)]
+    asks = [
+        Ask(tuple(b"What is it? " * (n % 3 + 1) + bytes([65 + n])), 20, 1.0, seed=n)
+        for n in range(7)
+    ]
 
     def answers() -> list[Any]:
         sampler = LiveSampler(policy, chat, rows=4)
@@ -273,24 +363,39 @@ def test_completions_are_the_same_with_and_without(family: str, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda patch: patch.setattr("numba.threading_layer", lambda: "workqueue"), "they run on other threads than torch"),
-        (lambda patch: patch.setattr(kernels, "rms_norm", lambda *_: None), "or not as they should"),
-        (lambda patch: patch.setattr("numba.config.DISABLE_JIT", True), "they run on other threads than torch, or"),
-        (lambda patch: patch.setattr(kernels, "rms_norm", _no_layer), "left out (No threading layer could be loaded.)"),
+        (
+            lambda patch: patch.setattr("numba.threading_layer", lambda: "workqueue"),
+            "they run on other threads than torch",
+        ),
+        (
+            lambda patch: patch.setattr(kernels, "rms_norm", lambda *_: None),
+            "or not as they should",
+        ),
+        (
+            lambda patch: patch.setattr("numba.config.DISABLE_JIT", True),
+            "they run on other threads than torch, or",
+        ),
+        (
+            lambda patch: patch.setattr(kernels, "rms_norm", _no_layer),
+            "left out (No threading layer could be loaded.)",
+        ),
         (lambda patch: patch.setattr("importlib.util.find_spec", lambda name: None), None),
     ],
 )
 def test_kernels_that_would_not_serve_are_left_out(
     change: Any, said: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches: a pool of threads beside torch's on the same cores (slower than no kernel), and a crash where numba is half there."""
+    """Catches: a pool of threads beside torch's on the same cores (slower than no kernel), and a
+    crash where numba is half there."""
     x = torch.ones(1, 4)
     compiled._kernels.cache_clear()
     try:
         with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="minirl"):
             change(patch)
             assert compiled.kernels(x) is None
-        assert [record.message.startswith("numba's kernels are left out") for record in caplog.records] == [True] * (said is not None)
+        assert [
+            record.message.startswith("numba's kernels are left out") for record in caplog.records
+        ] == [True] * (said is not None)
         assert said is None or said in caplog.text
     finally:
         compiled._kernels.cache_clear()
@@ -303,20 +408,30 @@ def _cannot_compile(*_: Any) -> None:
     raise RuntimeError("Intrinsic has incorrect argument type!\nptr ...")
 
 
-@pytest.mark.skipif(not get_host_cpu_features().get(compiled.PAIRS), reason="this CPU does not multiply bf16 by pairs")
+@pytest.mark.skipif(
+    not get_host_cpu_features().get(compiled.PAIRS),
+    reason="this CPU does not multiply bf16 by pairs",
+)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda patch: patch.setattr("llvmlite.binding.get_host_cpu_features", dict), ""),
         (lambda patch: patch.setattr("numba.config.CPU_NAME", "generic"), ""),
-        (lambda patch: patch.setattr(bf16_kernels, "multiply", lambda x, y, out: out.fill(1.0)), ""),
-        (lambda patch: patch.setattr(bf16_kernels, "multiply", _cannot_compile), "left out (Intrinsic has incorrect argument type!)"),
+        (
+            lambda patch: patch.setattr(bf16_kernels, "multiply", lambda x, y, out: out.fill(1.0)),
+            "",
+        ),
+        (
+            lambda patch: patch.setattr(bf16_kernels, "multiply", _cannot_compile),
+            "left out (Intrinsic has incorrect argument type!)",
+        ),
     ],
 )
 def test_pairs_that_would_not_serve_are_left_out(
     change: Any, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches: LLVM asked for an instruction that the machine lacks, which ends the process; kernels that compute something else."""
+    """Catches: LLVM asked for an instruction that the machine lacks, which ends the process;
+    kernels that compute something else."""
     x = torch.ones(1, 4).bfloat16()
     compiled._pair_kernels.cache_clear()
     try:

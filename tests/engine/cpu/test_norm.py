@@ -21,14 +21,18 @@ OTHER_FORMULA = {"gemma2", "gemma3_text"}  # 1 + w, all in float32
 
 def library_norm(size: int, dtype: torch.dtype, *, trained: bool = False) -> Any:
     module = LlamaRMSNorm(size, eps=1e-5)
-    module.weight = torch.nn.Parameter(torch.rand(size, generator=torch.Generator().manual_seed(1)) + 0.5, requires_grad=trained)
+    module.weight = torch.nn.Parameter(
+        torch.rand(size, generator=torch.Generator().manual_seed(1)) + 0.5, requires_grad=trained
+    )
     return module.to(dtype)
 
 
 def with_gradient(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.clone().requires_grad_()
     out = module(x)
-    (grad,) = torch.autograd.grad(out, x, torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype))
+    (grad,) = torch.autograd.grad(
+        out, x, torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype)
+    )
     return out.detach(), grad
 
 
@@ -44,9 +48,11 @@ def test_values_and_gradients_are_the_library_s(shape: tuple[int, ...]) -> None:
 
 
 def test_a_worked_example() -> None:
-    """x = (3, 4), w = (1, 2), eps 0: mean square 12.5, s = 1 / sqrt(12.5) = 0.282843; y = (0.848528, 2.262742).
+    """x = (3, 4), w = (1, 2), eps 0: mean square 12.5, s = 1 / sqrt(12.5) = 0.282843; y =
+    (0.848528, 2.262742).
 
-    dy = (1, 0): n = (0.848528, 1.131371), mean(n w dy) = 0.424264, dx = s (1 - 0.36, 0 - 0.48) = (0.181019, -0.135765).
+    dy = (1, 0): n = (0.848528, 1.131371), mean(n w dy) = 0.424264, dx = s (1 - 0.36, 0 - 0.48) =
+    (0.181019, -0.135765).
     """
     x = torch.tensor([3.0, 4.0], requires_grad=True)
     out = norm._Norm.apply(x, torch.tensor([1.0, 2.0]), 0.0)
@@ -57,9 +63,18 @@ def test_a_worked_example() -> None:
 
 def test_in_bf16_it_is_as_near_to_float32_as_the_library() -> None:
     x = (torch.randn(64, 96, generator=torch.Generator().manual_seed(3)) * 3).bfloat16()
-    stock, lean, exact = library_norm(96, torch.bfloat16), library_norm(96, torch.bfloat16), library_norm(96, torch.bfloat16).float()
+    stock, lean, exact = (
+        library_norm(96, torch.bfloat16),
+        library_norm(96, torch.bfloat16),
+        library_norm(96, torch.bfloat16).float(),
+    )
     norm.lean_norms(lean)
-    for ours, theirs, right in zip(with_gradient(lean, x), with_gradient(stock, x), with_gradient(exact, x.float()), strict=True):
+    for ours, theirs, right in zip(
+        with_gradient(lean, x),
+        with_gradient(stock, x),
+        with_gradient(exact, x.float()),
+        strict=True,
+    ):
         assert ours.dtype == torch.bfloat16
         assert (ours.float() - right).norm() <= 1.1 * (theirs.float() - right).norm()
 

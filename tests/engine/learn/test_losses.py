@@ -1,4 +1,5 @@
-"""Losses: values, gradients and clipping against numbers worked out by hand; and what each preset resolves to."""
+"""Losses: values, gradients and clipping against numbers worked out by hand; and what each preset
+resolves to."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def evaluate(
     high: float | None,
     episode: tuple[int, ...] | None = None,
 ) -> tuple[float, list[float], list[bool]]:
-    """Loss, its gradient in each token's log-probability, and which tokens were clipped; old log-probabilities of -3."""
+    """Loss, its gradient in each token's log-probability, and which tokens were clipped; old
+    log-probabilities of -3."""
     old = torch.full((len(ratios),), -3.0, dtype=torch.float64)
     logprobs = (old + torch.tensor(ratios, dtype=torch.float64).log()).requires_grad_()
     loss, clipped = policy_loss(
@@ -43,9 +45,11 @@ def evaluate(
 
 
 def test_positive_advantage_is_clipped_above_only() -> None:
-    """Catches: max for min, a clip that also holds small ratios, the sign of the loss, weights left out."""
+    """Catches: max for min, a clip that also holds small ratios, the sign of the loss, weights left
+    out."""
     loss, gradient, clipped = evaluate(RATIOS, (2.0,) * 4, WEIGHTS, 0.2, 0.2)
-    # gains: min(1.0, 1.6) = 1; 1.8; 2; min(3.0, 2.4) = 2.4. -(0.1 * 1 + 0.2 * 1.8 + 0.3 * 2 + 0.4 * 2.4) = -2.02
+    # gains: min(1.0, 1.6) = 1; 1.8; 2; min(3.0, 2.4) = 2.4. -(0.1 * 1 + 0.2 * 1.8 + 0.3 * 2 + 0.4 *
+    # 2.4) = -2.02
     assert loss == pytest.approx(-2.02)
     # -weight * advantage * ratio where not clipped: -0.1 * 2 * 0.5, -0.2 * 2 * 0.9, -0.3 * 2 * 1, 0
     assert gradient == pytest.approx([-0.1, -0.36, -0.6, 0.0])
@@ -53,9 +57,11 @@ def test_positive_advantage_is_clipped_above_only() -> None:
 
 
 def test_negative_advantage_is_clipped_below_only() -> None:
-    """Catches: a clip that lets go of a token whose advantage is negative and whose ratio is high."""
+    """Catches: a clip that lets go of a token whose advantage is negative and whose ratio is
+    high."""
     loss, gradient, clipped = evaluate(RATIOS, (-2.0,) * 4, WEIGHTS, 0.2, 0.2)
-    # gains: min(-1.0, -1.6) = -1.6; -1.8; -2; min(-3.0, -2.4) = -3. 0.1 * 1.6 + 0.2 * 1.8 + 0.3 * 2 + 0.4 * 3 = 2.32
+    # gains: min(-1.0, -1.6) = -1.6; -1.8; -2; min(-3.0, -2.4) = -3. 0.1 * 1.6 + 0.2 * 1.8 + 0.3 * 2
+    # + 0.4 * 3 = 2.32
     assert loss == pytest.approx(2.32)
     assert gradient == pytest.approx([0.0, 0.36, 0.6, 1.2])
     assert clipped == [True, False, False, False]
@@ -64,7 +70,9 @@ def test_negative_advantage_is_clipped_below_only() -> None:
 def test_clip_range_is_asymmetric() -> None:
     """Catches: one number used for both sides, the two swapped."""
     # Range [0.95, 1.6]: 1.5 is inside, 1.7 is not; 0.9 is below.
-    loss, gradient, clipped = evaluate((1.5, 1.7, 0.9, 0.96), (1.0, 1.0, -1.0, -1.0), (1.0,) * 4, 0.05, 0.6)
+    loss, gradient, clipped = evaluate(
+        (1.5, 1.7, 0.9, 0.96), (1.0, 1.0, -1.0, -1.0), (1.0,) * 4, 0.05, 0.6
+    )
     assert loss == pytest.approx(-1.5 - 1.6 + 0.95 + 0.96)
     assert gradient == pytest.approx([-1.5, 0.0, 0.0, 0.96])
     assert clipped == [False, True, True, False]
@@ -91,7 +99,9 @@ def test_no_clipping_on_one_side_or_both(
 
 def test_at_ratio_one_the_gradient_is_plain_policy_gradient() -> None:
     """Catches: minimum's split gradient at a tie (half of it lost), anything counted as clipped."""
-    loss, gradient, clipped = evaluate((1.0, 1.0, 1.0), (2.0, -3.0, 0.0), (0.5, 0.25, 0.25), 0.2, 0.2)
+    loss, gradient, clipped = evaluate(
+        (1.0, 1.0, 1.0), (2.0, -3.0, 0.0), (0.5, 0.25, 0.25), 0.2, 0.2
+    )
     assert loss == pytest.approx(-(0.5 * 2.0 - 0.25 * 3.0))
     assert gradient == pytest.approx([-1.0, 0.75, 0.0])
     assert clipped == [False, False, False]
@@ -99,7 +109,11 @@ def test_at_ratio_one_the_gradient_is_plain_policy_gradient() -> None:
 
 def test_a_token_with_advantage_zero_is_never_clipped() -> None:
     """Catches: "outside the range" counted as clipped where the clip changed nothing."""
-    assert evaluate((0.1, 9.0), (0.0, 0.0), (1.0, 1.0), 0.2, 0.2) == (0.0, [0.0, 0.0], [False, False])
+    assert evaluate((0.1, 9.0), (0.0, 0.0), (1.0, 1.0), 0.2, 0.2) == (
+        0.0,
+        [0.0, 0.0],
+        [False, False],
+    )
 
 
 # Two episodes mixed in one flat tensor, with numbers that are neither sorted nor dense.
@@ -111,7 +125,9 @@ SEQUENCE_WEIGHTS = (0.25, 1 / 6, 0.25, 1 / 6, 1 / 6)  # 1 / (2 episodes * tokens
 
 def test_sequence_ratio_is_the_geometric_mean_of_its_own_episode() -> None:
     """Catches: the arithmetic mean, the product, one mean over the whole tensor."""
-    loss, gradient, clipped = evaluate(SEQUENCE_RATIOS, SEQUENCE_ADVANTAGES, SEQUENCE_WEIGHTS, None, None, EPISODE)
+    loss, gradient, clipped = evaluate(
+        SEQUENCE_RATIOS, SEQUENCE_ADVANTAGES, SEQUENCE_WEIGHTS, None, None, EPISODE
+    )
     first = math.sqrt(2.0)  # (2 * 1) ** (1 / 2)
     second = 0.5 ** (1 / 3)  # (0.5 * 0.5 * 2) ** (1 / 3) = 0.7937
     assert loss == pytest.approx(-0.5 * first + 0.5 * second)
@@ -123,8 +139,11 @@ def test_sequence_ratio_is_the_geometric_mean_of_its_own_episode() -> None:
 
 def test_sequence_ratio_is_clipped_as_a_whole() -> None:
     """Catches: a clip at the tokens' own ratios under a sequence ratio."""
-    # 1.414 is above 1.2 with advantage +1: held at 1.2, no gradient. 0.794 is above 0.7: free, though two tokens stand at 0.5.
-    loss, gradient, clipped = evaluate(SEQUENCE_RATIOS, SEQUENCE_ADVANTAGES, SEQUENCE_WEIGHTS, 0.3, 0.2, EPISODE)
+    # 1.414 is above 1.2 with advantage +1: held at 1.2, no gradient. 0.794 is above 0.7: free,
+    # though two tokens stand at 0.5.
+    loss, gradient, clipped = evaluate(
+        SEQUENCE_RATIOS, SEQUENCE_ADVANTAGES, SEQUENCE_WEIGHTS, 0.3, 0.2, EPISODE
+    )
     second = 0.5 ** (1 / 3)
     assert loss == pytest.approx(-0.5 * 1.2 + 0.5 * second)
     assert gradient == pytest.approx([0.0, second / 6, 0.0, second / 6, second / 6])
@@ -132,13 +151,18 @@ def test_sequence_ratio_is_clipped_as_a_whole() -> None:
 
 
 def test_sequence_gradient_matches_finite_differences() -> None:
-    """Catches: a gradient that stays with the token's own term (the same only while weights and advantages are the episode's); float64."""
+    """Catches: a gradient that stays with the token's own term (the same only while weights and
+    advantages are the episode's); float64."""
     generator = torch.Generator().manual_seed(0)
     episode = torch.tensor([4, 4, 0, 9, 0, 4, 0, 9])
-    old, advantages, weights = (torch.randn(8, generator=generator, dtype=torch.float64) for _ in range(3))
+    old, advantages, weights = (
+        torch.randn(8, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
 
     def loss(logprobs: Tensor) -> Tensor:
-        return policy_loss(logprobs, old, advantages, weights, clip_low=0.2, clip_high=0.3, episode=episode)[0]
+        return policy_loss(
+            logprobs, old, advantages, weights, clip_low=0.2, clip_high=0.3, episode=episode
+        )[0]
 
     start = old + 0.3 * torch.randn(8, generator=generator, dtype=torch.float64)
     assert torch.autograd.gradcheck(loss, (start.requires_grad_(),))
@@ -156,7 +180,8 @@ def test_k3_by_hand() -> None:
 
 
 def test_k3_is_never_negative_and_right_for_tiny_differences() -> None:
-    """Catches: exp(d) - d - 1 in float32, which is off by up to 1e-7 and often negative where policies nearly agree."""
+    """Catches: exp(d) - d - 1 in float32, which is off by up to 1e-7 and often negative where
+    policies nearly agree."""
     size = torch.logspace(-9, 1, 4001, dtype=torch.float64)
     difference = torch.cat([-size, size]).float()
     kl = kl_k3(torch.zeros_like(difference), difference)
@@ -178,13 +203,15 @@ def test_nll_by_hand() -> None:
 
 
 def test_value_loss_by_hand() -> None:
-    """Catches: min for max, a clip around the return in place of the old value, the half left out, a gradient where the clip holds."""
+    """Catches: min for max, a clip around the return in place of the old value, the half left out,
+    a gradient where the clip holds."""
     values = torch.tensor([0.5, 0.9, 0.1, 0.9, 1.0], requires_grad=True)
     old = torch.tensor([0.4, 0.4, 0.4, 0.4, 1.0])
     returns = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0])
     weights = torch.tensor([0.2, 0.2, 0.2, 0.3, 0.1])
     loss, clipped = value_loss(values, old, returns, weights, clip=0.2)
-    # 1: inside, 0.5^2. 2: held at 0.6, 0.4^2 > 0.1^2. 3: held at 0.2, 0.8^2 < 0.9^2. 4: held at 0.6, 0.6^2 < 0.9^2. 5: exact.
+    # 1: inside, 0.5^2. 2: held at 0.6, 0.4^2 > 0.1^2. 3: held at 0.2, 0.8^2 < 0.9^2. 4: held at
+    # 0.6, 0.6^2 < 0.9^2. 5: exact.
     assert loss.item() == pytest.approx(0.5 * (0.2 * 0.25 + 0.2 * 0.16 + 0.2 * 0.81 + 0.3 * 0.81))
     assert clipped.tolist() == [False, True, False, False, False]
     loss.backward()
@@ -196,7 +223,9 @@ def test_value_loss_by_hand() -> None:
 def test_value_loss_without_a_clip_is_half_the_squared_error() -> None:
     """Catches: None taken for 0 (nothing would ever be learnt) or for the default."""
     values = torch.tensor([0.9, -3.0], requires_grad=True)
-    loss, clipped = value_loss(values, torch.zeros(2), torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.5]), clip=None)
+    loss, clipped = value_loss(
+        values, torch.zeros(2), torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.5]), clip=None
+    )
     assert loss.item() == pytest.approx(0.5 * (0.5 * 0.01 + 0.5 * 16.0))
     assert clipped.tolist() == [False, False]
     loss.backward()
@@ -215,7 +244,16 @@ PRESETS: dict[str, tuple[Any, ...]] = {
     "ppo": ("none", "none", "token", "sequence", 0.2, 0.2, 0.05, False),
     "nll": ("mean", "std", "token", "token", 0.2, 0.2, 0.0, False),
 }
-SWITCHES = ("baseline", "scale", "ratio", "aggregate", "clip_low", "clip_high", "beta", "drop_overlong")
+SWITCHES = (
+    "baseline",
+    "scale",
+    "ratio",
+    "aggregate",
+    "clip_low",
+    "clip_high",
+    "beta",
+    "drop_overlong",
+)
 
 
 @pytest.mark.parametrize("loss", PRESETS)
@@ -238,16 +276,26 @@ def test_a_preset_is_the_documented_numbers(loss: Any) -> None:
     ],
 )
 def test_an_explicit_number_overrides_the_preset(loss: Any, explicit: dict[str, Any]) -> None:
-    """Catches: the preset laid over the user's numbers, an explicit 0 / None / False taken for "not given"."""
+    """Catches: the preset laid over the user's numbers, an explicit 0 / None / False taken for "not
+    given"."""
     node = Learner(loss=loss, **explicit)
     expected = dict(zip(SWITCHES, PRESETS[loss], strict=True)) | explicit
     assert {name: getattr(node, name) for name in SWITCHES} == expected
 
 
 def test_ppos_numbers_are_refused_where_they_do_nothing() -> None:
-    """Catches: a value_coef written beside loss grpo that changes nothing without a word; a group baseline beside the value head."""
+    """Catches: a value_coef written beside loss grpo that changes nothing without a word; a group
+    baseline beside the value head."""
     node = Learner(loss="ppo")
-    paper = {"passes": 2, "gamma": 1.0, "gae_lambda": 0.95, "value_coef": 5.0, "value_clip": 0.2, "value_warmup": 0, "value_detach": False}
+    paper = {
+        "passes": 2,
+        "gamma": 1.0,
+        "gae_lambda": 0.95,
+        "value_coef": 5.0,
+        "value_clip": 0.2,
+        "value_warmup": 0,
+        "value_detach": False,
+    }
     paper |= {"value_lambda": 1.0}
     assert {name: getattr(node, name) for name in paper} == paper
     assert not node.penalises_loss
@@ -267,4 +315,6 @@ def test_ppos_numbers_are_refused_where_they_do_nothing() -> None:
     with pytest.raises(ValueError, match="baseline: got 'mean', expected none"):
         Learner(loss="ppo", baseline="mean")
     for loss in get_args(Learner.model_fields["loss"].annotation):
-        assert Learner.model_validate(Learner(loss=loss).model_dump()) == Learner(loss=loss)  # a resolved recipe reads back
+        assert Learner.model_validate(Learner(loss=loss).model_dump()) == Learner(
+            loss=loss
+        )  # a resolved recipe reads back

@@ -31,7 +31,8 @@ def step(optimizer: torch.optim.Optimizer, weights: list[torch.nn.Parameter], nu
 
 
 def test_adamw_takes_its_numbers_from_the_recipe() -> None:
-    """Catches: a number that the optimizer does not get. First AdamW step: w * (1 - lr * decay) - lr * g / (|g| + 1e-8)."""
+    """Catches: a number that the optimizer does not get. First AdamW step: w * (1 - lr * decay) -
+    lr * g / (|g| + 1e-8)."""
     weight = torch.nn.Parameter(torch.tensor([2.0, -2.0]))
     optimizer = optim.build(NODE, [weight], CPU)
     weight.grad = torch.tensor([0.5, -3.0])
@@ -40,13 +41,15 @@ def test_adamw_takes_its_numbers_from_the_recipe() -> None:
     assert weight.tolist() == pytest.approx([1.94, -1.94])
     weight.grad = torch.tensor([1.0, 0.0])
     optimizer.step()
-    # m = 0.8 * (0.2 * 0.5) + 0.2 * 1 = 0.28, over 1 - 0.8**2 = 0.36: 0.777778; v = 0.95 * (0.05 * 0.25) + 0.05 = 0.061875, over
-    # 1 - 0.95**2 = 0.0975: 0.634615, root 0.796628. 1.94 * 0.995 - 0.05 * 0.777778 / 0.796628 = 1.881483
+    # m = 0.8 * (0.2 * 0.5) + 0.2 * 1 = 0.28, over 1 - 0.8**2 = 0.36: 0.777778; v = 0.95 * (0.05 *
+    # 0.25) + 0.05 = 0.061875, over 1 - 0.95**2 = 0.0975: 0.634615, root 0.796628. 1.94 * 0.995 -
+    # 0.05 * 0.777778 / 0.796628 = 1.881483
     assert weight[0].item() == pytest.approx(1.881483, abs=1e-5)
 
 
 def test_state_through_a_file_continues_bitwise(tmp_path: Path) -> None:
-    """Catches: a moment or the step count lost, moments given to the wrong parameter, a tensor cast on the way."""
+    """Catches: a moment or the step count lost, moments given to the wrong parameter, a tensor cast
+    on the way."""
     weights = parameters()
     optimizer = optim.build(NODE, weights, CPU)
     for number in range(3):
@@ -61,12 +64,15 @@ def test_state_through_a_file_continues_bitwise(tmp_path: Path) -> None:
         step(restored, other, number)
     assert all(torch.equal(a, b) for a, b in zip(weights, other, strict=True))
     ours, theirs = optim.flatten(optimizer)[0], optim.flatten(restored)[0]
-    assert sorted(ours) == [f"{number}.{name}" for number in (0, 1) for name in ("exp_avg", "exp_avg_sq", "step")]
+    assert sorted(ours) == [
+        f"{number}.{name}" for number in (0, 1) for name in ("exp_avg", "exp_avg_sq", "step")
+    ]
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_flat_state_is_a_copy() -> None:
-    """Catches: a view of live state, which later steps would change under a checkpoint being written."""
+    """Catches: a view of live state, which later steps would change under a checkpoint being
+    written."""
     weights = parameters()
     optimizer = optim.build(NODE, weights, CPU)
     step(optimizer, weights, 0)
@@ -96,12 +102,15 @@ def test_bitsandbytes_optimizers_are_refused_on_a_cpu_in_one_line(name: str) -> 
         optim.build(Learner(optimizer=name), parameters(), CPU)
     message = str(caught.value)
     assert "\n" not in message
-    assert all(word in message for word in ("learner.optimizer", repr(name), "CUDA", "on cpu", "'adamw'"))
+    assert all(
+        word in message for word in ("learner.optimizer", repr(name), "CUDA", "on cpu", "'adamw'")
+    )
 
 
 @pytest.mark.parametrize("kind", ["AdamW8bit", "PagedAdamW32bit"])
 def test_bitsandbytes_state_survives_a_checkpoint(kind: str) -> None:
-    """Catches: bitsandbytes' own state_dict, which hides tensors where JSON cannot hold them. Their steps run on a CPU too."""
+    """Catches: bitsandbytes' own state_dict, which hides tensors where JSON cannot hold them. Their
+    steps run on a CPU too."""
     import bitsandbytes as bnb
 
     def stepped(steps: int, restore_after: int | None) -> torch.Tensor:

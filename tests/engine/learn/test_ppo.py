@@ -1,4 +1,5 @@
-"""PPO: its gradient against a plain computation, what the value head may and may not touch, and whether it learns."""
+"""PPO: its gradient against a plain computation, what the value head may and may not touch, and
+whether it learns."""
 
 from __future__ import annotations
 
@@ -17,7 +18,21 @@ import test_learner as parts
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_learner import CPU, Half, Plain, by_token, distance, failing, forward_sizes, group, many, on_policy, same_bits, stir, weights
+from test_learner import (
+    CPU,
+    Half,
+    Plain,
+    by_token,
+    distance,
+    failing,
+    forward_sizes,
+    group,
+    many,
+    on_policy,
+    same_bits,
+    stir,
+    weights,
+)
 from torch import Tensor
 
 from minirl import recipe
@@ -47,7 +62,9 @@ def open_policy(folder: str) -> Policy:
 def restore(policy: Policy) -> None:
     stir(policy, 1)
     head = policy.add_value_head()
-    head.weight.data.copy_(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(5)))
+    head.weight.data.copy_(
+        torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(5))
+    )
     head.bias.data.fill_(0.3)
 
 
@@ -62,8 +79,14 @@ def open_learner(policy: Policy, **settings: Any) -> Learner:
 
 
 def step_groups() -> list[Group]:
-    """Groups of several and of one; equal rewards, which are no reason to learn nothing; an episode not scored; one that was cut."""
-    return [group(1, 1.0, 0.0, None, 0.1, cut=3), group(2, 0.0, 0.0), group(3, 1.0, prompt=6), group(4, 0.1, prompt=8)]
+    """Groups of several and of one; equal rewards, which are no reason to learn nothing; an episode
+    not scored; one that was cut."""
+    return [
+        group(1, 1.0, 0.0, None, 0.1, cut=3),
+        group(2, 0.0, 0.0),
+        group(3, 1.0, prompt=6),
+        group(4, 0.1, prompt=8),
+    ]
 
 
 def head_of(policy: Policy) -> dict[str, Tensor]:
@@ -73,19 +96,28 @@ def head_of(policy: Policy) -> dict[str, Tensor]:
 
 def gradient(policy: Policy) -> dict[str, Tensor]:
     assert policy.value_head is not None
-    own = {f"value_head.{name}": p.grad.clone() for name, p in policy.value_head.named_parameters() if p.grad is not None}
+    own = {
+        f"value_head.{name}": p.grad.clone()
+        for name, p in policy.value_head.named_parameters()
+        if p.grad is not None
+    }
     return parts.gradient(policy) | own
 
 
 class PlainPPO(Plain):
-    """The step written out token by token: stock attention, one episode a forward, logits of all positions."""
+    """The step written out token by token: stock attention, one episode a forward, logits of all
+    positions."""
 
     def __init__(self, folder: str, policy: Policy, temperature: float = 1.0) -> None:
         super().__init__(folder, policy, temperature)
-        self.head = {f"value_head.{name}": p.requires_grad_() for name, p in head_of(policy).items()}
+        self.head = {
+            f"value_head.{name}": p.requires_grad_() for name, p in head_of(policy).items()
+        }
 
     def values(self, e: Episode, *, detach: bool = False) -> Tensor:
-        hidden = self.model(input_ids=torch.tensor([e.tokens]), output_hidden_states=True).hidden_states[-1][0]
+        hidden = self.model(
+            input_ids=torch.tensor([e.tokens]), output_hidden_states=True
+        ).hidden_states[-1][0]
         seen = torch.stack([hidden[t - 1] for t, trained in enumerate(e.mask) if trained])
         seen = seen.detach() if detach else seen
         even = seen / seen.pow(2).mean(-1, keepdim=True).sqrt()
@@ -96,9 +128,16 @@ class PlainPPO(Plain):
         return dict(zip(wanted, torch.autograd.grad(total, list(wanted.values())), strict=True))
 
     def step(
-        self, groups: Sequence[Group], old: PlainPPO, reference: Plain, node: recipe.Learner, *, detach: bool = False
+        self,
+        groups: Sequence[Group],
+        old: PlainPPO,
+        reference: Plain,
+        node: recipe.Learner,
+        *,
+        detach: bool = False,
     ) -> tuple[Tensor, dict[str, float]]:
-        """The loss of the first pass and what is logged; `old` is the policy before the step, whose values count."""
+        """The loss of the first pass and what is logged; `old` is the policy before the step, whose
+        values count."""
         episodes = [e for g in groups for e in g.episodes if e.reward is not None]
         taken = []
         for e in episodes:
@@ -106,14 +145,23 @@ class PlainPPO(Plain):
             values, anchor = old.values(e).tolist(), reference.logprobs(e)[0].tolist()
             rewards = [-node.beta * (b - a) for b, a in zip(before, anchor, strict=True)]
             rewards[-1] += e.reward or 0.0
-            deltas = [r + node.gamma * after - v for r, v, after in zip(rewards, values, [*values[1:], 0.0], strict=True)]
+            deltas = [
+                r + node.gamma * after - v
+                for r, v, after in zip(rewards, values, [*values[1:], 0.0], strict=True)
+            ]
             n, decay = len(values), node.gamma * node.gae_lambda
             advantages = [sum(decay ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
             slow = node.gamma * node.value_lambda
-            targets = [values[t] + sum(slow ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
+            targets = [
+                values[t] + sum(slow ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)
+            ]
             taken.append((e, before, values, anchor, advantages, targets))
-        every = torch.tensor([a for *_, advantages, _ in taken for a in advantages], dtype=torch.float64)
-        returns = torch.tensor([target for *_, targets in taken for target in targets], dtype=torch.float64)
+        every = torch.tensor(
+            [a for *_, advantages, _ in taken for a in advantages], dtype=torch.float64
+        )
+        returns = torch.tensor(
+            [target for *_, targets in taken for target in targets], dtype=torch.float64
+        )
         mean, std = every.mean().item(), every.std(correction=0).item()
         total, value_loss, value_clipped = torch.zeros(()), 0.0, 0
         for e, before, values, _, advantages, targets in taken:
@@ -123,28 +171,63 @@ class PlainPPO(Plain):
                 white, target = (a - mean) / (std + 1e-6), targets[t]
                 ratio = torch.exp(now[t] - before[t])
                 gain = torch.minimum(ratio * white, torch.clamp(ratio, 0.8, 1.2) * white)
-                free, held = (fresh[t] - target) ** 2, (torch.clamp(fresh[t], values[t] - 0.2, values[t] + 0.2) - target) ** 2
+                free, held = (
+                    (fresh[t] - target) ** 2,
+                    (torch.clamp(fresh[t], values[t] - 0.2, values[t] + 0.2) - target) ** 2,
+                )
                 weight, miss = 1 / (len(taken) * len(values)), 0.5 * torch.maximum(free, held)
                 total = total - weight * (gain + node.entropy * entropy[t] - node.value_coef * miss)
-                value_loss, value_clipped = value_loss + weight * miss.item(), value_clipped + int(held > free)
+                value_loss, value_clipped = (
+                    value_loss + weight * miss.item(),
+                    value_clipped + int(held > free),
+                )
         flat = torch.tensor([v for _, _, values, *_ in taken for v in values], dtype=torch.float64)
-        ahead = torch.tensor([b - a for _, before, _, anchor, *_ in taken for b, a in zip(before, anchor, strict=True)])
-        logged = {"value": flat.mean(), "return": returns.mean(), "kl_penalty": node.beta * ahead.mean()}
-        logged |= {"kl": (torch.exp(-ahead) + ahead - 1).mean(), "value_clip": torch.tensor(value_clipped / len(flat))}
-        logged |= {"explained_variance": 1 - (returns - flat).var() / returns.var(), "value_loss": torch.tensor(value_loss)}
+        ahead = torch.tensor(
+            [
+                b - a
+                for _, before, _, anchor, *_ in taken
+                for b, a in zip(before, anchor, strict=True)
+            ]
+        )
+        logged = {
+            "value": flat.mean(),
+            "return": returns.mean(),
+            "kl_penalty": node.beta * ahead.mean(),
+        }
+        logged |= {
+            "kl": (torch.exp(-ahead) + ahead - 1).mean(),
+            "value_clip": torch.tensor(value_clipped / len(flat)),
+        }
+        logged |= {
+            "explained_variance": 1 - (returns - flat).var() / returns.var(),
+            "value_loss": torch.tensor(value_loss),
+        }
         return total, {name: value.item() for name, value in logged.items()}
 
 
 # --- the gradient itself
 
 
-OTHERS = {"temperature": 0.7, "entropy": 0.02, "value_detach": True, "gamma": 0.9, "gae_lambda": 0.5}
+OTHERS = {
+    "temperature": 0.7,
+    "entropy": 0.02,
+    "value_detach": True,
+    "gamma": 0.9,
+    "gae_lambda": 0.5,
+}
 
 
-@pytest.mark.parametrize("extras", [{}, OTHERS, OTHERS | {"value_lambda": 0.3}], ids=["defaults", "others", "value_lambda"])
-def test_gradient_and_means_are_those_of_the_written_out_formula(folder: str, policy: Policy, extras: dict[str, Any]) -> None:
-    """Catches: a value read at its own token in place of the one before, a value or penalty at an untrained token, whitening over an
-    episode, a GAE that is broken at the tool's result, the penalty's sign, a wrong denominator, coefficient or reference."""
+@pytest.mark.parametrize(
+    "extras",
+    [{}, OTHERS, OTHERS | {"value_lambda": 0.3}],
+    ids=["defaults", "others", "value_lambda"],
+)
+def test_gradient_and_means_are_those_of_the_written_out_formula(
+    folder: str, policy: Policy, extras: dict[str, Any]
+) -> None:
+    """Catches: a value read at its own token in place of the one before, a value or penalty at an
+    untrained token, whitening over an episode, a GAE that is broken at the tool's result, the
+    penalty's sign, a wrong denominator, coefficient or reference."""
     temperature = extras.get("temperature", 1.0)
     reference = Plain(folder, policy, temperature)
     policy.freeze_reference()
@@ -152,25 +235,44 @@ def test_gradient_and_means_are_those_of_the_written_out_formula(folder: str, po
     plain = PlainPPO(folder, policy, temperature)
     groups = on_policy(step_groups(), plain, by_token)
     learner = open_learner(policy, beta=0.3, **extras)
-    total, logged = plain.step(groups, plain, reference, learner.node, detach=extras.get("value_detach", False))
+    total, logged = plain.step(
+        groups, plain, reference, learner.node, detach=extras.get("value_detach", False)
+    )
     stats = learner.update(groups)
     assert distance(gradient(policy), plain.gradient(total)) < 1e-5
     assert stats["loss"] == pytest.approx(total.item(), rel=1e-5)
     assert {name: stats[name] for name in logged} == pytest.approx(logged, rel=1e-4, abs=1e-6)
-    assert (stats["groups"], stats["dead"], stats["trained_tokens"]) == (4.0, 0.0, sum(_scored_tokens(groups)))
+    assert (stats["groups"], stats["dead"], stats["trained_tokens"]) == (
+        4.0,
+        0.0,
+        sum(_scored_tokens(groups)),
+    )
     assert stats["clip"] > 0.0
 
 
-@pytest.mark.parametrize(("value_lambda", "returns"), [(1.0, [0.81, 0.9, 1.0]), (0.5, [0.5895, 0.81, 1.0]), (0.0, [0.45, 0.72, 1.0])])
-def test_advantages_and_returns_have_lambdas_of_their_own(value_lambda: float, returns: list[float]) -> None:
-    """Catches: one lambda for both, so that a head that starts at zero learns 0.95^k of what a chain pays; the two swapped."""
-    # Values 0.2, 0.5, 0.8; gamma 0.9; the score is 1. Lambda 1: 0.81, 0.9, 1 whatever the values are. Lambda 0: 0.9 * 0.5, 0.9 * 0.8, 1.
-    # Lambda 0.5: advantages 0.3895, 0.31, 0.2 (see test_gae_by_hand), each with its value on top. Their mean is 0.299833, their deviation
+@pytest.mark.parametrize(
+    ("value_lambda", "returns"),
+    [(1.0, [0.81, 0.9, 1.0]), (0.5, [0.5895, 0.81, 1.0]), (0.0, [0.45, 0.72, 1.0])],
+)
+def test_advantages_and_returns_have_lambdas_of_their_own(
+    value_lambda: float, returns: list[float]
+) -> None:
+    """Catches: one lambda for both, so that a head that starts at zero learns 0.95^k of what a
+    chain pays; the two swapped."""
+    # Values 0.2, 0.5, 0.8; gamma 0.9; the score is 1. Lambda 1: 0.81, 0.9, 1 whatever the values
+    # are. Lambda 0: 0.9 * 0.5, 0.9 * 0.8, 1. Lambda 0.5: advantages 0.3895, 0.31, 0.2 (see
+    # test_gae_by_hand), each with its value on top. Their mean is 0.299833, their deviation
     # sqrt((0.089667^2 + 0.010167^2 + 0.099833^2) / 3) = 0.077696.
     problem = Problem("p", "?", None)
-    episode = Episode(problem, (Turn("prompt", (1, 2)), Turn("attempt", (3, 4, 5), (-1.0, -1.0, -1.0), trained=True)), 1.0)
+    episode = Episode(
+        problem,
+        (Turn("prompt", (1, 2)), Turn("attempt", (3, 4, 5), (-1.0, -1.0, -1.0), trained=True)),
+        1.0,
+    )
     places = Places([row(episode, advantage=1.0, weight=1.0, number=0, group=0)])
-    seen = Seen(places, torch.tensor([0.2, 0.5, 0.8]), torch.full((3,), -1.0), torch.full((3,), -1.0))
+    seen = Seen(
+        places, torch.tensor([0.2, 0.5, 0.8]), torch.full((3,), -1.0), torch.full((3,), -1.0)
+    )
     node = recipe.Learner(loss="ppo", gamma=0.9, gae_lambda=0.5, value_lambda=value_lambda)
     found = experience(seen, {0: 1.0}, node, list, value_only=False)
     assert found.returns.tolist() == pytest.approx(returns)
@@ -182,26 +284,34 @@ def _scored_tokens(groups: Sequence[Group]) -> list[int]:
     return [e.trained_tokens for g in groups for e in g.episodes if e.reward is not None]
 
 
-def test_a_later_pass_keeps_the_first_ones_targets_and_clips_both(folder: str, policy: Policy) -> None:
-    """Catches: values, references or advantages computed again in every pass; a value clip around the value of the last pass."""
+def test_a_later_pass_keeps_the_first_ones_targets_and_clips_both(
+    folder: str, policy: Policy
+) -> None:
+    """Catches: values, references or advantages computed again in every pass; a value clip around
+    the value of the last pass."""
     policy.freeze_reference()
     reference, old = Plain(folder, policy), PlainPPO(folder, policy)
     groups = on_policy(step_groups(), old)
     learner = open_learner(policy, beta=0.3, passes=2, lr=0.02, value_lr=0.5)
     halfway: list[PlainPPO] = []
     assert learner.value_optimizer is not None
-    learner.value_optimizer.register_step_post_hook(lambda *_: halfway.append(PlainPPO(folder, policy)))
+    learner.value_optimizer.register_step_post_hook(
+        lambda *_: halfway.append(PlainPPO(folder, policy))
+    )
     stats = learner.update(groups)
     total, logged = halfway[0].step(groups, old, reference, learner.node)
     assert distance(gradient(policy), halfway[0].gradient(total)) < 1e-4
     assert logged["value_clip"] > 0.05
-    assert stats["value_clip"] == pytest.approx(logged["value_clip"] / 2)  # in the first pass nothing is clipped
+    assert stats["value_clip"] == pytest.approx(
+        logged["value_clip"] / 2
+    )  # in the first pass nothing is clipped
     assert stats["approx_kl"] > 1e-4
     assert 0.0 <= stats["mismatch_kl"] < 1e-8
 
 
 def test_nothing_that_is_untrained_reaches_the_gradient(policy: Policy) -> None:
-    """Invariant 2, to the last bit. Catches: a value, a penalty or an advantage at a token of a prompt, a result or an attempt."""
+    """Invariant 2, to the last bit. Catches: a value, a penalty or an advantage at a token of a
+    prompt, a result or an attempt."""
     policy.freeze_reference()
     stir(policy, 2)
     groups = step_groups()
@@ -210,19 +320,34 @@ def test_nothing_that_is_untrained_reaches_the_gradient(policy: Policy) -> None:
 
     def disturbed(e: Episode) -> Episode:
         prompt, think, result, answer, retry = e.turns
-        result = replace(result, logprobs=(-7.0,) * len(result.tokens))  # as if the retrieved text had been sampled
-        return replace(e, turns=(prompt, think, result, answer, replace(retry, tokens=tuple(range(50)), logprobs=(-9.0,) * 50)))
+        result = replace(
+            result, logprobs=(-7.0,) * len(result.tokens)
+        )  # as if the retrieved text had been sampled
+        return replace(
+            e,
+            turns=(
+                prompt,
+                think,
+                result,
+                answer,
+                replace(retry, tokens=tuple(range(50)), logprobs=(-9.0,) * 50),
+            ),
+        )
 
     unscored = group(9, None, None)
     again = [Group(g.problem, tuple(disturbed(e) for e in g.episodes)) for g in groups]
     restore(policy)
     stir(policy, 2)
-    assert open_learner(policy, beta=0.2).update([*again, unscored]) == stats | {"groups": 5.0, "dead": 1.0}
+    assert open_learner(policy, beta=0.2).update([*again, unscored]) == stats | {
+        "groups": 5.0,
+        "dead": 1.0,
+    }
     assert same_bits(gradient(policy), before)
 
 
 def test_prompt_tokens_get_no_gradient(folder: str) -> None:
-    """The tokens that predict nothing trained are reached through attention alone: cut that, and the gradient there is exactly zero."""
+    """The tokens that predict nothing trained are reached through attention alone: cut that, and
+    the gradient there is exactly zero."""
     policy = open_policy(folder)
     learner = open_learner(policy, beta=0.0)
     caught: list[Tensor] = []
@@ -249,9 +374,14 @@ def test_prompt_tokens_get_no_gradient(folder: str) -> None:
 
 @pytest.mark.parametrize("detach", [True, False])
 def test_a_detached_value_leaves_the_trunk_alone(policy: Policy, detach: bool) -> None:
-    """With one trained token the white advantage is 0, so that only the value has something to teach. Catches: no detaching, always."""
+    """With one trained token the white advantage is 0, so that only the value has something to
+    teach. Catches: no detaching, always."""
     problem = Problem("p", "?", None)
-    episode = Episode(problem, (Turn("prompt", tuple(range(20))), Turn("attempt", (7,), (-1.0,), trained=True)), 1.0)
+    episode = Episode(
+        problem,
+        (Turn("prompt", tuple(range(20))), Turn("attempt", (7,), (-1.0,), trained=True)),
+        1.0,
+    )
     open_learner(policy, beta=0.0, value_detach=detach).update([Group(problem, (episode,))])
     trunk = torch.cat([g.flatten() for g in parts.gradient(policy).values()])
     assert bool(trunk.any()) is not detach
@@ -262,21 +392,27 @@ def test_a_detached_value_leaves_the_trunk_alone(policy: Policy, detach: bool) -
 
 
 def test_micro_batches_do_not_change_the_gradient(policy: Policy) -> None:
-    """Invariant 5. Catches: whitening or denominators over a micro-batch, advantages given to another episode's tokens."""
+    """Invariant 5. Catches: whitening or denominators over a micro-batch, advantages given to
+    another episode's tokens."""
     policy.freeze_reference()
     got = []
     for micro_tokens in (100_000, 256, 64, 1):
         restore(policy)
         stir(policy, 2)
-        stats = open_learner(policy, beta=0.1, micro_tokens=micro_tokens).update([*step_groups(), *many()])
+        stats = open_learner(policy, beta=0.1, micro_tokens=micro_tokens).update(
+            [*step_groups(), *many()]
+        )
         got.append((gradient(policy), stats))
     for other, stats in got[1:]:
         assert distance(other, got[0][0]) < 1e-5
         assert stats == pytest.approx(got[0][1], rel=1e-4, abs=1e-6)
 
 
-def test_plain_rows_give_the_values_and_gradients_of_shared_prefixes(folder: str, policy: Policy) -> None:
-    """Invariant 3, with the value head. Catches: values read at another position in one of the two layouts."""
+def test_plain_rows_give_the_values_and_gradients_of_shared_prefixes(
+    folder: str, policy: Policy
+) -> None:
+    """Invariant 3, with the value head. Catches: values read at another position in one of the two
+    layouts."""
     other = open_policy(folder)
     other.give_up_sharing()
     got = []
@@ -290,7 +426,8 @@ def test_plain_rows_give_the_values_and_gradients_of_shared_prefixes(folder: str
 
 @pytest.mark.parametrize("shares", [(1, 4), (0, 4)], ids=["one and three", "none and four"])
 def test_two_processes_make_the_step_of_one(folder: str, shares: tuple[int, int]) -> None:
-    """Invariant 5. Catches: whitening or explained variance of one process, a deadlock where one has nothing to play."""
+    """Invariant 5. Catches: whitening or explained variance of one process, a deadlock where one
+    has nothing to play."""
     settings: dict[str, Any] = {"beta": 0.1, "grad_clip": 0.01, "passes": 2}
     groups = step_groups()
     policies = [open_policy(folder) for _ in range(3)]
@@ -304,16 +441,29 @@ def test_two_processes_make_the_step_of_one(folder: str, shares: tuple[int, int]
     for rank, learner in enumerate(learners):
         learner.accelerator = Half(rank, board, barrier)  # type: ignore[assignment]
     with ThreadPoolExecutor(2) as threads:
-        stats = list(threads.map(lambda learner, share: learner.update(share), learners, (groups[: shares[0]], groups[shares[0] :])))
+        stats = list(
+            threads.map(
+                lambda learner, share: learner.update(share),
+                learners,
+                (groups[: shares[0]], groups[shares[0] :]),
+            )
+        )
     for made in policies[1:]:
-        assert distance(gradient(made), gradient(policies[0])) < 1e-4  # after one of two updates, and Adam magnifies rounding
-    assert same_bits(weights(policies[1]) | head_of(policies[1]), weights(policies[2]) | head_of(policies[2]))
+        assert (
+            distance(gradient(made), gradient(policies[0])) < 1e-4
+        )  # after one of two updates, and Adam magnifies rounding
+    assert same_bits(
+        weights(policies[1]) | head_of(policies[1]), weights(policies[2]) | head_of(policies[2])
+    )
     assert stats[0] == stats[1]
     assert stats[0] == pytest.approx(whole, rel=1e-3, abs=1e-5)
 
 
-def test_out_of_memory_halves_the_micro_batch_before_the_update_too(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches: values and references computed outside the safety net; a reference left in place of the policy."""
+def test_out_of_memory_halves_the_micro_batch_before_the_update_too(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: values and references computed outside the safety net; a reference left in place of
+    the policy."""
     policy.freeze_reference()
     stir(policy, 2)
     before = weights(policy)
@@ -342,7 +492,8 @@ def restore_head(policy: Policy) -> None:
 
 
 def test_a_step_without_scored_episodes_changes_nothing(policy: Policy) -> None:
-    """Catches: a reward of None taken as 0, an optimizer step on a zero gradient, a mean of nothing that is NaN."""
+    """Catches: a reward of None taken as 0, an optimizer step on a zero gradient, a mean of nothing
+    that is NaN."""
     sizes = forward_sizes(policy)
     learner = open_learner(policy, beta=0.1, weight_decay=0.1)
     policy.freeze_reference()
@@ -359,8 +510,11 @@ def test_a_step_without_scored_episodes_changes_nothing(policy: Policy) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["plain", "scaled"])
 @pytest.mark.parametrize("how", ["infinite reward", "NaN value"])
-def test_a_gradient_that_is_not_finite_skips_both_optimizers(policy: Policy, how: str, dtype: torch.dtype) -> None:
-    """Invariant 6. Catches: an adapter that steps while its value head is NaN, or the other way round; also under the loss scaler."""
+def test_a_gradient_that_is_not_finite_skips_both_optimizers(
+    policy: Policy, how: str, dtype: torch.dtype
+) -> None:
+    """Invariant 6. Catches: an adapter that steps while its value head is NaN, or the other way
+    round; also under the loss scaler."""
     policy.dtype = dtype  # turns on the scaler alone; the model goes on computing in float32
     learner = open_learner(policy, beta=0.0, value_detach=True, weight_decay=0.1)
     learner.update(step_groups())
@@ -378,7 +532,8 @@ def test_a_gradient_that_is_not_finite_skips_both_optimizers(policy: Policy, how
 
 
 def test_float16_scales_its_loss_and_not_its_gradients(folder: str) -> None:
-    """Catches: a value head that is clipped or stepped with the loss scale still in its gradient."""
+    """Catches: a value head that is clipped or stepped with the loss scale still in its
+    gradient."""
     got = []
     for dtype in (torch.float32, torch.float16):
         policy = open_policy(folder)
@@ -395,8 +550,15 @@ def test_the_two_gradients_are_clipped_apart(policy: Policy) -> None:
     whole = gradient(policy)
     restore(policy)
     open_learner(policy, beta=0.0, grad_clip=0.01).update(step_groups())
-    for member in (lambda name: name.startswith("value_head"), lambda name: not name.startswith("value_head")):
-        norm = torch.cat([g.flatten() for name, g in gradient(policy).items() if member(name)]).norm().item()
+    for member in (
+        lambda name: name.startswith("value_head"),
+        lambda name: not name.startswith("value_head"),
+    ):
+        norm = (
+            torch.cat([g.flatten() for name, g in gradient(policy).items() if member(name)])
+            .norm()
+            .item()
+        )
         assert torch.cat([g.flatten() for name, g in whole.items() if member(name)]).norm() > 0.02
         assert norm == pytest.approx(0.01, rel=1e-3)
 
@@ -405,11 +567,16 @@ def test_the_two_gradients_are_clipped_apart(policy: Policy) -> None:
 
 
 def test_in_the_warm_up_only_the_value_head_learns(policy: Policy) -> None:
-    """Catches: an adapter moved by the value loss, by weight decay or by moments; a schedule that has run down meanwhile."""
+    """Catches: an adapter moved by the value loss, by weight decay or by moments; a schedule that
+    has run down meanwhile."""
     policy.freeze_reference()
     before = weights(policy)
-    learner = open_learner(policy, beta=0.1, value_warmup=2, passes=2, steps=4, schedule="linear", weight_decay=0.1)
-    assert [learner.learning_rate(u) for u in range(8)] == pytest.approx([0, 0, 0, 0, 0.01, 0.0075, 0.005, 0.0025])
+    learner = open_learner(
+        policy, beta=0.1, value_warmup=2, passes=2, steps=4, schedule="linear", weight_decay=0.1
+    )
+    assert [learner.learning_rate(u) for u in range(8)] == pytest.approx(
+        [0, 0, 0, 0, 0.01, 0.0075, 0.005, 0.0025]
+    )
     heads = [head_of(policy)]
     for _ in range(2):
         stats = learner.update(step_groups())
@@ -424,8 +591,16 @@ def test_in_the_warm_up_only_the_value_head_learns(policy: Policy) -> None:
 
 
 def test_a_restored_learner_goes_on_bitwise(folder: str, tmp_path: Path) -> None:
-    """Invariant 8. Catches: a value head, or its moments, that a resumed run lacks; a warm-up that starts again."""
-    settings: dict[str, Any] = {"beta": 0.1, "schedule": "cosine", "passes": 2, "minibatches": 2, "steps": 6, "value_warmup": 3}
+    """Invariant 8. Catches: a value head, or its moments, that a resumed run lacks; a warm-up that
+    starts again."""
+    settings: dict[str, Any] = {
+        "beta": 0.1,
+        "schedule": "cosine",
+        "passes": 2,
+        "minibatches": 2,
+        "steps": 6,
+        "value_warmup": 3,
+    }
     batches = [[group(20 + 2 * i, 1.0), group(21 + 2 * i, 0.0, 0.1)] for i in range(6)]
     straight = parts.open_policy(folder)
     learner = open_learner(straight, **settings)
@@ -448,7 +623,8 @@ def test_a_restored_learner_goes_on_bitwise(folder: str, tmp_path: Path) -> None
         killed.freeze_reference()
         killed.load(tmp_path / str(i))
         restored.load_state(
-            load_file(tmp_path / str(i) / "learner.safetensors"), json.loads((tmp_path / str(i) / "learner.json").read_text())
+            load_file(tmp_path / str(i) / "learner.safetensors"),
+            json.loads((tmp_path / str(i) / "learner.json").read_text()),
         )
         for groups in batches[i + 1 :]:
             restored.update(groups)
@@ -458,17 +634,26 @@ def test_a_restored_learner_goes_on_bitwise(folder: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_gradient_checkpointing_changes_no_number(quantize: Any, tmp_path: Path) -> None:
-    """Catches: a value whose gradient is lost in a checkpointed layer or a quantised one. The base has sizes that NF4 packs."""
+    """Catches: a value whose gradient is lost in a checkpointed layer or a quantised one. The base
+    has sizes that NF4 packs."""
     path = str(tiny.save_tiny(tmp_path, hidden_size=64, intermediate_size=128, head_dim=16))
     got = []
     for checkpointing in (False, True):
-        node = recipe.Model(name=path, dtype="fp32", lora=recipe.Lora(rank=4), quantize=quantize, gradient_checkpointing=checkpointing)
+        node = recipe.Model(
+            name=path,
+            dtype="fp32",
+            lora=recipe.Lora(rank=4),
+            quantize=quantize,
+            gradient_checkpointing=checkpointing,
+        )
         loaded = models.load_model(node, 0, CPU)
         policy = Policy(loaded.model, loaded.device, loaded.dtype)
         restore(policy)
         policy.freeze_reference()
         got.append((open_learner(policy, beta=0.1).update(step_groups()), gradient(policy)))
-        assert {p.dtype for p in (*policy.trainable.values(), *policy.add_value_head().parameters())} == {torch.float32}
+        assert {
+            p.dtype for p in (*policy.trainable.values(), *policy.add_value_head().parameters())
+        } == {torch.float32}
     assert distance(got[1][1], got[0][1]) < 1e-5
     assert got[1][0] == pytest.approx(got[0][0], rel=1e-4, abs=1e-6)
     assert all(g.abs().sum() > 0 for g in got[0][1].values())
@@ -480,7 +665,8 @@ PROMPT = tuple(range(32, 64))
 
 
 def play(policy: Policy, sampler: LiveSampler, step: int, count: int) -> list[Episode]:
-    """Three sampled tokens an episode; the first one chooses the arm, and a multiple of four is the one that pays."""
+    """Three sampled tokens an episode; the first one chooses the arm, and a multiple of four is the
+    one that pays."""
     sampler.reset()
     for k in range(count):
         sampler.add(k, Ask(PROMPT, 3, 1.0, seed=step * 1000 + k))
@@ -490,11 +676,15 @@ def play(policy: Policy, sampler: LiveSampler, step: int, count: int) -> list[Ep
     problem, prompt = Problem("arms", "?", None), Turn("prompt", PROMPT)
     replies = [done[k] for k in range(count)]
     turns = [(prompt, Turn("attempt", c.tokens, c.logprobs, trained=True)) for c in replies]
-    return [Episode(problem, pair, float(c.tokens[0] % 4 == 0)) for pair, c in zip(turns, replies, strict=True)]
+    return [
+        Episode(problem, pair, float(c.tokens[0] % 4 == 0))
+        for pair, c in zip(turns, replies, strict=True)
+    ]
 
 
 def train_arms(folder: str, **settings: Any) -> tuple[float, float, float, list[dict[str, float]]]:
-    """P(paying arm), exact KL to the start and exact entropy of the first token after training from scratch, and the steps' means."""
+    """P(paying arm), exact KL to the start and exact entropy of the first token after training from
+    scratch, and the steps' means."""
     policy = parts.open_policy(folder)
     policy.freeze_reference()
     steps, ppo = settings.pop("steps"), settings["loss"] == "ppo"
@@ -509,7 +699,12 @@ def train_arms(folder: str, **settings: Any) -> tuple[float, float, float, list[
             start = policy.model(input_ids=torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)
     pays = torch.arange(len(now)) % 4 == 0
     assert start.exp()[pays].sum().item() == pytest.approx(0.320, abs=0.001)
-    return now.exp()[pays].sum().item(), (now.exp() * (now - start)).sum().item(), -(now.exp() * now).sum().item(), rows
+    return (
+        now.exp()[pays].sum().item(),
+        (now.exp() * (now - start)).sum().item(),
+        -(now.exp() * now).sum().item(),
+        rows,
+    )
 
 
 def test_grpo_raises_the_reward_of_two_arms(folder: str) -> None:
@@ -518,20 +713,28 @@ def test_grpo_raises_the_reward_of_two_arms(folder: str) -> None:
 
 
 def test_ppo_raises_it_and_without_a_penalty_leaves_the_reference(folder: str) -> None:
-    """ReFT: beta 0 collapses. Seen with beta 0: P 0.81, KL 3.0, entropy 4.96 -> 2.0. Catches: a sign, an advantage at another's token."""
-    paying, kl, entropy, rows = train_arms(folder, loss="ppo", beta=0.0, steps=30, value_warmup=5, value_lr=0.1)
+    """ReFT: beta 0 collapses. Seen with beta 0: P 0.81, KL 3.0, entropy 4.96 -> 2.0. Catches: a
+    sign, an advantage at another's token."""
+    paying, kl, entropy, rows = train_arms(
+        folder, loss="ppo", beta=0.0, steps=30, value_warmup=5, value_lr=0.1
+    )
     assert paying > 0.65
     assert kl > 1.5
     assert entropy < 3.5
     assert rows[0]["entropy"] > 4.9
     assert "kl" not in rows[0]
     assert [row["grad_norm"] == 0.0 for row in rows] == [True] * 5 + [False] * 25
-    assert sum(row["value"] for row in rows[-5:]) / 5 == pytest.approx(sum(row["return"] for row in rows[-5:]) / 5, abs=0.2)
+    assert sum(row["value"] for row in rows[-5:]) / 5 == pytest.approx(
+        sum(row["return"] for row in rows[-5:]) / 5, abs=0.2
+    )
 
 
 def test_the_penalty_holds_the_policy_near_the_reference(folder: str) -> None:
-    """Seen with beta 0.5: KL 0.07 to 0.11 from step 10 on, entropy 4.9, P 0.38 to 0.40. Catches: a penalty that is none, or pulls off."""
-    paying, kl, entropy, rows = train_arms(folder, loss="ppo", beta=0.5, steps=40, value_warmup=5, value_lr=0.1)
+    """Seen with beta 0.5: KL 0.07 to 0.11 from step 10 on, entropy 4.9, P 0.38 to 0.40. Catches: a
+    penalty that is none, or pulls off."""
+    paying, kl, entropy, rows = train_arms(
+        folder, loss="ppo", beta=0.5, steps=40, value_warmup=5, value_lr=0.1
+    )
     assert paying > 0.33
     assert kl < 0.4
     assert entropy > 4.5
@@ -543,7 +746,8 @@ def test_the_penalty_holds_the_policy_near_the_reference(folder: str) -> None:
 
 
 def test_a_value_head_fits_a_known_return(folder: str) -> None:
-    """What an episode pays is said by its prompt alone; 0.997 was seen. Catches: values of other tokens, another target, no learning."""
+    """What an episode pays is said by its prompt alone; 0.997 was seen. Catches: values of other
+    tokens, another target, no learning."""
     learner = open_learner(parts.open_policy(folder), beta=0.0, steps=15, value_lr=0.1, passes=2)
     groups = [group(40 + i, float(i % 2), float(i % 2)) for i in range(4)]
     rows = [learner.update(groups) for _ in range(15)]

@@ -22,13 +22,19 @@ OTHERS = {"gemma2", "gemma3_text", "phi3"}  # GELU; gate and up in one projectio
 
 def library_mlp(dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
-    return LlamaMLP(LlamaConfig(hidden_size=24, num_attention_heads=2, intermediate_size=64, mlp_bias=True)).to(dtype)
+    return LlamaMLP(
+        LlamaConfig(hidden_size=24, num_attention_heads=2, intermediate_size=64, mlp_bias=True)
+    ).to(dtype)
 
 
 def with_gradients(module: Any, x: Tensor) -> list[Tensor]:
     x = x.clone().requires_grad_()
     out = module(x)
-    grads = torch.autograd.grad(out, [x, *module.parameters()], torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype))
+    grads = torch.autograd.grad(
+        out,
+        [x, *module.parameters()],
+        torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype),
+    )
     return [out.detach(), *grads]
 
 
@@ -47,11 +53,17 @@ def test_values_and_gradients_are_the_library_s(dtype: torch.dtype) -> None:
 
 
 def test_a_worked_example() -> None:
-    """g = 1, u = 3, dy = 2: s = 0.731059, y = 3 s = 2.193176; d up = 2 s = 1.462117, d gate = 6 s (1 + 1 - s) = 5.566023."""
+    """g = 1, u = 3, dy = 2: s = 0.731059, y = 3 s = 2.193176; d up = 2 s = 1.462117, d gate = 6 s
+    (1 + 1 - s) = 5.566023."""
     gate, up = (torch.tensor([value], requires_grad=True) for value in (1.0, 3.0))
     out = gated._Gated.apply(gate, up)
     out.backward(torch.tensor([2.0]))
-    torch.testing.assert_close([out.item(), up.grad.item(), gate.grad.item()], [2.193176, 1.462117, 5.566023], atol=2e-6, rtol=0)
+    torch.testing.assert_close(
+        [out.item(), up.grad.item(), gate.grad.item()],
+        [2.193176, 1.462117, 5.566023],
+        atol=2e-6,
+        rtol=0,
+    )
 
 
 def test_two_wide_tensors_are_kept_where_the_library_keeps_three() -> None:
@@ -80,7 +92,9 @@ def test_a_model_s_mlps_are_taken_where_they_are_this_formula(arch: str, tmp_pat
     model = models.load_model(recipe.Model(name=str(tmp_path), dtype="fp32"), device=CPU).model
     mlps = [module for module in model.modules() if type(module).__name__.endswith("MLP")]
     assert mlps
-    assert [module for module in mlps if "forward" in vars(module)] == ([] if arch in OTHERS else mlps)
+    assert [module for module in mlps if "forward" in vars(module)] == (
+        [] if arch in OTHERS else mlps
+    )
 
 
 def test_other_formulas_stay() -> None:

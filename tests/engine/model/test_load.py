@@ -1,4 +1,5 @@
-"""Loading: dtypes, frozen base and float32 adapter, quantisation on a CPU, the lean LoRA forward, saving for plain peft."""
+"""Loading: dtypes, frozen base and float32 adapter, quantisation on a CPU, the lean LoRA forward,
+saving for plain peft."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ HAS_AVX512_BF16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function from an architecture to a saved tiny model of it (wide enough for blocks of 64 to be quantised)."""
+    """A function from an architecture to a saved tiny model of it (wide enough for blocks of 64 to
+    be quantised)."""
     root = tmp_path_factory.mktemp("models")
 
     def folder(arch: str) -> str:
@@ -41,7 +43,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def node(name: str, **settings: Any) -> recipe.Model:
-    return recipe.Model(name=name, **{"dtype": "fp32", "lora": recipe.Lora(rank=4, alpha=8), **settings})
+    return recipe.Model(
+        name=name, **{"dtype": "fp32", "lora": recipe.Lora(rank=4, alpha=8), **settings}
+    )
 
 
 def stir(model: torch.nn.Module, seed: int = 0) -> None:
@@ -66,7 +70,10 @@ def lora_gradients(model: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
 def relative_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     assert got.keys() == expected.keys()
     assert got
-    flat = [torch.cat([grads[name].flatten().float() for name in sorted(expected)]) for grads in (got, expected)]
+    flat = [
+        torch.cat([grads[name].flatten().float() for name in sorted(expected)])
+        for grads in (got, expected)
+    ]
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
 
 
@@ -76,7 +83,11 @@ def test_every_architecture_loads_frozen_with_a_float32_adapter(folders: Any, ar
     trained = {name: p for name, p in loaded.model.named_parameters() if p.requires_grad}
     assert trained
     assert all(".lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
-    assert all(p.dtype == torch.bfloat16 for name, p in loaded.model.named_parameters() if name not in trained)
+    assert all(
+        p.dtype == torch.bfloat16
+        for name, p in loaded.model.named_parameters()
+        if name not in trained
+    )
     assert not any("lm_head" in name for name in trained)
     stir(loaded.model)
     grads = lora_gradients(loaded.model, ids())
@@ -96,7 +107,10 @@ def test_dropout_is_zero_so_train_mode_computes_what_eval_mode_does(tmp_path: Pa
 
 def test_the_seed_alone_draws_the_adapter(folders: Any) -> None:
     before = torch.get_rng_state()
-    one, same, other = (adapter_state(models.load_model(node(folders("llama")), seed=s, device=CPU).model) for s in (1, 1, 2))
+    one, same, other = (
+        adapter_state(models.load_model(node(folders("llama")), seed=s, device=CPU).model)
+        for s in (1, 1, 2)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
@@ -109,7 +123,11 @@ def test_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     capabilities["avx512_bf16"] = True
     assert models.pick_dtype("auto", CPU) == torch.bfloat16
     assert models.pick_dtype("fp32", CPU) == torch.float32
-    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+    for capability, dtype in (
+        ((7, 5), torch.float16),
+        ((8, 0), torch.bfloat16),
+        ((9, 0), torch.bfloat16),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         assert models.pick_dtype("auto", torch.device("cuda:0")) == dtype
 
@@ -129,7 +147,8 @@ def test_lean_forward_is_peft_s_own_in_float32(folders: Any, quantize: str) -> N
         off = model(input_ids=ids()).logits
     unlean(model)
     own, own_grads = model(input_ids=ids()).logits, lora_gradients(model, ids())
-    # INT8 layers round their input to 8 bits as well, so the last bit of a float32 can flip a step of 1/127.
+    # INT8 layers round their input to 8 bits as well, so the last bit of a float32 can flip a step
+    # of 1/127.
     bound = 1e-2 if quantize == "int8" else 1e-6
     assert float((lean - own).detach().norm() / own.detach().norm()) < bound
     assert relative_error(lean_grads, own_grads) < bound
@@ -154,8 +173,15 @@ def test_lean_forward_follows_switched_and_merged_adapters(folders: Any) -> None
 
 
 def test_lean_forward_leaves_dora_and_dropout_to_peft() -> None:
-    for settings, changed in (({}, 14), ({"use_dora": True}, 0), ({"lora_dropout": 0.1}, 0), ({"lora_bias": True}, 0)):
-        model = get_peft_model(tiny.tiny_model(), LoraConfig(r=2, target_modules="all-linear", **settings))
+    for settings, changed in (
+        ({}, 14),
+        ({"use_dora": True}, 0),
+        ({"lora_dropout": 0.1}, 0),
+        ({"lora_bias": True}, 0),
+    ):
+        model = get_peft_model(
+            tiny.tiny_model(), LoraConfig(r=2, target_modules="all-linear", **settings)
+        )
         assert lora.lean_lora(model) == changed
 
 
@@ -165,14 +191,19 @@ def test_lean_forward_computes_in_the_input_s_dtype(folders: Any) -> None:
     calls = []
     with pytest.MonkeyPatch.context() as patch:
         linear = torch.nn.functional.linear
-        patch.setattr(torch.nn.functional, "linear", lambda x, w, *b: calls.append((x.dtype, w.dtype)) or linear(x, w, *b))
+        patch.setattr(
+            torch.nn.functional,
+            "linear",
+            lambda x, w, *b: calls.append((x.dtype, w.dtype)) or linear(x, w, *b),
+        )
         layer(torch.randn(1, layer.in_features, dtype=torch.bfloat16))
     assert len(calls) == 2  # the third product is addmm_, which refuses mixed types
     assert set(calls) == {(torch.bfloat16, torch.bfloat16)}
 
 
 def dequantised(model: PeftModel) -> PeftModel:
-    """The same model with its NF4 layers written out as plain linear ones: what the gradients of the NF4 model should be."""
+    """The same model with its NF4 layers written out as plain linear ones: what the gradients of
+    the NF4 model should be."""
     import bitsandbytes.functional as bnb
 
     plain = copy.deepcopy(model)
@@ -180,7 +211,9 @@ def dequantised(model: PeftModel) -> PeftModel:
         if isinstance(module, LoraLayer):
             base = module.base_layer
             weight = bnb.dequantize_4bit(base.weight.data, base.weight.quant_state)
-            linear = torch.nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, dtype=weight.dtype)
+            linear = torch.nn.Linear(
+                base.in_features, base.out_features, bias=base.bias is not None, dtype=weight.dtype
+            )
             linear.weight.data.copy_(weight)
             if base.bias is not None:
                 linear.bias.data.copy_(base.bias.data)
@@ -200,10 +233,13 @@ def test_nf4_gradients_survive_an_eval_forward(folders: Any, arch: str) -> None:
     assert relative_error(lora_gradients(model.train(), ids()), lora_gradients(plain, ids())) < 1e-5
 
 
-@pytest.mark.skipif(not HAS_AVX512_BF16, reason="bitsandbytes repacks 4-bit weights only on a CPU with AVX512-BF16")
+@pytest.mark.skipif(
+    not HAS_AVX512_BF16, reason="bitsandbytes repacks 4-bit weights only on a CPU with AVX512-BF16"
+)
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
 def test_the_guard_is_needed(folders: Any, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the guard the test above must fail; when bitsandbytes mends its layout, this one says that the guard can go."""
+    """Without the guard the test above must fail; when bitsandbytes mends its layout, this one says
+    that the guard can go."""
     monkeypatch.setattr(models, "_keep_4bit_layout", lambda model: None)
     with pytest.raises((AssertionError, RuntimeError)):
         test_nf4_gradients_survive_an_eval_forward(folders, arch)
@@ -211,18 +247,29 @@ def test_the_guard_is_needed(folders: Any, arch: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("quantize", "low", "high"), [("nf4", 0.05, 0.12), ("int8", 0.002, 0.02)])
-def test_quantised_layers_work_on_a_cpu_in_every_dtype(folders: Any, quantize: str, low: float, high: float, dtype: str) -> None:
+def test_quantised_layers_work_on_a_cpu_in_every_dtype(
+    folders: Any, quantize: str, low: float, high: float, dtype: str
+) -> None:
     plain = models.load_model(node(folders("qwen2")), device=CPU).model
     small = models.load_model(node(folders("qwen2"), quantize=quantize, dtype=dtype), device=CPU)
-    layers = [next(m for m in model.modules() if isinstance(m, LoraLayer)).base_layer for model in (plain, small.model)]
+    layers = [
+        next(m for m in model.modules() if isinstance(m, LoraLayer)).base_layer
+        for model in (plain, small.model)
+    ]
     with torch.no_grad():
-        expected, got = (layer(torch.eye(64, dtype=d)).float() for layer, d in zip(layers, (torch.float32, small.dtype), strict=True))
+        expected, got = (
+            layer(torch.eye(64, dtype=d)).float()
+            for layer, d in zip(layers, (torch.float32, small.dtype), strict=True)
+        )
     assert low < float((got - expected).norm() / expected.norm()) < high
     assert f"base in {quantize}" in models.describe(small)
     assert f"computes in {dtype} on cpu" in models.describe(small)
     stir(small.model)
     grads = lora_gradients(small.model, ids())
-    assert all(g.dtype == torch.float32 and torch.isfinite(g).all() and g.abs().max() > 0 for g in grads.values())
+    assert all(
+        g.dtype == torch.float32 and torch.isfinite(g).all() and g.abs().max() > 0
+        for g in grads.values()
+    )
 
 
 def test_quantising_elsewhere_is_refused(folders: Any) -> None:
@@ -247,7 +294,10 @@ def saved_numbers(model: torch.nn.Module) -> int:
 def test_gradient_checkpointing_changes_memory_only(folders: Any, quantize: str) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = models.load_model(node(folders("qwen2"), quantize=quantize, gradient_checkpointing=checkpointing), device=CPU).model.train()
+        model = models.load_model(
+            node(folders("qwen2"), quantize=quantize, gradient_checkpointing=checkpointing),
+            device=CPU,
+        ).model.train()
         stir(model)
         gradients.append((saved_numbers(model), lora_gradients(model, ids())))
     assert gradients[1][0] < 0.5 * gradients[0][0]
@@ -259,15 +309,25 @@ def test_a_saved_adapter_loads_in_plain_peft(folders: Any, arch: str, tmp_path: 
     loaded = models.load_model(node(folders(arch)), device=CPU)
     stir(loaded.model)
     save_adapter(loaded.model, tmp_path / "adapter")
-    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(Path(folders(arch)).resolve())
     assert config["target_modules"] == sorted(config["target_modules"])
     assert config["inference_mode"] is True
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"]), str(tmp_path / "adapter"))
-    torch.testing.assert_close(plain(input_ids=ids()).logits, loaded.model(input_ids=ids()).logits, atol=1e-5, rtol=1e-5)
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"]),
+        str(tmp_path / "adapter"),
+    )
+    torch.testing.assert_close(
+        plain(input_ids=ids()).logits, loaded.model(input_ids=ids()).logits, atol=1e-5, rtol=1e-5
+    )
     loaded.model.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
-    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders(arch)), str(tmp_path / "peft"))
+    again = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folders(arch)), str(tmp_path / "peft")
+    )
     assert torch.equal(again(input_ids=ids()).logits, plain(input_ids=ids()).logits)
 
 
@@ -294,7 +354,13 @@ def test_training_starts_from_a_given_adapter(folders: Any, tmp_path: Path) -> N
     second = models.load_model(node(folders("llama"), adapter=adapter), device=CPU)
     assert torch.equal(second.model(input_ids=ids()).logits, first.model(input_ids=ids()).logits)
     assert lora_gradients(second.model, ids()).keys() == lora_gradients(first.model, ids()).keys()
-    with pytest.raises(UserError, match=r"rank 4, alpha 8, the recipe 16, 32; add --set model.lora.rank=4 --set model.lora.alpha=8"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"rank 4, alpha 8, the recipe 16, 32; add --set model.lora.rank=4 --set"
+            r" model.lora.alpha=8"
+        ),
+    ):
         models.load_model(node(folders("llama"), adapter=adapter, lora=recipe.Lora()), device=CPU)
     fewer = recipe.Lora(rank=4, alpha=8, targets=("q_proj", "v_proj"))
     with pytest.raises(UserError, match=r"does not fit .*expected 8 adapter weights, got 28"):
@@ -311,8 +377,12 @@ def test_named_targets_and_unknown_ones(folders: Any) -> None:
     lora = recipe.Lora(rank=4, alpha=8, targets=("q_proj", "v_proj"))
     loaded = models.load_model(node(folders("llama"), lora=lora), device=CPU)
     assert sum(isinstance(module, LoraLayer) for module in loaded.model.modules()) == 4
-    with pytest.raises(UserError, match=r"got \('nothing',\), expected all-linear or some of .*q_proj"):
-        models.load_model(node(folders("llama"), lora=recipe.Lora(targets=("nothing",))), device=CPU)
+    with pytest.raises(
+        UserError, match=r"got \('nothing',\), expected all-linear or some of .*q_proj"
+    ):
+        models.load_model(
+            node(folders("llama"), lora=recipe.Lora(targets=("nothing",))), device=CPU
+        )
 
 
 def test_a_tokenizer_needs_a_chat_template_and_gets_a_pad_token(tmp_path: Path) -> None:
@@ -322,7 +392,9 @@ def test_a_tokenizer_needs_a_chat_template_and_gets_a_pad_token(tmp_path: Path) 
     assert models.load_tokenizer(str(tmp_path / "no_pad")).pad_token_id == tiny.IM_END
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "bare")
-    with pytest.raises(UserError, match=r"model my/model: its tokenizer has no chat template.*-Instruct"):
+    with pytest.raises(
+        UserError, match=r"model my/model: its tokenizer has no chat template.*-Instruct"
+    ):
         models.load_tokenizer(str(tmp_path / "bare"), "my/model")
 
 
@@ -351,10 +423,19 @@ def test_folders_that_cannot_be_loaded_say_so_in_one_line(folders: Any, tmp_path
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_the_embedded_model_knows_english(quantize: str) -> None:
     tiny.real_model()
-    loaded = models.load_model(recipe.Model(name="smollm2-135m", quantize=quantize, dtype="fp32"), device=CPU)
-    x = torch.tensor([loaded.tokenizer.encode("The capital of France is Paris. The capital of Italy is")])
+    loaded = models.load_model(
+        recipe.Model(name="smollm2-135m", quantize=quantize, dtype="fp32"), device=CPU
+    )
+    x = torch.tensor(
+        [loaded.tokenizer.encode("The capital of France is Paris. The capital of Italy is")]
+    )
     with torch.no_grad():
         logits = loaded.model(input_ids=x).logits
     assert loaded.tokenizer.decode(logits[0, -1].argmax()) == " Rome"
-    assert loaded.model.peft_config["default"].base_model_name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert models.describe(loaded).startswith("HuggingFaceTB/SmolLM2-135M-Instruct · 134.5 M parameters, base ")
+    assert (
+        loaded.model.peft_config["default"].base_model_name_or_path
+        == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
+    assert models.describe(loaded).startswith(
+        "HuggingFaceTB/SmolLM2-135M-Instruct · 134.5 M parameters, base "
+    )

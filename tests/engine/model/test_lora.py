@@ -1,4 +1,5 @@
-"""LoRA layers while the weights stand still: packed products against the layers' own, on every family."""
+"""LoRA layers while the weights stand still: packed products against the layers' own, on every
+family."""
 
 from __future__ import annotations
 
@@ -18,13 +19,17 @@ from minirl.engine.model import lora
 from minirl.engine.model.head import Head
 
 CPU = torch.device("cpu")
-needs_packing = pytest.mark.skipif(not packed.works(torch.float32), reason="this build of torch has no packed products")
+needs_packing = pytest.mark.skipif(
+    not packed.works(torch.float32), reason="this build of torch has no packed products"
+)
 
 
 def stirred(folder: Path, arch: str = "llama", dtype: str = "fp32", **settings: Any) -> Any:
     """A model whose adapter does something."""
     save_tiny(folder, arch)
-    model = models.load_model(recipe.Model(name=str(folder), dtype=dtype, **settings), device=CPU).model
+    model = models.load_model(
+        recipe.Model(name=str(folder), dtype=dtype, **settings), device=CPU
+    ).model
     stir(model, 0)
     return model
 
@@ -50,7 +55,8 @@ def inside(model: Any, fixed: lora.FixedLora) -> torch.Tensor:
 @needs_packing
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_packed_layers_compute_what_plain_ones_do(arch: str, tmp_path: Path) -> None:
-    """Catches: siblings' outputs in the wrong order, a scaling left out or taken twice, a bias lost, B of one layer under another."""
+    """Catches: siblings' outputs in the wrong order, a scaling left out or taken twice, a bias
+    lost, B of one layer under another."""
     model = stirred(tmp_path, arch)
     layers = [module for module in model.modules() if hasattr(module, "joint")]
     fixed = lora.FixedLora(model, rows=4)
@@ -74,7 +80,9 @@ def test_layers_with_one_input_are_one_product(tmp_path: Path) -> None:
     depth = model.get_base_model().config.num_hidden_layers
     assert sorted(sizes) == sorted([3, 1, 2, 1] * depth)  # q k v, o, gate up, down
     some = stirred(tmp_path / "some", lora={"targets": ["q_proj", "v_proj"]})
-    assert [len(joint.layers) for joint in lora.FixedLora(some, rows=4)._joints] == [1] * (2 * depth)
+    assert [len(joint.layers) for joint in lora.FixedLora(some, rows=4)._joints] == [1] * (
+        2 * depth
+    )
 
 
 @needs_packing
@@ -122,8 +130,12 @@ def test_siblings_that_are_given_different_inputs_compute_each_its_own(tmp_path:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-def test_nothing_is_packed_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lora.FixedLora(stirred(tmp_path / "a", quantize="nf4"), rows=4)._joints == []  # 4-bit layers are not plain ones
+def test_nothing_is_packed_where_it_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        lora.FixedLora(stirred(tmp_path / "a", quantize="nf4"), rows=4)._joints == []
+    )  # 4-bit layers are not plain ones
     dora = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules="all-linear", use_dora=True))
     lora.lean_lora(dora)
     assert lora.FixedLora(dora, rows=4)._joints == []
@@ -134,8 +146,11 @@ def test_nothing_is_packed_where_it_cannot_be(tmp_path: Path, monkeypatch: pytes
     assert torch.equal(inside(model, fixed), logits(model))
 
 
-def test_held_factors_stand_where_they_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32, too, where a cast is the master itself. Catches: a CUDA graph that goes on with a master that has moved."""
+def test_held_factors_stand_where_they_stood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, too, where a cast is the master itself. Catches: a CUDA graph that goes on with a
+    master that has moved."""
     monkeypatch.setattr(packed, "MOST_BYTES", 0)
     model = stirred(tmp_path)
     fixed = lora.FixedLora(model, rows=4)
@@ -164,7 +179,9 @@ def test_a_packed_product_is_linear(dtype: torch.dtype) -> None:
         x = torch.randn(2, rows, 50).to(dtype)
         found = packed.product(x, packed.pack(weight, 64), bias)
         wanted = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-        torch.testing.assert_close(found.double(), wanted, atol=1e-4 if dtype == torch.float32 else 0.15, rtol=1e-2)
+        torch.testing.assert_close(
+            found.double(), wanted, atol=1e-4 if dtype == torch.float32 else 0.15, rtol=1e-2
+        )
 
 
 def test_a_torch_without_the_operators_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +191,9 @@ def test_a_torch_without_the_operators_packs_nothing(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(packed, "pack", gone)
     assert not packed.works.__wrapped__(torch.float32)
     monkeypatch.setattr(packed, "pack", lambda weight, rows: weight)
-    monkeypatch.setattr(packed, "product", lambda x, weight: x @ weight.t() + 1)  # one that is there but wrong
+    monkeypatch.setattr(
+        packed, "product", lambda x, weight: x @ weight.t() + 1
+    )  # one that is there but wrong
     assert not packed.works.__wrapped__(torch.float32)
 
 

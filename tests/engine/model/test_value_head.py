@@ -1,4 +1,5 @@
-"""The value head: its numbers, its files, and that it is no part of the adapter that plain peft loads."""
+"""The value head: its numbers, its files, and that it is no part of the adapter that plain peft
+loads."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def test_a_value_by_hand() -> None:
 
 
 def test_it_starts_at_zero_and_leaves_the_random_generator_alone() -> None:
-    """Catches: random first values (noise in the first advantages), a stage whose sampling depends on whether a head was made."""
+    """Catches: random first values (noise in the first advantages), a stage whose sampling depends
+    on whether a head was made."""
     before = torch.get_rng_state()
     head = ValueHead(64, CPU)
     assert torch.equal(torch.get_rng_state(), before)
@@ -67,7 +69,8 @@ def test_it_starts_at_zero_and_leaves_the_random_generator_alone() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_it_computes_in_float32_whatever_the_trunk_does(dtype: torch.dtype) -> None:
-    """Catches: a head in half precision, where values near 1 come in steps of 0.008. Masters and gradients are float32."""
+    """Catches: a head in half precision, where values near 1 come in steps of 0.008. Masters and
+    gradients are float32."""
     head = filled(64)
     states = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     values = head(states)
@@ -87,11 +90,14 @@ def test_one_step_of_adamw_moves_a_value_by_about_twice_the_learning_rate_at_mos
         optimizer = torch.optim.AdamW(head.parameters(), lr=0.01, weight_decay=0.0)
         head(states).sum().backward()
         optimizer.step()
-        assert 0.015 < -head(states).item() < 0.0205  # the bias moves by 0.01, the weights by 0.01 * mean|state| / rms, about 0.008
+        assert (
+            0.015 < -head(states).item() < 0.0205
+        )  # the bias moves by 0.01, the weights by 0.01 * mean|state| / rms, about 0.008
 
 
 def test_a_policy_saves_and_loads_its_head_in_place(folder: str, tmp_path: Path) -> None:
-    """Catches: a head that is not saved, new parameters on loading (the optimizer would go on training the old ones)."""
+    """Catches: a head that is not saved, new parameters on loading (the optimizer would go on
+    training the old ones)."""
     policy = stirred(folder)
     policy.save(tmp_path)
     other = open_policy(folder)
@@ -102,12 +108,15 @@ def test_a_policy_saves_and_loads_its_head_in_place(folder: str, tmp_path: Path)
         p.data.zero_()
     other.load(tmp_path)
     assert all(a is b for a, b in zip(kept, other.value_head.parameters(), strict=True))
-    assert same_bits(dict(other.value_head.named_parameters()), dict(policy.add_value_head().named_parameters()))
+    assert same_bits(
+        dict(other.value_head.named_parameters()), dict(policy.add_value_head().named_parameters())
+    )
     assert same_bits(weights(other), weights(policy))
 
 
 def test_a_policy_without_a_head_saves_none(folder: str, tmp_path: Path) -> None:
-    """Catches: a head made by loading or saving; the head counted among the adapter's weights or the reference's."""
+    """Catches: a head made by loading or saving; the head counted among the adapter's weights or
+    the reference's."""
     policy = open_policy(folder)
     policy.save(tmp_path)
     assert not (tmp_path / FILE).exists()
@@ -119,19 +128,26 @@ def test_a_policy_without_a_head_saves_none(folder: str, tmp_path: Path) -> None
     assert policy.add_value_head() is policy.value_head
 
 
-def test_the_final_folder_holds_the_head_and_loads_with_plain_peft(folder: str, tmp_path: Path) -> None:
-    """Catches: value weights inside the adapter's file, a folder that peft refuses, a head that is left behind."""
+def test_the_final_folder_holds_the_head_and_loads_with_plain_peft(
+    folder: str, tmp_path: Path
+) -> None:
+    """Catches: value weights inside the adapter's file, a folder that peft refuses, a head that is
+    left behind."""
     policy = stirred(folder)
     _export(policy, tmp_path)
     plain = PeftModel.from_pretrained(tiny.tiny_model(), tmp_path)
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        assert torch.allclose(plain(input_ids=ids).logits, policy.model(input_ids=ids).logits, atol=1e-5)
+        assert torch.allclose(
+            plain(input_ids=ids).logits, policy.model(input_ids=ids).logits, atol=1e-5
+        )
     assert not any("value" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
     other = open_policy(folder)
     other.load_value_head(tmp_path)
     assert other.value_head is not None
-    assert same_bits(dict(other.value_head.named_parameters()), dict(policy.add_value_head().named_parameters()))
+    assert same_bits(
+        dict(other.value_head.named_parameters()), dict(policy.add_value_head().named_parameters())
+    )
     save_adapter(policy.model, tmp_path / "bare")
     fresh = open_policy(folder)
     fresh.load_value_head(tmp_path / "bare")
@@ -141,7 +157,10 @@ def test_the_final_folder_holds_the_head_and_loads_with_plain_peft(folder: str, 
 def test_another_models_head_is_refused(tmp_path: Path) -> None:
     """Catches: a shape error of torch in place of one line for the user; a torn file."""
     filled(4).save(tmp_path)
-    with pytest.raises(UserError, match=r"value_head.safetensors: got a value head of .*\(1, 4\).* expected .*\(1, 2\)"):
+    with pytest.raises(
+        UserError,
+        match=r"value_head.safetensors: got a value head of .*\(1, 4\).* expected .*\(1, 2\)",
+    ):
         filled(2).load(tmp_path)
     save_file({"weight": torch.zeros(1, 2)}, tmp_path / FILE)
     with pytest.raises(UserError, match="another model's"):

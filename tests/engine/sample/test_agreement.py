@@ -1,4 +1,5 @@
-"""The safety net: rounding passes, a broken mask or a sampler of other weights does not, and a run that meets one goes on without it."""
+"""The safety net: rounding passes, a broken mask or a sampler of other weights does not, and a run
+that meets one goes on without it."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def policy(folder: str) -> Policy:
-    loaded = models.load_model(recipe.Model(name=folder, dtype="fp32", lora=recipe.Lora(rank=4, alpha=8)), 0, CPU)
+    loaded = models.load_model(
+        recipe.Model(name=folder, dtype="fp32", lora=recipe.Lora(rank=4, alpha=8)), 0, CPU
+    )
     made = Policy(loaded.model, loaded.device, loaded.dtype)
     generator = torch.Generator().manual_seed(1)
     for p in made.trainable.values():
@@ -46,16 +49,38 @@ def groups(policy: Policy, *, shift: float = 0.0) -> list[Group]:
     """Two groups of three sampled episodes, the log-probabilities off by `shift`."""
     sampler = LiveSampler(policy, Chat(tiny.byte_tokenizer(), eos=[tiny.IM_END]), rows=4)
     made = []
-    for number, text in enumerate((b"a prompt that is long enough to share", b"and another, longer one, that is shared as well")):
+    for number, text in enumerate(
+        (
+            b"a prompt that is long enough to share",
+            b"and another, longer one, that is shared as well",
+        )
+    ):
         for seed in range(3):
             sampler.add(number * 3 + seed, Ask(tuple(text), 12, 0.7, (), seed))
-    answers = dict(answer for _ in range(6) for answer in (sampler.poll() if sampler._live or sampler._queue else []))
-    for number, text in enumerate((b"a prompt that is long enough to share", b"and another, longer one, that is shared as well")):
+    answers = dict(
+        answer
+        for _ in range(6)
+        for answer in (sampler.poll() if sampler._live or sampler._queue else [])
+    )
+    for number, text in enumerate(
+        (
+            b"a prompt that is long enough to share",
+            b"and another, longer one, that is shared as well",
+        )
+    ):
         problem = Problem(str(number), "", None)
         episodes = []
         for completion in (answers[number * 3 + seed] for seed in range(3)):
             logprobs = tuple(logprob + shift for logprob in completion.logprobs)
-            episodes.append(Episode(problem, (Turn("prompt", tuple(text)), Turn("attempt", completion.tokens, logprobs, True))))
+            episodes.append(
+                Episode(
+                    problem,
+                    (
+                        Turn("prompt", tuple(text)),
+                        Turn("attempt", completion.tokens, logprobs, True),
+                    ),
+                )
+            )
         made.append(Group(problem, tuple(episodes)))
     return made
 
@@ -71,7 +96,9 @@ def test_rounding_passes(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
-def test_every_family_is_compared_with_the_attention_it_came_with(arch: str, tmp_path: Path) -> None:
+def test_every_family_is_compared_with_the_attention_it_came_with(
+    arch: str, tmp_path: Path
+) -> None:
     """Some families cannot take SDPA."""
     folder = tiny.save_tiny(tmp_path, arch)
     loaded = models.load_model(recipe.Model(name=str(folder), dtype="fp32"), 0, CPU)
@@ -98,8 +125,16 @@ def test_another_temperature_is_seen(policy: Policy) -> None:
     assert found.sampler > 0.05
 
 
-def test_a_mask_that_shows_the_future_is_seen(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Layout, "bias", lambda _, prefix, width, window, shared, like: like.new_zeros(shared * width, prefix + width))
+def test_a_mask_that_shows_the_future_is_seen(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Layout,
+        "bias",
+        lambda _, prefix, width, window, shared, like: like.new_zeros(
+            shared * width, prefix + width
+        ),
+    )
     found = agreement.agreement(policy, groups(policy), temperature=0.7, pad=tiny.PAD)
     assert found.layout is not None
     assert found.layout > 0.05
@@ -108,23 +143,45 @@ def test_a_mask_that_shows_the_future_is_seen(policy: Policy, monkeypatch: pytes
 
 def test_nothing_sampled_nothing_compared(policy: Policy) -> None:
     problem = Problem("p", "", None)
-    shown = Episode(problem, (Turn("prompt", tuple(b"a prompt that is long enough")), Turn("attempt", tuple(b"gold"), None, True)))
+    shown = Episode(
+        problem,
+        (
+            Turn("prompt", tuple(b"a prompt that is long enough")),
+            Turn("attempt", tuple(b"gold"), None, True),
+        ),
+    )
     untrained = Episode(problem, (Turn("prompt", tuple(b"a prompt")),))
-    found = agreement.agreement(policy, [Group(problem, (shown, shown))], temperature=1.0, pad=tiny.PAD)
+    found = agreement.agreement(
+        policy, [Group(problem, (shown, shown))], temperature=1.0, pad=tiny.PAD
+    )
     assert found.sampler is None
     assert found.layout is not None
     assert found.layout < 2e-5
-    assert agreement.agreement(policy, [Group(problem, (untrained,))], temperature=1.0, pad=tiny.PAD).layout is None
+    assert (
+        agreement.agreement(
+            policy, [Group(problem, (untrained,))], temperature=1.0, pad=tiny.PAD
+        ).layout
+        is None
+    )
 
 
 def test_nan_does_not_hold() -> None:
     assert not agreement.Agreement(None, None, 0.1).holds(float("nan"))
 
 
-def run(folder: str, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> tuple[list[dict[str, Any]], str]:
+def run(
+    folder: str, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> tuple[list[dict[str, Any]], str]:
     stages = [
         {"kind": "collect", "problems": 4, "samples": 2, "batch": 2},
-        {"kind": "train", "method": "reflect", "steps": 2, "group": 3, "batch": 2, "learner": {"lr": 1e-3}},
+        {
+            "kind": "train",
+            "method": "reflect",
+            "steps": 2,
+            "group": 3,
+            "batch": 2,
+            "learner": {"lr": 1e-3},
+        },
     ]
     path = write_recipe(tmp_path / f"{name}.yaml", Path(folder), stages)
     train(recipe.load(path, on_cpu=True), tmp_path / name, Progress())
@@ -134,20 +191,28 @@ def run(folder: str, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[st
 def test_a_run_goes_on_without_a_sampler_that_is_wrong(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a sampler that forgets its past the run's numbers are those of `generate` from the first step on."""
+    """With a sampler that forgets its past the run's numbers are those of `generate` from the first
+    step on."""
     with monkeypatch.context() as patched:
-        patched.setattr("minirl.loop.session.open_sampler", lambda policy, chat, *, rows, **_: PlainSampler(policy, chat, rows=rows))
+        patched.setattr(
+            "minirl.loop.session.open_sampler",
+            lambda policy, chat, *, rows, **_: PlainSampler(policy, chat, rows=rows),
+        )
         expected, _ = run(folder, tmp_path, "plain", capsys)
     bias = Cached.bias
     monkeypatch.setattr(Cached, "bias", lambda self, _, *rest: bias(self, 3, *rest))
     rows, shown = run(folder, tmp_path, "broken", capsys)
     assert shown.count("WARNING: the live sampler does not agree with plain rows") == 1
     assert [row["sampled"] for row in rows] == [row["sampled"] for row in expected]
-    assert [row.get("mismatch_kl", 0.0) for row in rows] == pytest.approx([row.get("mismatch_kl", 0.0) for row in expected], abs=1e-6)
+    assert [row.get("mismatch_kl", 0.0) for row in rows] == pytest.approx(
+        [row.get("mismatch_kl", 0.0) for row in expected], abs=1e-6
+    )
     assert [row["reward"] for row in rows] == [row["reward"] for row in expected]
 
 
-def test_a_sound_run_says_so(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sound_run_says_so(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, shown = run(folder, tmp_path, "sound", capsys)
     assert "WARNING" not in shown
     assert shown.count("mean distance from plain rows") == 2  # once a stage

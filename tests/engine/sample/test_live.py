@@ -1,4 +1,5 @@
-"""The live sampler against the plain one, exact sampling, stop strings, and tokens that are never computed twice."""
+"""The live sampler against the plain one, exact sampling, stop strings, and tokens that are never
+computed twice."""
 
 from __future__ import annotations
 
@@ -41,7 +42,15 @@ def asks_of(rng: Random, groups: int = 4) -> list[Ask]:
         base = tuple(rng.randrange(256) for _ in range(rng.randrange(5, 40)))
         for i in range(4):
             tokens = base if i < 3 else (*base, 7)
-            asks.append(Ask(tokens, rng.randrange(1, 30), rng.choice([1.0, 0.7, 0.0]), ("ab",), rng.randrange(10**9)))
+            asks.append(
+                Ask(
+                    tokens,
+                    rng.randrange(1, 30),
+                    rng.choice([1.0, 0.7, 0.0]),
+                    ("ab",),
+                    rng.randrange(10**9),
+                )
+            )
     return asks
 
 
@@ -54,21 +63,35 @@ def run(sampler: LiveSampler | PlainSampler, asks: list[Ask]) -> dict[int, Compl
         for key, completion in sampler.poll():
             done[key] = completion
             if key < FOLLOW:
-                sampler.add(key + FOLLOW, Ask(asks[key].tokens + completion.tokens + (1, 2, 3), 10, 1.0, (), key))
+                sampler.add(
+                    key + FOLLOW,
+                    Ask(asks[key].tokens + completion.tokens + (1, 2, 3), 10, 1.0, (), key),
+                )
     return done
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("rows", [3, 6, 64])
 def test_live_equals_plain(arch: str, rows: int, tmp_path: Path) -> None:
-    """Catches: slots mixed up when rows leave, a fork of the wrong slot, keys of an evicted conversation, wrong positions, one seed."""
+    """Catches: slots mixed up when rows leave, a fork of the wrong slot, keys of an evicted
+    conversation, wrong positions, one seed."""
     policy, chat = opened(tmp_path, arch)
     asks = asks_of(Random(rows))
-    plain, live = run(PlainSampler(policy, chat, rows=64), asks), run(LiveSampler(policy, chat, rows=rows), asks)
+    plain, live = (
+        run(PlainSampler(policy, chat, rows=64), asks),
+        run(LiveSampler(policy, chat, rows=rows), asks),
+    )
     whole = 0
     for key, expected in plain.items():
         found = live[key]
-        same = next((i for i, (a, b) in enumerate(zip(found.tokens, expected.tokens, strict=False)) if a != b), len(expected.tokens))
+        same = next(
+            (
+                i
+                for i, (a, b) in enumerate(zip(found.tokens, expected.tokens, strict=False))
+                if a != b
+            ),
+            len(expected.tokens),
+        )
         if key < FOLLOW or live[key - FOLLOW].tokens == plain[key - FOLLOW].tokens:
             assert found.logprobs[:same] == pytest.approx(expected.logprobs[:same], abs=2e-5)
         if found.tokens == expected.tokens:
@@ -81,7 +104,8 @@ def test_live_equals_plain(arch: str, rows: int, tmp_path: Path) -> None:
 
 
 def test_the_sampler_knows_the_log_probabilities_of_the_policy(tmp_path: Path) -> None:
-    """Invariant 4. Catches: log-probabilities before temperature, of another token, of merged or stale weights."""
+    """Invariant 4. Catches: log-probabilities before temperature, of another token, of merged or
+    stale weights."""
     policy, chat = opened(tmp_path)
     ask = Ask(tuple(range(40, 70)), 20, 0.7, (), 5)
     sampler = open_sampler(policy, chat, rows=4)
@@ -113,7 +137,8 @@ def test_every_token_is_computed_once(tmp_path: Path) -> None:
 
 
 def test_few_numbers_of_keys_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each number of keys costs a CPU new kernels. Catches: one of its own for every step, keys behind the slots' end, a key too few."""
+    """Each number of keys costs a CPU new kernels. Catches: one of its own for every step, keys
+    behind the slots' end, a key too few."""
     policy, chat = opened(tmp_path)
     sampler = LiveSampler(policy, chat, rows=4)
     read: list[tuple[int, int]] = []
@@ -133,10 +158,14 @@ def test_few_numbers_of_keys_are_read(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("budget", [1, 64, 192, 500])
 def test_a_token_budget_bounds_the_slots_and_changes_nothing(budget: int, tmp_path: Path) -> None:
-    """Catches: a live row forgotten when slots grow, the budget passed by, a wait for room that never comes, slots mixed up by eviction."""
+    """Catches: a live row forgotten when slots grow, the budget passed by, a wait for room that
+    never comes, slots mixed up by eviction."""
     policy, chat = opened(tmp_path)
     rng, longest = Random(budget), 0
-    asks = [Ask(tuple(rng.randrange(256) for _ in range(rng.choice([5, 40, 90, 150]))), 12, 1.0, (), n) for n in range(14)]
+    asks = [
+        Ask(tuple(rng.randrange(256) for _ in range(rng.choice([5, 40, 90, 150]))), 12, 1.0, (), n)
+        for n in range(14)
+    ]
     sampler = LiveSampler(policy, chat, rows=8, cache_tokens=budget)
     reserve = sampler._slots.reserve
 
@@ -145,7 +174,9 @@ def test_a_token_budget_bounds_the_slots_and_changes_nothing(budget: int, tmp_pa
         reserve(length, live)
         slots = sampler._slots
         assert slots.count == len(slots.tokens) == len(slots._used)
-        assert slots.count * slots.capacity <= budget or slots.count == 1  # one conversation is always let in
+        assert (
+            slots.count * slots.capacity <= budget or slots.count == 1
+        )  # one conversation is always let in
         assert live <= slots.count
         longest = max(longest, slots.capacity)
 
@@ -153,7 +184,9 @@ def test_a_token_budget_bounds_the_slots_and_changes_nothing(budget: int, tmp_pa
     bounded, free = run(sampler, asks), run(LiveSampler(policy, chat, rows=8), asks)
     assert longest >= 150
     assert sampler._slots.count == max(1, budget // longest)
-    assert [bounded[key].tokens for key in sorted(bounded)] == [free[key].tokens for key in sorted(free)]
+    assert [bounded[key].tokens for key in sorted(bounded)] == [
+        free[key].tokens for key in sorted(free)
+    ]
     for key, completion in free.items():
         assert bounded[key].logprobs == pytest.approx(completion.logprobs, abs=2e-5)
     sampler.reset()
@@ -161,7 +194,8 @@ def test_a_token_budget_bounds_the_slots_and_changes_nothing(budget: int, tmp_pa
 
 
 class EagerGraphs(GraphDecoder):
-    """The decoder of captured graphs with the one thing that needs a GPU replaced: a step is replayed by running it again."""
+    """The decoder of captured graphs with the one thing that needs a GPU replaced: a step is
+    replayed by running it again."""
 
     def capture(self, step: Step) -> Step:
         return step
@@ -169,7 +203,8 @@ class EagerGraphs(GraphDecoder):
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
 def test_padded_steps_change_nothing(arch: str, tmp_path: Path) -> None:
-    """Catches: a padded row that writes over an idle conversation or another row, static tensors not filled, graphs of moved memory."""
+    """Catches: a padded row that writes over an idle conversation or another row, static tensors
+    not filled, graphs of moved memory."""
     policy, chat = opened(tmp_path, arch)
     asks = asks_of(Random(5), groups=6)
     plain, padded = LiveSampler(policy, chat, rows=7), LiveSampler(policy, chat, rows=7)
@@ -177,7 +212,9 @@ def test_padded_steps_change_nothing(arch: str, tmp_path: Path) -> None:
     decode = padded._decode = EagerGraphs(policy, padded._slots)
     for _ in range(2):
         expected, found = run(plain, asks), run(padded, asks)
-        assert [found[key].tokens for key in sorted(found)] == [expected[key].tokens for key in sorted(expected)]
+        assert [found[key].tokens for key in sorted(found)] == [
+            expected[key].tokens for key in sorted(expected)
+        ]
         for key, completion in expected.items():
             assert found[key].logprobs == pytest.approx(completion.logprobs, abs=2e-5)
         assert padded.prefilled == plain.prefilled, "an idle conversation was lost"
@@ -192,11 +229,17 @@ def test_padded_steps_change_nothing(arch: str, tmp_path: Path) -> None:
     plain.reset()
     padded.reset()
     expected, found = run(plain, asks), run(padded, asks)
-    assert [found[key].tokens for key in sorted(found)] == [expected[key].tokens for key in sorted(expected)]
-    assert all(decode.graphs[size] is graph for size, graph in kept.items()), "graphs outlive an update of the weights"
+    assert [found[key].tokens for key in sorted(found)] == [
+        expected[key].tokens for key in sorted(expected)
+    ]
+    assert all(decode.graphs[size] is graph for size, graph in kept.items()), (
+        "graphs outlive an update of the weights"
+    )
 
 
-def test_a_capture_that_fails_is_told_once_and_decoding_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_capture_that_fails_is_told_once_and_decoding_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     policy, chat = opened(tmp_path)
 
     class Failing(GraphDecoder):
@@ -210,7 +253,8 @@ def test_a_capture_that_fails_is_told_once_and_decoding_goes_on(tmp_path: Path, 
     with caplog.at_level("WARNING", logger="minirl"):
         assert run(sampler, asks) == expected
     assert [record.message for record in caplog.records] == [
-        "CUDA graphs do not work here (operation not permitted when stream is capturing); decoding goes on without them"
+        "CUDA graphs do not work here (operation not permitted when stream is capturing); decoding"
+        " goes on without them"
     ]
 
 
@@ -234,12 +278,17 @@ def test_a_longer_conversation_evicts_the_one_not_used_for_longest() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.randoms(use_true_random=False), st.sampled_from([None, 5 * 64, 9 * 64]))
 def test_growing_moves_what_is_held_and_nothing_else(rng: Random, budget: int | None) -> None:
-    """Three layers in one memory, grown and shrunk in place or anew, twice. Catches: a layer laid over one that is still to be moved."""
+    """Three layers in one memory, grown and shrunk in place or anew, twice. Catches: a layer laid
+    over one that is still to be moved."""
     layers, heads, size = 3, 2, 4
     slots = Slots(layers, 4, torch.device("cpu"), budget_tokens=budget)
 
     def written(tokens: list[int], layer: int, which: int) -> Tensor:  # (heads, T, size)
-        return torch.tensor(tokens)[None, :, None] + torch.tensor([1000.0, 2000.0])[:, None, None] * (layer + 1) + 0.5 * which
+        return (
+            torch.tensor(tokens)[None, :, None]
+            + torch.tensor([1000.0, 2000.0])[:, None, None] * (layer + 1)
+            + 0.5 * which
+        )
 
     for _ in range(2):
         slots.clear()
@@ -250,7 +299,10 @@ def test_growing_moves_what_is_held_and_nothing_else(rng: Random, budget: int | 
                 positions = torch.arange(len(slots.tokens[row]))[None]
                 slots.aim(torch.tensor([row]), positions, positions.shape[1])
                 for layer in range(layers):
-                    keys, values = (written(slots.tokens[row], layer, which).expand(heads, -1, size)[None] for which in (0, 1))
+                    keys, values = (
+                        written(slots.tokens[row], layer, which).expand(heads, -1, size)[None]
+                        for which in (0, 1)
+                    )
                     slots.update(keys, values, layer)
             for which, block in enumerate(slots._blocks):
                 for row, tokens in enumerate(slots.tokens):
@@ -260,7 +312,8 @@ def test_growing_moves_what_is_held_and_nothing_else(rng: Random, budget: int | 
 
 
 def test_growing_where_there_is_room_takes_no_memory() -> None:
-    """Catches: pages that the kernel clears again, and a second cache, at every longer turn of every rollout."""
+    """Catches: pages that the kernel clears again, and a second cache, at every longer turn of
+    every rollout."""
     slots = Slots(2, 4, torch.device("cpu"))
     places = []
     for _ in range(2):
@@ -276,8 +329,11 @@ def test_growing_where_there_is_room_takes_no_memory() -> None:
 
 
 @pytest.mark.parametrize(("budget", "grown"), [(None, 192), (4 * 64, 64)])
-def test_the_cache_grows_once_for_all_that_wait(budget: int | None, grown: int, tmp_path: Path) -> None:
-    """Catches: a growth, which copies the whole cache, at every longer ask; room for them taken from those that a budget still lets in."""
+def test_the_cache_grows_once_for_all_that_wait(
+    budget: int | None, grown: int, tmp_path: Path
+) -> None:
+    """Catches: a growth, which copies the whole cache, at every longer ask; room for them taken
+    from those that a budget still lets in."""
     policy, chat = opened(tmp_path)
     sampler = LiveSampler(policy, chat, rows=4, cache_tokens=budget)
     for key, length in enumerate((10, 10, 10, 10, 150)):
@@ -303,7 +359,8 @@ def test_a_reset_forgets_and_refuses_to_forget_running_asks(tmp_path: Path) -> N
 
 
 def test_pick_is_exact() -> None:
-    """50,000 draws of a known distribution, chi-square on 4 degrees of freedom below its 99.9 % point; catches a warped draw."""
+    """50,000 draws of a known distribution, chi-square on 4 degrees of freedom below its 99.9 %
+    point; catches a warped draw."""
     logits = torch.tensor([[1.0, 0.0, -1.0, float("-inf"), 2.0, 0.5]]).expand(50_000, -1)
     uniform = torch.rand(50_000, generator=torch.Generator().manual_seed(0))
     for temperature in (1.0, 0.5):
@@ -326,10 +383,13 @@ def test_the_largest_uniform_stays_on_the_distribution() -> None:
 
 
 def test_logits_that_overflowed_are_told_in_one_line() -> None:
-    """Catches: a NaN drawn as a token, or an index error (on a GPU a lost device) in place of a message."""
+    """Catches: a NaN drawn as a token, or an index error (on a GPU a lost device) in place of a
+    message."""
     chosen, logprobs = pick(torch.full((1, 9), float("nan")), [1.0], torch.tensor([0.5]))
     assert 0 <= chosen.item() < 9
-    with pytest.raises(UserError, match=r"not finite; expected numbers: set model\.dtype=bf16 or fp32"):
+    with pytest.raises(
+        UserError, match=r"not finite; expected numbers: set model\.dtype=bf16 or fp32"
+    ):
         check_finite(logprobs.tolist())
     check_finite([-1.0, 0.0])
 
@@ -338,11 +398,14 @@ def test_greedy_and_sampled_rows_mix() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0]]).expand(2, -1)
     chosen, logprobs = pick(logits, [0.0, 1.0], torch.tensor([0.999, 0.999]))
     assert chosen.tolist() == [1, 2]
-    assert logprobs.tolist() == pytest.approx(torch.tensor([0.0, 3.0, 1.0]).log_softmax(-1)[[1, 2]].tolist())
+    assert logprobs.tolist() == pytest.approx(
+        torch.tensor([0.0, 3.0, 1.0]).log_softmax(-1)[[1, 2]].tolist()
+    )
 
 
 def test_stop_strings_straddle_tokens() -> None:
-    """One token a byte: every stop string straddles tokens. The reply ends with the token that completes it, and ids stay as they were."""
+    """One token a byte: every stop string straddles tokens. The reply ends with the token that
+    completes it, and ids stay as they were."""
     chat = Chat(byte_tokenizer())
     text = list(b"x</answer>y")
     assert [n for n in range(1, len(text) + 1) if stops(chat, text[:n], ("</answer>",))] == [10]
@@ -356,7 +419,9 @@ def test_uniforms_are_a_function_of_the_seed() -> None:
     assert uniforms(Ask((1,), 5, 1.0, (), 8)) != one
 
 
-def test_a_family_without_slots_takes_the_plain_sampler_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_family_without_slots_takes_the_plain_sampler_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     policy, chat = opened(tmp_path)
     with caplog.at_level("INFO", logger="minirl"):
         assert isinstance(open_sampler(policy, chat, rows=2), LiveSampler)
@@ -364,7 +429,9 @@ def test_a_family_without_slots_takes_the_plain_sampler_and_says_so(tmp_path: Pa
         policy.shares_prefixes = False
         sampler: Any = open_sampler(policy, chat, rows=2)
     assert isinstance(sampler, PlainSampler)
-    assert caplog.messages == ["llama models cannot share prefixes here: sampling by `generate`, learning on plain rows"]
+    assert caplog.messages == [
+        "llama models cannot share prefixes here: sampling by `generate`, learning on plain rows"
+    ]
 
 
 def test_a_models_own_generation_config_warps_nothing(tmp_path: Path) -> None:

@@ -14,7 +14,11 @@ from minirl.engine.sample.scorer import Scorer
 from minirl.judge.judge import BAD, GOOD
 from minirl.loop.judges import bare
 
-PROMPTS = [(256, *b"user Is it good? First."), (256, *b"user Is it good? Another, longer one."), (256, *b"user What now?")]
+PROMPTS = [
+    (256, *b"user Is it good? First."),
+    (256, *b"user Is it good? Another, longer one."),
+    (256, *b"user What now?"),
+]
 GROUPS = [0, 0, 1]
 
 
@@ -33,14 +37,22 @@ def directly(policy: Policy, options: tuple[tuple[int, ...], tuple[int, ...]]) -
         totals = []
         for option in options:
             with policy.plain_attention():
-                logits = policy.model(input_ids=torch.tensor([[*prompt, *option]])).logits[0].float().log_softmax(-1)
-            totals.append(sum(float(logits[len(prompt) - 1 + k, token]) for k, token in enumerate(option)))
+                logits = (
+                    policy.model(input_ids=torch.tensor([[*prompt, *option]]))
+                    .logits[0]
+                    .float()
+                    .log_softmax(-1)
+                )
+            totals.append(
+                sum(float(logits[len(prompt) - 1 + k, token]) for k, token in enumerate(option))
+            )
         chances.append(float(torch.sigmoid(torch.tensor(totals[0] - totals[1]))))
     return chances
 
 
 def test_chances_are_those_of_a_direct_forward(policy: tuple[Policy, Chat]) -> None:
-    """Catches: options the wrong way round, prompts mixed up between groups, a token too many or too few."""
+    """Catches: options the wrong way round, prompts mixed up between groups, a token too many or
+    too few."""
     model, chat = policy
     good, bad = chat.inside(GOOD), chat.inside(BAD)
     assert len(good) != len(bad)
@@ -48,7 +60,9 @@ def test_chances_are_those_of_a_direct_forward(policy: tuple[Policy, Chat]) -> N
     found = scorer(PROMPTS, (good, bad), GROUPS)
     assert found == pytest.approx(directly(model, (good, bad)), abs=1e-5)
     assert len({round(chance, 6) for chance in found}) == 3
-    assert scorer(PROMPTS, (bad, good), GROUPS) == pytest.approx([1 - chance for chance in found], abs=1e-5)
+    assert scorer(PROMPTS, (bad, good), GROUPS) == pytest.approx(
+        [1 - chance for chance in found], abs=1e-5
+    )
 
 
 def test_the_base_scores_without_the_adapter(policy: tuple[Policy, Chat]) -> None:
@@ -57,7 +71,11 @@ def test_the_base_scores_without_the_adapter(policy: tuple[Policy, Chat]) -> Non
     fresh = Scorer(model, pad=258)(PROMPTS, options, GROUPS)
     with torch.no_grad():
         for name, weights in model.trainable.items():
-            weights += 0.5 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(len(name)))
+            weights += 0.5 * torch.randn(
+                weights.shape, generator=torch.Generator().manual_seed(len(name))
+            )
     trained = Scorer(model, pad=258)(PROMPTS, options, GROUPS)
     assert trained != pytest.approx(fresh, abs=1e-3)
-    assert Scorer(model, pad=258, inside=lambda: bare(model))(PROMPTS, options, GROUPS) == pytest.approx(fresh, abs=1e-6)
+    assert Scorer(model, pad=258, inside=lambda: bare(model))(
+        PROMPTS, options, GROUPS
+    ) == pytest.approx(fresh, abs=1e-6)

@@ -1,4 +1,5 @@
-"""The report: right numbers in it, nothing hostile out of it, and a page for a run that has barely begun."""
+"""The report: right numbers in it, nothing hostile out of it, and a page for a run that has barely
+begun."""
 
 from __future__ import annotations
 
@@ -22,7 +23,10 @@ from minirl.record.report.chart import ticks as _ticks
 from minirl.record.run import Run
 from minirl.record.state import Position
 
-HOSTILE = "</div><script>alert('x')</script><img src=x onerror=alert(1)> ${title} & \x00\x1b[31m \ud800 \u202e done"
+HOSTILE = (
+    "</div><script>alert('x')</script><img src=x onerror=alert(1)> ${title} & \x00\x1b[31m \ud800"
+    " \u202e done"
+)
 RECIPE = recipes.parse(
     {
         "model": {"name": "org/<b>model</b>"},
@@ -34,7 +38,8 @@ RECIPE = recipes.parse(
 
 
 class Page(HTMLParser):
-    """Every element of a page with its attributes, the text, and whether the elements close in order."""
+    """Every element of a page with its attributes, the text, and whether the elements close in
+    order."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -58,18 +63,45 @@ class Page(HTMLParser):
         self.text += data
 
     def count(self, tag: str, style: str) -> int:
-        return sum(name == tag and style in (attributes.get("class") or "").split() for name, attributes in self.elements)
+        return sum(
+            name == tag and style in (attributes.get("class") or "").split()
+            for name, attributes in self.elements
+        )
 
 
-def evaluation(label: str, stage: int, step: int, first: float, fixed: float, samples: int = 4, problems: int = 60) -> dict[str, Any]:
+def evaluation(
+    label: str,
+    stage: int,
+    step: int,
+    first: float,
+    fixed: float,
+    samples: int = 4,
+    problems: int = 60,
+) -> dict[str, Any]:
     rng, rows = Random(f"{label}"), []
     for number in range(problems):
         passed = [int(rng.random() < first) for _ in range(samples)]
         within = [int(bool(p or rng.random() < fixed)) for p in passed]
         kinds = ["missed_target", "wrong_numbers", "invalid_equation"]
         errors = [[None if x else rng.choice(kinds) for x in tries] for tries in (passed, within)]
-        rows.append({"id": f"p{number}", "first": passed, "second": within, "first_error": errors[0], "second_error": errors[1]})
-    return {"label": label, "stage": stage, "step": step, "tries": 2, "samples": samples, "temperature": 0.7, "problems": rows}
+        rows.append(
+            {
+                "id": f"p{number}",
+                "first": passed,
+                "second": within,
+                "first_error": errors[0],
+                "second_error": errors[1],
+            }
+        )
+    return {
+        "label": label,
+        "stage": stage,
+        "step": step,
+        "tries": 2,
+        "samples": samples,
+        "temperature": 0.7,
+        "problems": rows,
+    }
 
 
 def episode(number: int, text: str) -> tuple[Episode, list[str]]:
@@ -82,7 +114,12 @@ def episode(number: int, text: str) -> tuple[Episode, list[str]]:
     )
     parts = {"first": False, "second": number % 2 == 0, "first_error": "missed_target"}
     texts = ["Reach 24 with 3, 8, 1.", "3 + 8 + 1 = 12", "What went wrong?", text, "(3 * 8) * 1"]
-    return Episode(Problem(f"problem {number}", "?", 24), turns, reward=float(number % 2 == 0), parts=parts), texts
+    return (
+        Episode(
+            Problem(f"problem {number}", "?", 24), turns, reward=float(number % 2 == 0), parts=parts
+        ),
+        texts,
+    )
 
 
 def make_run(folder: Path, steps: int = 60, chunks: int = 6) -> None:
@@ -91,21 +128,58 @@ def make_run(folder: Path, steps: int = 60, chunks: int = 6) -> None:
     with Run.open(folder, RECIPE) as run:
         run.log_eval(evaluation("start", 0, 0, 0.2, 0.12))
         pairs = [episode(n, "I added; multiply instead.") for n in range(4)]
-        run.log_episodes([e for e, _ in pairs], [t for _, t in pairs], label="start", stage=0, step=0)
+        run.log_episodes(
+            [e for e, _ in pairs], [t for _, t in pairs], label="start", stage=0, step=0
+        )
         for step in range(chunks):
-            run.log({"stage": 0, "step": step, "kept": 40, "reward": 0.2, "first": 0.2 + rng.gauss(0, 0.02), "sampled": 9000.0})
-            run.log_time({"stage": 0, "step": step, "sample_s": 20.0, "sample_tps": 450 + rng.gauss(0, 9)})
+            run.log(
+                {
+                    "stage": 0,
+                    "step": step,
+                    "kept": 40,
+                    "reward": 0.2,
+                    "first": 0.2 + rng.gauss(0, 0.02),
+                    "sampled": 9000.0,
+                }
+            )
+            run.log_time(
+                {"stage": 0, "step": step, "sample_s": 20.0, "sample_tps": 450 + rng.gauss(0, 9)}
+            )
         for step in range(steps):
             gain = 1 - exp(-step / 25)
             reward = 0.15 + 0.35 * gain + rng.gauss(0, 0.05)
-            row = {"stage": 1, "step": step, "groups": 16.0, "dead": float(rng.randrange(3, 9)), "reward": reward, "second": reward}
-            row |= {"length": 60 - 25 * gain + rng.gauss(0, 3), "loss": rng.gauss(0, 0.01), "kl": 0.02 * gain, "entropy": 1.4 - 0.5 * gain}
-            row |= {"clip": 0.01, "grad_norm": float("nan") if step == 5 else 0.3, "mismatch_kl": 1e-6, "trained_tokens": 5000.0}
+            row = {
+                "stage": 1,
+                "step": step,
+                "groups": 16.0,
+                "dead": float(rng.randrange(3, 9)),
+                "reward": reward,
+                "second": reward,
+            }
+            row |= {
+                "length": 60 - 25 * gain + rng.gauss(0, 3),
+                "loss": rng.gauss(0, 0.01),
+                "kl": 0.02 * gain,
+                "entropy": 1.4 - 0.5 * gain,
+            }
+            row |= {
+                "clip": 0.01,
+                "grad_norm": float("nan") if step == 5 else 0.3,
+                "mismatch_kl": 1e-6,
+                "trained_tokens": 5000.0,
+            }
             run.log({**row, "sampled": 20000.0, "skipped": float(step > 5)})
-            times = {"sample_s": 40.0, "learn_s": 20.0, "sample_tps": 460.0, "learn_tps": 800 + rng.gauss(0, 20)}
+            times = {
+                "sample_s": 40.0,
+                "learn_s": 20.0,
+                "sample_tps": 460.0,
+                "learn_tps": 800 + rng.gauss(0, 20),
+            }
             run.log_time({"stage": 1, "step": step, **times})
             pairs = [episode(n, HOSTILE if n == 0 else "Use the product.") for n in range(4)]
-            run.log_episodes([e for e, _ in pairs], [t for _, t in pairs], label="train", stage=1, step=step)
+            run.log_episodes(
+                [e for e, _ in pairs], [t for _, t in pairs], label="train", stage=1, step=step
+            )
             if (step + 1) % 20 == 0:
                 label = "1-reflect" if step + 1 == steps else f"1-reflect@{step + 1}"
                 run.log_eval(evaluation(label, 1, step + 1, 0.2 + 0.2 * gain, 0.12 + 0.2 * gain))
@@ -124,8 +198,12 @@ def test_page_is_whole_and_self_contained(page: tuple[str, Page]) -> None:
     source, parsed = page
     assert parsed.open == []
     assert not {"script", "link", "img", "iframe", "i "} & {tag for tag, _ in parsed.elements}
-    assert not re.search(r"(src|href)\s*=|url\(|@import|https?:", re.sub(r"&lt;.*?&gt;", "", source))
-    assert not any(name.startswith("on") for _, attributes in parsed.elements for name in attributes)
+    assert not re.search(
+        r"(src|href)\s*=|url\(|@import|https?:", re.sub(r"&lt;.*?&gt;", "", source)
+    )
+    assert not any(
+        name.startswith("on") for _, attributes in parsed.elements for name in attributes
+    )
     assert "default-src 'none'" in source
     assert "all stages done" in parsed.text
 
@@ -141,7 +219,8 @@ def test_hostile_text_is_text(page: tuple[str, Page]) -> None:
 
 
 def test_trained_turns_are_coloured(page: tuple[str, Page]) -> None:
-    # 3 episodes of the one evaluation that logged any, 3 of the first and 3 of the last training step; 1 of each in the legend.
+    # 3 episodes of the one evaluation that logged any, 3 of the first and 3 of the last training
+    # step; 1 of each in the legend.
     assert page[1].count("div", "trained") == 9
     assert page[1].count("div", "sampled") == 18
     assert page[1].count("div", "given") == 18
@@ -151,19 +230,27 @@ def test_trained_turns_are_coloured(page: tuple[str, Page]) -> None:
 def test_tables_hold_the_numbers(page: tuple[str, Page]) -> None:
     text = " ".join(page[1].text.split())
     gain = 1 - exp(-59 / 25)
-    before, after = evaluation("start", 0, 0, 0.2, 0.12), evaluation("1-reflect", 1, 60, 0.2 + 0.2 * gain, 0.12 + 0.2 * gain)
+    before, after = (
+        evaluation("start", 0, 0, 0.2, 0.12),
+        evaluation("1-reflect", 1, 60, 0.2 + 0.2 * gain, 0.12 + 0.2 * gain),
+    )
     for row in (before, after):
         said = summarise(row)
         for key in ("first", "second", "fixed"):
             found = said[key]
-            assert f"{100 * found.value:.1f} % {100 * found.low:.1f} to {100 * found.high:.1f}" in text
+            assert (
+                f"{100 * found.value:.1f} % {100 * found.low:.1f} to {100 * found.high:.1f}" in text
+            )
         for kind, count in said["first_errors"].items():
             assert kind in text
             assert str(count) in text
         assert f"{100 * said['pass_at_k'][4].value:.1f} %" in text
     change = compare(before, after)["second"]
     assert change is not None
-    assert f"{100 * change.value:+.1f} points {100 * change.low:+.1f} to {100 * change.high:+.1f}" in text
+    assert (
+        f"{100 * change.value:+.1f} points {100 * change.low:+.1f} to {100 * change.high:+.1f}"
+        in text
+    )
     assert "1-reflect against start" in text
     assert "k = 4" in text
 
@@ -176,7 +263,9 @@ def test_curves_break_at_stages_and_skip_what_is_missing(page: tuple[str, Page])
     assert [len(run.split()) for run in runs] == [6, 60]
     assert reward.count('class="border"') == 1
     norm = source.split('aria-label="Gradient norm"')[1].split("</svg>")[0]
-    assert [len(run.split()) for run in re.findall(r'class="curve s1" points="([^"]+)"', norm)] == [59]  # NaN was stored as null
+    assert [len(run.split()) for run in re.findall(r'class="curve s1" points="([^"]+)"', norm)] == [
+        59
+    ]  # NaN was stored as null
 
 
 def test_line_points_sit_where_the_axes_say(tmp_path: Path) -> None:
@@ -221,34 +310,71 @@ def test_later_evaluations_are_listed_and_compared_in_their_own_way(tmp_path: Pa
     assert "Evaluated afterwards" not in Page(write_report(tmp_path / "run").read_text()).text
 
     def later(label: str, samples: int, first: float, changed: list[str]) -> None:
-        add_later_eval(tmp_path / "run", {**evaluation(label, 2, 0, first, 0.2, samples=samples), "changed": changed})
+        add_later_eval(
+            tmp_path / "run",
+            {**evaluation(label, 2, 0, first, 0.2, samples=samples), "changed": changed},
+        )
 
     later("adapter", 8, 0.9, [])  # nothing to compare with: the run itself took 4 samples
-    text = Page(write_report(tmp_path / "run").read_text()).text.split("Evaluated afterwards")[1].split("Curves")[0]
+    text = (
+        Page(write_report(tmp_path / "run").read_text())
+        .text.split("Evaluated afterwards")[1]
+        .split("Curves")[0]
+    )
     assert "x 8" in text
     assert "What changed" not in text
     later("base", 8, 0.1, ["sampling.attempt_tokens=<9>"])  # other settings: still nothing
-    text = Page(write_report(tmp_path / "run").read_text()).text.split("Evaluated afterwards")[1].split("Curves")[0]
+    text = (
+        Page(write_report(tmp_path / "run").read_text())
+        .text.split("Evaluated afterwards")[1]
+        .split("Curves")[0]
+    )
     assert "sampling.attempt_tokens=<9>" in text
     assert "What changed" not in text
     later("base", 8, 0.1, [])
-    later("adapter", 4, 0.9, [])  # made as the run's own were, so it is compared with the run's start
-    text = " ".join(Page(write_report(tmp_path / "run").read_text()).text.split("Evaluated afterwards")[1].split("Curves")[0].split())
-    pairs = [(evaluation("base", 2, 0, 0.1, 0.2, samples=8), evaluation("adapter", 2, 0, 0.9, 0.2, samples=8))]
+    later(
+        "adapter", 4, 0.9, []
+    )  # made as the run's own were, so it is compared with the run's start
+    text = " ".join(
+        Page(write_report(tmp_path / "run").read_text())
+        .text.split("Evaluated afterwards")[1]
+        .split("Curves")[0]
+        .split()
+    )
+    pairs = [
+        (
+            evaluation("base", 2, 0, 0.1, 0.2, samples=8),
+            evaluation("adapter", 2, 0, 0.9, 0.2, samples=8),
+        )
+    ]
     pairs += [(evaluation("start", 0, 0, 0.2, 0.12), evaluation("adapter", 2, 0, 0.9, 0.2))]
     for before, after in pairs:
         change = compare(before, after)["first"]
         assert change is not None
-        assert f"{after['label']} against {before['label']}{100 * change.value:+.1f} points {100 * change.low:+.1f} to" in text
+        assert (
+            f"{after['label']} against {before['label']}{100 * change.value:+.1f} points"
+            f" {100 * change.low:+.1f} to" in text
+        )
     assert text.count(" against ") == 2 + text.count("base against")
 
 
 def test_filters_say_what_they_keep(tmp_path: Path) -> None:
-    """Counts of two parts by hand: 8 trajectories of 20 steps, 16 of them approved, 5 trajectories in whole; 4 right; 3 both."""
+    """Counts of two parts by hand: 8 trajectories of 20 steps, 16 of them approved, 5 trajectories
+    in whole; 4 right; 3 both."""
     collect = {"kind": "collect", "method": "stepwise", "keep": "all"}
     stages = [collect, {"kind": "filter", "keep": "process", "judge": {"kind": "base"}, "parts": 3}]
-    node = recipes.parse({"model": {"name": "m"}, "task": {"name": "gsm8k", "chain": "calls"}, "stages": stages}, "test")
-    counts = {"trajectories": 4, "states": 10, "good_steps": 8, "unreadable": 1, "unanswered": 0, "outcome": 2}
+    node = recipes.parse(
+        {"model": {"name": "m"}, "task": {"name": "gsm8k", "chain": "calls"}, "stages": stages},
+        "test",
+    )
+    counts = {
+        "trajectories": 4,
+        "states": 10,
+        "good_steps": 8,
+        "unreadable": 1,
+        "unanswered": 0,
+        "outcome": 2,
+    }
     counts |= {"ends_11": 1, "ends_10": 1, "ends_01": 1, "ends_00": 1}
     with Run.open(tmp_path, node) as run:
         run.log({"stage": 1, "step": 0, "process": 3, "both": 2, "kept": 3} | counts)
@@ -280,23 +406,51 @@ def test_folders_that_hold_no_run(tmp_path: Path) -> None:
         write_report(tmp_path / "run")
 
 
-ODD: tuple[Any, ...] = (None, True, -1, 1e308, 10**30, "x", "", [], [None], {}, {"a": 1}, [[]], -5.5)
+ODD: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    1e308,
+    10**30,
+    "x",
+    "",
+    [],
+    [None],
+    {},
+    {"a": 1},
+    [[]],
+    -5.5,
+)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Where something stands in a row, the first two of every list."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
-    return [path] * bool(path) + [place for key, item in inside for place in places(item, (*path, key))]
+    inside = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value[:2])
+        if isinstance(value, list)
+        else ()
+    )
+    return [path] * bool(path) + [
+        place for key, item in inside for place in places(item, (*path, key))
+    ]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_that_no_run_writes_are_named(tmp_path: Path, seed: int) -> None:
-    """A file that was edited by hand gives a report or one line with its name. Catches: a traceback from inside a chart."""
+    """A file that was edited by hand gives a report or one line with its name. Catches: a traceback
+    from inside a chart."""
     make_run(tmp_path, steps=3, chunks=1)
-    add_later_eval(tmp_path, evaluation("base", 0, 0, 0.4, 0.2, problems=4) | {"changed": ["eval.samples=4"]})
+    add_later_eval(
+        tmp_path, evaluation("base", 0, 0, 0.4, 0.2, problems=4) | {"changed": ["eval.samples=4"]}
+    )
     rng, refused = Random(seed), list[str]()
     for _ in range(60):
-        path = tmp_path / f"{rng.choice(['metrics', 'timings', 'evals', 'episodes', 'later_evals', 'versions'])}.jsonl"
+        path = (
+            tmp_path
+            / f"{rng.choice(['metrics', 'timings', 'evals', 'episodes', 'later_evals', 'versions'])}.jsonl"
+        )
         whole = path.read_text()
         rows = [json.loads(line) for line in whole.splitlines()]
         row = rng.choice(rows)
@@ -316,7 +470,9 @@ def test_rows_that_no_run_writes_are_named(tmp_path: Path, seed: int) -> None:
         path.write_text(whole)
     assert 5 < len(refused) < 60
     assert not any("\n" in message for message in refused)
-    assert sum(bool(re.search(r"\.jsonl:[0-9]+: ", message)) for message in refused) > len(refused) / 2, "by file and line"
+    assert (
+        sum(bool(re.search(r"\.jsonl:[0-9]+: ", message)) for message in refused) > len(refused) / 2
+    ), "by file and line"
 
 
 def test_a_damaged_row_is_named_by_file_and_line(tmp_path: Path) -> None:
