@@ -126,7 +126,7 @@ def test_only_chat_imports_transformers_outside_the_engine() -> None:
 
 
 def test_no_file_imports_itself_through_others() -> None:
-    graph = _graph(with_lazy=False)
+    graph = _graph(with_lazy=True)
     assert [name for name in graph if name in _reached(graph, name)] == []
 
 

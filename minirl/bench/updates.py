@@ -175,7 +175,7 @@ class StockRows:
                             else nullcontext()
                         ):
                             loss = self._loss(self.rows[start : start + self.at_once])
-                        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                        self.scaler.scale(loss).backward()
                     break
                 except torch.OutOfMemoryError:
                     if self.at_once == 1:

@@ -20,7 +20,7 @@ from bm25s.stopwords import STOPWORDS_EN
 
 from minirl.errors import UserError
 from minirl.recipe.retriever import Bm25Retriever
-from minirl.retrieve import Passage, Passages
+from minirl.retrieve.passage import Passage, Passages
 from minirl.retrieve.store import Stored, store
 
 # Raise the number whenever `words` changes what it makes of a text.

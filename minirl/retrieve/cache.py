@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 from minirl.errors import UserError
 from minirl.io.files import cache_dir, write_folder
 from minirl.recipe.retriever import Bm25Retriever
-from minirl.retrieve import Passage
 from minirl.retrieve.bm25 import WORDS_VERSION, Bm25
+from minirl.retrieve.passage import Passage
 
 LOCK_LIMIT_S = 3600
 # Raise the number whenever the files of a folder change their form.

@@ -19,7 +19,7 @@ from typing import Any
 from minirl.errors import UserError
 from minirl.io.rows import SUFFIXES, decode, read_rows
 from minirl.recipe.retriever import Bm25Retriever
-from minirl.retrieve import Passage
+from minirl.retrieve.passage import Passage
 
 CONTEXT = "context"
 TEXT_SUFFIXES = (".txt", ".md")

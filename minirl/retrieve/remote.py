@@ -21,7 +21,7 @@ from typing import Any
 
 from minirl.errors import UserError
 from minirl.recipe.retriever import RemoteRetriever
-from minirl.retrieve import Passage
+from minirl.retrieve.passage import Passage
 
 MAX_BYTES = 64 * 2**20
 CHUNK_BYTES = 2**16

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minirl.retrieve import Passage
+from minirl.retrieve.passage import Passage
 
 ROWS, ENDS = "passages.jsonl", "ends.npy"
 

@@ -19,7 +19,7 @@ from minirl import recipe
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
 from minirl.io.rows import read_rows
-from minirl.tasks import Demonstration, Task
+from minirl.tasks.task import Demonstration, Task
 from minirl.verify.function_calling import CLOSE, OPEN, error_kind, verify
 
 SYSTEM = (

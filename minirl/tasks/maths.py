@@ -22,9 +22,9 @@ from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
 from minirl.io.rows import SUFFIXES, read_rows
 from minirl.recipe.maths import Gsm8k, Mathqa, Maths, Svamp
-from minirl.tasks import Demonstration, Task
 from minirl.tasks.calls import confirmed
 from minirl.tasks.maths_rows import Row, read
+from minirl.tasks.task import Demonstration, Task
 from minirl.verify import numeric, option, program
 from minirl.verify.sandbox import Limits, require
 from minirl.verify.stated import PHRASE

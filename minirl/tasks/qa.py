@@ -27,9 +27,9 @@ from minirl.errors import UserError
 from minirl.io.rows import SUFFIXES, read_rows
 from minirl.recipe.qa import QA
 from minirl.retrieve import Retriever
-from minirl.tasks import Task
 from minirl.tasks.corpus import Corpus
 from minirl.tasks.qa_rows import Row, digest
+from minirl.tasks.task import Task
 from minirl.verify.qa import RESEARCH, STYLES, Tags, answer_text, exact_match, f1, normalise, verify
 
 MOST_NAMED = (

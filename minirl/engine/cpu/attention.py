@@ -37,7 +37,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: fl
     T, D)."""
     if not torch.is_grad_enabled():
         return _forward(query, key, value, bias, scale)
-    out: Tensor = _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]
+    out: Tensor = _Attention.apply(query, key, value, bias, scale)
     return out
 
 

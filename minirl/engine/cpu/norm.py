@@ -39,7 +39,7 @@ def lean_forward(self: Any, x: Tensor) -> Tensor:
     """w * x / sqrt(mean(x^2) + eps), (..., D) -> (..., D)."""
     if not torch.is_grad_enabled():
         return _norm(x, self.weight, self.variance_epsilon)[0]
-    out: Tensor = _Norm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
+    out: Tensor = _Norm.apply(x, self.weight, self.variance_epsilon)
     return out
 
 

@@ -275,7 +275,7 @@ class Learner:
                     experience=experience,
                     measure_mismatch=measure_mismatch,
                 )
-                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                self.scaler.scale(loss).backward()
             return found
 
         sums.add(self._within_memory(accumulated))

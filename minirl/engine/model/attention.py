@@ -331,14 +331,14 @@ def _masked(
 def _to_grid(x: Tensor, bundle: Bundle) -> Tensor:
     """Packed completions (1, H, C, D) as (G, H, R, D)."""
     count, width = bundle.grid
-    grid: Tensor = _Rearrange.apply(x, bundle.take, bundle.place)  # type: ignore[no-untyped-call]
+    grid: Tensor = _Rearrange.apply(x, bundle.take, bundle.place)
     return grid.view(x.shape[1], count, width, x.shape[3]).transpose(0, 1)
 
 
 def _from_grid(x: Tensor, bundle: Bundle) -> Tensor:
     """(G, H, R, D) as packed completions (1, H, C, D)."""
     flat = x.transpose(0, 1).reshape(1, x.shape[1], -1, x.shape[3])
-    packed: Tensor = _Rearrange.apply(flat, bundle.place, bundle.take)  # type: ignore[no-untyped-call]
+    packed: Tensor = _Rearrange.apply(flat, bundle.place, bundle.take)
     return packed
 
 

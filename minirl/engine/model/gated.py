@@ -33,7 +33,7 @@ def lean_forward(self: Any, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
     out: Tensor = self.down_proj(
         _Gated.apply(gate, up) if torch.is_grad_enabled() else silu(gate).mul_(up)
-    )  # type: ignore[no-untyped-call]
+    )
     return out
 
 

@@ -78,7 +78,7 @@ class Head:
             if self._is_plain and not entropy_grad:
                 parts.append(
                     _Chosen.apply(h, t, self.linear.weight, self.scale / temperature, entropy)
-                )  # type: ignore[no-untyped-call]
+                )
             elif torch.is_grad_enabled() and h.requires_grad:
                 parts.append(
                     checkpoint(self._compute, h, t, temperature, entropy, use_reentrant=False)

@@ -105,7 +105,7 @@ class Joint:
         scaled = [
             layer.lora_B[self._name].weight * layer.scaling[self._name] for layer in self.layers
         ]
-        b: Tensor = torch.block_diag(*scaled)  # type: ignore[no-untyped-call]
+        b: Tensor = torch.block_diag(*scaled)
         self._a = (
             torch.cat([layer.lora_A[self._name].weight for layer in self.layers])
             .detach()

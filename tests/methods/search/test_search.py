@@ -587,13 +587,13 @@ def test_the_gradient_on_results_is_exactly_zero(
     assert ord("Q") in batch.tokens
     assert ord("Q") not in batch.target
     hidden = policy.hidden(batch.tokens, batch.positions, batch.layout or batch.present)
-    hidden.retain_grad()  # type: ignore[no-untyped-call]
+    hidden.retain_grad()
     states = hidden.flatten(0, 1).index_select(0, batch.seen)
     logprobs, entropy = policy.logprobs(
         batch, temperature=1.0, entropy=True, entropy_grad=True, states=states
     )
     assert entropy is not None
-    (logprobs.sum() + (logprobs**2).sum() + entropy.sum()).backward()  # type: ignore[no-untyped-call]
+    (logprobs.sum() + (logprobs**2).sum() + entropy.sum()).backward()
     assert hidden.grad is not None
     touched = hidden.grad.abs().sum(-1).flatten() > 0
     assert set(touched.nonzero().flatten().tolist()) == set(batch.seen.tolist())
