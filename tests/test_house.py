@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,15 +154,16 @@ def test_the_light_modules_load_without_torch() -> None:
     )
 
 
-def test_help_answers_at_once() -> None:
-    walls = []
-    for _ in range(3):
-        began = time.perf_counter()
-        answer = subprocess.run(
-            [sys.executable, "-m", "minirl", "--help"], capture_output=True, text=True, check=True
-        ).stdout
-        walls.append(time.perf_counter() - began)
-        assert "run" in answer
-        if walls[-1] < 0.5:
-            break
-    assert min(walls) < 0.5, f"minirl --help took {walls} s"
+def test_help_imports_nothing_heavy() -> None:
+    # Time depends on the machine; what is imported does not, and it is nearly all of the time.
+    code = (
+        "import sys, contextlib\n"
+        "from minirl.cli import app\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    app(['--help'])\n"
+        "print('IMPORTED', {m.split('.')[0] for m in sys.modules})"
+    )
+    text, _, imported = _python(code).partition("IMPORTED ")
+    assert "run" in text
+    slow = {*HEAVY, "transformers", "datasets", "numpy", "pydantic", "yaml", "jinja2", "httpx2"}
+    assert slow & set(ast.literal_eval(imported)) == set()
