@@ -91,6 +91,15 @@ class Job:
         return Outcome(self.process.exitcode, self.out, self.streams[1].read_text())
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip `cuda` tests where there is no card."""
+    if item.get_closest_marker("cuda") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no NVIDIA GPU")
+
+
 Start = Callable[..., Job]
 Cli = Callable[..., Outcome]
 

@@ -330,7 +330,7 @@ def test_an_r3_episode_as_the_model_sees_it(tmp_path: Path) -> None:
     assert episode.show(lambda tokens: CHAT.text(tokens, special=True)) == R3
 
 
-@pytest.mark.real
+@pytest.mark.slow
 def test_the_embedded_model_s_tokenizer() -> None:
     chat = Chat.open(real_model())
     assert (chat.renders_system, chat.renders_tools) == (True, False)

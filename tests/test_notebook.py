@@ -12,7 +12,7 @@ from tiny import real_model
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "01_reflect_retry.ipynb"
 
 
-@pytest.mark.real
+@pytest.mark.slow
 def test_the_first_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_model()
     monkeypatch.setenv("MINIRL_QUICK", "1")

@@ -419,7 +419,7 @@ def test_folders_that_cannot_be_loaded_say_so_in_one_line(folders: Any, tmp_path
         models.load_model(node(str(folder)), device=CPU)
 
 
-@pytest.mark.real
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_the_embedded_model_knows_english(quantize: str) -> None:
     tiny.real_model()

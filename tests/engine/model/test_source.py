@@ -229,7 +229,7 @@ def test_an_unknown_model_is_not_in_the_cache(
     assert embedded.cached_snapshot("some/model-that-nobody-has") is None
 
 
-@pytest.mark.real
+@pytest.mark.slow
 def test_the_embedded_tokenizer_is_the_model_s_own() -> None:
     from transformers import AutoTokenizer
 
