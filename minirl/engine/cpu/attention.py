@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirl.engine.cpu.compiled import array, flat_rows, kernels, pair_kernels
+from minirl.engine.cpu.compiled import array, flat_rows, kernels
 
 CHUNK_SCORES = 2**20  # scores alive at once, 2 MiB: what follows finds them in the cache
 
@@ -64,7 +64,7 @@ def decode(
     key = key.as_strided((batch, heads, size, capacity), (*by_column[:2], capacity, 1))
     value = value.as_strided((batch, heads, capacity, size), by_row)
     query, out = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
-    args = (
+    found.attend(
         array(query),
         array(key),
         array(value),
@@ -73,11 +73,6 @@ def decode(
         np.float32(scale),
         array(out),
     )
-    by_pairs = pair_kernels(query)
-    if by_pairs is not None and not (size % by_pairs.BLOCK or capacity % by_pairs.BLOCK):
-        by_pairs.attend(*args, (0,) * query.shape[2])
-    else:
-        found.attend(*args)
     return out
 
 

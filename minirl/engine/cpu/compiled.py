@@ -1,5 +1,5 @@
-"""The door to kernels.py and bf16_kernels.py: a CPU's decode step where numba is there (`pip
-install 'minirl[cpu]'`), and tensors as numba takes them.
+"""The door to kernels.py, a CPU's decode step where numba is installed (`pip install
+'minirl[cpu]'`), and tensors as numba takes them.
 
 Invariant: whether the kernels are used depends on the machine and what is installed alone, never on
 timing: a run that is taken up again computes as it did before.
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float32)
-PAIRS = "avx512bf16"  # LLVM's name of what multiplies bf16 by pairs
 # numba's other pools of threads would contend with torch's own for the cores; this one is the same
 OPENMP = "omp"
 
@@ -25,16 +24,6 @@ OPENMP = "omp"
 def kernels(x: Tensor) -> Any:
     """The module of kernels where it computes on tensors like x, without a gradient; else None."""
     return _kernels() if x.device.type == "cpu" and x.dtype in DTYPES else None
-
-
-def pair_kernels(x: Tensor) -> Any:
-    """The module of kernels that multiply bf16 by pairs, where it computes on tensors like x,
-    without a gradient; else None."""
-    return (
-        _pair_kernels()
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and _kernels() is not None
-        else None
-    )
 
 
 @cache
@@ -62,29 +51,6 @@ def _kernels() -> Any:
         said.info("numba's kernels are left out (%s)", str(error).split("\n")[0])
         return None
     return found
-
-
-@cache
-def _pair_kernels() -> Any:
-    """bf16_kernels.py, once its products were right; None on a machine without them, where LLVM
-    would end the process."""
-    import numba
-    from llvmlite.binding import get_host_cpu_features
-
-    as_the_host = not numba.config.CPU_NAME and not numba.config.CPU_FEATURES
-    try:
-        if not (as_the_host and get_host_cpu_features().get(PAIRS)):
-            return None
-        from minirl.engine.cpu import bf16_kernels as found
-
-        x, out = torch.arange(32.0).bfloat16(), torch.empty(32)
-        found.multiply(array(x), array(x + 1), array(out))
-        return found if torch.equal(out, 2 * x.float() * (x.float() + 1)) else None
-    except (numba.errors.NumbaError, ImportError, RuntimeError) as error:
-        logging.getLogger("minirl").info(
-            "numba's bf16 kernels are left out (%s)", str(error).split("\n")[0]
-        )
-        return None
 
 
 def _works(found: Any) -> bool:

@@ -15,7 +15,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from minirl.engine.cpu.compiled import array, flat_rows, pair_kernels
 from minirl.engine.cpu.packed import fits, pack, product
 
 SIBLINGS = (
@@ -90,7 +89,7 @@ class Joint:
     def __init__(self, layers: Sequence[Any], rows: int) -> None:
         self.layers = list(layers)
         self._rows = rows
-        self._a = self._down = self._up = torch.empty(0)
+        self._down = self._up = torch.empty(0)
         self._sizes = [layer.get_base_layer().weight.shape[0] for layer in layers]
         biases = [layer.get_base_layer().bias for layer in layers]
         self._bias = None if all(bias is None for bias in biases) else torch.cat(biases)
@@ -106,13 +105,9 @@ class Joint:
             layer.lora_B[self._name].weight * layer.scaling[self._name] for layer in self.layers
         ]
         b: Tensor = torch.block_diag(*scaled)
-        self._a = (
-            torch.cat([layer.lora_A[self._name].weight for layer in self.layers])
-            .detach()
-            .to(weights.dtype)
-        )
+        a = torch.cat([layer.lora_A[self._name].weight for layer in self.layers])
         self._up = pack(torch.cat([weights, b.to(weights.dtype)], dim=1), self._rows)
-        self._down = pack(self._a, self._rows)
+        self._down = pack(a.to(weights.dtype), self._rows)
 
     def forget(self) -> None:
         """Let go of the last input and outputs."""
@@ -129,21 +124,10 @@ class Joint:
         all."""
         index = next(i for i, one in enumerate(self.layers) if one is layer)
         if index == 0 or self._x is not x:
-            self._x, self._out = (
-                x,
-                torch.split(product(self._beside(x), self._up, self._bias), self._sizes, dim=-1),
-            )
+            both = torch.cat([x, product(x, self._down)], dim=-1)
+            out = product(both, self._up, self._bias)
+            self._x, self._out = x, torch.split(out, self._sizes, dim=-1)
         return self._out[index]
-
-    def _beside(self, x: Tensor) -> Tensor:
-        """[x, low], (..., in + R). The compiled kernel saves a decode step two calls; for many rows
-        the library is the faster."""
-        (rank, size), count, found = self._a.shape, x.shape[:-1].numel(), pair_kernels(x)
-        if found is None or count > self._rows or size % found.BLOCK or rank % 4:
-            return torch.cat([x, product(x, self._down)], dim=-1)
-        both = x.new_empty(*x.shape[:-1], size + rank)
-        found.beside(*flat_rows(x), array(self._a), array(both.view(count, -1)))
-        return both
 
 
 def lean_forward(self: Any, x: Tensor) -> Tensor:

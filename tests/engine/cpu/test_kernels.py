@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llvmlite.binding import get_host_cpu_features
 from numba import njit
-from peft import LoraConfig, get_peft_model
 from tiny import byte_tokenizer, save_tiny
 from torch import Tensor
 
 from minirl import recipe
 from minirl.chat import Chat
 from minirl.engine.cpu import attention as cpu_attention
-from minirl.engine.cpu import bf16_kernels, compiled, kernels, norm
+from minirl.engine.cpu import compiled, kernels, norm
 from minirl.engine.cpu.compiled import array
 from minirl.engine.model import load as models
-from minirl.engine.model import lora
 from minirl.engine.model.policy import Policy
 from minirl.engine.sample.live import LiveSampler
 from minirl.episode import Ask
@@ -111,23 +106,20 @@ SHAPES = [(1, 1, 1, 4), (3, 2, 3, 16), (5, 1, 8, 64), (2, 3, 1, 80), (4, 2, 3, 9
 @settings(max_examples=120, deadline=None)
 @given(
     st.randoms(use_true_random=False),
-    st.sampled_from([(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)]),
+    st.sampled_from([torch.bfloat16, torch.float32]),
     st.sampled_from(SHAPES),
     st.sampled_from([None, 1, 7, 50]),
 )
 @torch.no_grad()
 def test_attention_of_one_new_token(
     rng: Random,
-    kind: tuple[torch.dtype, bool],
+    dtype: torch.dtype,
     shape: tuple[int, int, int, int],
     window: int | None,
 ) -> None:
     """Rows of all lengths, alone and in a wider cache. What stands behind a row's own keys is NaN:
-    none of it may count.
-
-    By pairs the weights are rounded too, which may take half a unit of what they sum.
-    """
-    (dtype, by_pairs), (rows, heads, shared, size) = kind, shape
+    none of it may count."""
+    rows, heads, shared, size = shape
     capacity = rng.choice([16, 64, 128])
     everything = cache(rng, rows + 1, heads, capacity, size, dtype)
     keys, values = (block[:rows] for block in everything)
@@ -136,48 +128,20 @@ def test_attention_of_one_new_token(
         keys[row, :, last + 1 :], values[row, :, last + 1 :] = torch.nan, torch.nan
     query, scale = 2 * torch.randn(rows, heads, shared, size).to(dtype), 0.2
     width = int(positions.max()) + 1
-    with nullcontext() if by_pairs else patch.object(compiled, "_pair_kernels", lambda: None):
-        found = cpu_attention.decode(
-            query, keys[:, :, :width], values[:, :, :width], positions, window, scale
-        )
-        alone = cpu_attention.decode(
-            query[-1:], keys[-1:, :, :width], values[-1:, :, :width], positions[-1:], window, scale
-        )
+    found = cpu_attention.decode(
+        query, keys[:, :, :width], values[:, :, :width], positions, window, scale
+    )
+    alone = cpu_attention.decode(
+        query[-1:], keys[-1:, :, :width], values[-1:, :, :width], positions[-1:], window, scale
+    )
     assert found is not None
     assert alone is not None
     assert found.dtype == dtype
     expected = reference(query, keys, values, positions, window, scale)
-    room = reference(query, keys, values.abs(), positions, window, scale) if by_pairs else 0.0
-    assert bool(
-        (
-            (found.double() - expected).abs() <= 1e-5 + HALF_ULP[dtype] * (expected.abs() + room)
-        ).all()
-    )
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=HALF_ULP[dtype])
     assert torch.equal(alone[0], found[-1]), (
         "a row's attention is its own, whatever stands beside it"
     )
-
-
-@pytest.mark.skipif(
-    not get_host_cpu_features().get(compiled.PAIRS),
-    reason="this CPU does not multiply bf16 by pairs",
-)
-@torch.no_grad()
-def test_bf16_is_multiplied_by_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches: the faster kernel left out, or taken where its blocks do not fit. One weight is 1,
-    so what it gives is a value, exactly."""
-    calls: list[int] = []
-    attend = bf16_kernels.attend
-    monkeypatch.setattr(bf16_kernels, "attend", lambda *args: calls.append(attend(*args)))
-    for capacity, size, used in ((64, 64, 1), (64, 32, 1), (48, 64, 0), (64, 48, 0)):
-        keys, values = cache(Random(1), 2, 1, capacity, size, torch.bfloat16)
-        positions = torch.tensor([[40], [33]])
-        query = 100 * keys[:, :, 33:34].expand(2, 1, 3, size)
-        out = cpu_attention.decode(query, keys, values, positions, None, 1.0)
-        assert out is not None
-        assert torch.equal(out, values[:, :, 33:34].expand_as(out))
-        assert len(calls) == used
-        calls.clear()
 
 
 @torch.no_grad()
@@ -260,41 +224,6 @@ def test_new_tokens_are_stored_each_in_its_own_place(dtype: torch.dtype) -> None
         positions,
     )
     assert torch.equal(keys, expected[0])
-
-
-@pytest.mark.skipif(
-    not get_host_cpu_features().get(compiled.PAIRS),
-    reason="this CPU does not multiply bf16 by pairs",
-)
-@pytest.mark.parametrize(
-    ("size", "rank", "count", "is_compiled"),
-    [(64, 16, 7, 1), (96, 4, 8, 1), (64, 6, 7, 0), (48, 16, 7, 0), (64, 16, 9, 0)],
-)
-@torch.no_grad()
-def test_an_adapter_s_low_products_stand_beside_their_input(
-    size: int, rank: int, count: int, is_compiled: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    model = torch.nn.ModuleDict({"o_proj": torch.nn.Linear(size, 32, dtype=torch.bfloat16)})
-    peft_model: Any = get_peft_model(
-        model, LoraConfig(r=rank, target_modules=["o_proj"]), autocast_adapter_dtype=True
-    )  # type: ignore[arg-type]
-    lora.lean_lora(peft_model)
-    layer = peft_model.base_model.model["o_proj"]
-    joint = lora.Joint([layer], rows=8)
-    joint.pack()
-    calls: list[int] = []
-    beside = bf16_kernels.beside
-    monkeypatch.setattr(bf16_kernels, "beside", lambda *args: calls.append(beside(*args)))
-    wide = torch.randn(count, 1, size + 32).bfloat16()
-    x = wide[..., 32:]
-    both = joint._beside(x)
-    assert len(calls) == is_compiled
-    low = x.double() @ layer.lora_A["default"].weight.bfloat16().double().T
-    assert torch.equal(both[..., :size], x)
-    torch.testing.assert_close(
-        both[..., size:].double(), low, rtol=HALF_ULP[torch.bfloat16], atol=1e-5
-    )
 
 
 class Norm:
@@ -402,48 +331,6 @@ def test_kernels_that_would_not_serve_are_left_out(
     assert compiled.kernels(x) is kernels
     assert compiled.kernels(x.half()) is None
     assert compiled.kernels(torch.empty(1, 4, device="meta")) is None
-
-
-def _cannot_compile(*_: Any) -> None:
-    raise RuntimeError("Intrinsic has incorrect argument type!\nptr ...")
-
-
-@pytest.mark.skipif(
-    not get_host_cpu_features().get(compiled.PAIRS),
-    reason="this CPU does not multiply bf16 by pairs",
-)
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda patch: patch.setattr("llvmlite.binding.get_host_cpu_features", dict), ""),
-        (lambda patch: patch.setattr("numba.config.CPU_NAME", "generic"), ""),
-        (
-            lambda patch: patch.setattr(bf16_kernels, "multiply", lambda x, y, out: out.fill(1.0)),
-            "",
-        ),
-        (
-            lambda patch: patch.setattr(bf16_kernels, "multiply", _cannot_compile),
-            "left out (Intrinsic has incorrect argument type!)",
-        ),
-    ],
-)
-def test_pairs_that_would_not_serve_are_left_out(
-    change: Any, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Catches: LLVM asked for an instruction that the machine lacks, which ends the process;
-    kernels that compute something else."""
-    x = torch.ones(1, 4).bfloat16()
-    compiled._pair_kernels.cache_clear()
-    try:
-        with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="minirl"):
-            change(patch)
-            assert compiled.pair_kernels(x) is None
-            assert compiled.kernels(x) is kernels, "the others go on"
-        assert said in caplog.text
-    finally:
-        compiled._pair_kernels.cache_clear()
-    assert compiled.pair_kernels(x) is bf16_kernels
-    assert compiled.pair_kernels(x.float()) is None
 
 
 def _no_layer(*_: Any) -> None:
