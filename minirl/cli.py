@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from minirl.errors import UserError
+from minirl.errors import UserError, first_line
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -299,16 +299,14 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        typer.echo(
-            f"minirl: {' '.join(str(error).split())}", err=True
-        )  # what libraries say may have many lines
+        typer.echo(f"minirl: {error}", err=True)
         sys.exit(2)
     except RuntimeError as error:
         if (
             type(error).__name__ != "OutOfMemoryError"
         ):  # torch's, which is not imported for the sake of its name
             raise
-        typer.echo(f"minirl: {OUT_OF_MEMORY} ({str(error).splitlines()[0]})", err=True)
+        typer.echo(f"minirl: {OUT_OF_MEMORY} ({first_line(error)})", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("minirl: stopped at once; the same command goes on from the last save", err=True)

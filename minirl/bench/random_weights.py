@@ -25,7 +25,7 @@ from transformers import (
 
 from minirl.engine.model.adapter import LOAD_ERRORS
 from minirl.engine.model.source import quiet
-from minirl.errors import UserError
+from minirl.errors import UserError, first_line
 from minirl.io.hub import hub_answers
 
 PART_BYTES = 2 * 10**9  # of weights in one file, and so in the CPU's memory at once
@@ -56,10 +56,9 @@ def write_random_model(source: str, folder: Path, dtype: torch.dtype, device: to
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except LOAD_ERRORS as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"--random-weights: {source}: not the configuration of a causal language model"
-            f" ({reason})"
+            f" ({first_line(error)})"
         ) from error
     _write_weights(model, folder, device)
     _tokenizer(str(path.parent if path.is_file() else path) if local else source).save_pretrained(

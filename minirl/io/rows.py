@@ -21,7 +21,7 @@ _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def read_rows(
+def read_dataset(
     source: str, columns: Sequence[str], split: str = "train", *, setting: str = "task.source=PATH"
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (where, row) in the order of `source`; `where` is like "data.jsonl, line 17" or

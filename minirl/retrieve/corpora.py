@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minirl.errors import UserError
-from minirl.io.rows import SUFFIXES, decode, read_rows
+from minirl.io.rows import SUFFIXES, decode, read_dataset
 from minirl.recipe.retriever import Bm25Retriever
 from minirl.retrieve.passage import Passage
 
@@ -92,7 +92,7 @@ def _file(path: Path, source: str, name: str, node: Bm25Retriever) -> Iterator[P
                 node,
             )
     else:
-        for where, row in read_rows(source, (node.text,), node.split, setting=SETTING):
+        for where, row in read_dataset(source, (node.text,), node.split, setting=SETTING):
             yield _passage(row, where, node)
 
 

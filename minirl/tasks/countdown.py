@@ -15,7 +15,7 @@ from random import Random
 from minirl import recipe
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
-from minirl.io.rows import read_rows
+from minirl.io.rows import read_dataset
 from minirl.tasks.task import Demonstration, Task
 from minirl.verify import countdown as verifier
 
@@ -111,7 +111,7 @@ def _generated(node: recipe.Countdown, wanted: int) -> list[Key]:
 
 def _read(node: recipe.Countdown, wanted: int) -> list[Key]:
     found: dict[Key, Key] = {}
-    for where, row in read_rows(node.source, ("nums", "target")):
+    for where, row in read_dataset(node.source, ("nums", "target")):
         numbers, target = row["nums"], row["target"]
         well_formed = (
             isinstance(numbers, list)

@@ -18,7 +18,7 @@ from typing import Any
 from minirl import recipe
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
-from minirl.io.rows import read_rows
+from minirl.io.rows import read_dataset
 from minirl.tasks.task import Demonstration, Task
 from minirl.verify.function_calling import CLOSE, OPEN, error_kind, verify
 
@@ -58,7 +58,8 @@ def open_task(node: recipe.FunctionCalling, seed: int) -> Task:
     """
     problems: list[Problem] = []
     left_out: Counter[str] = Counter()
-    for number, (where, row) in enumerate(read_rows(node.source, ("query", "tools", "answers")), 1):
+    rows = read_dataset(node.source, ("query", "tools", "answers"))
+    for number, (where, row) in enumerate(rows, 1):
         query, tools, calls = _read(row, where)
         reason = _unusable(query, tools, calls, node.max_tools)
         if reason:

@@ -20,7 +20,7 @@ from random import Random
 
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
-from minirl.io.rows import SUFFIXES, read_rows
+from minirl.io.rows import SUFFIXES, read_dataset
 from minirl.recipe.maths import Gsm8k, Mathqa, Maths, Svamp
 from minirl.tasks.calls import confirmed
 from minirl.tasks.maths_rows import Row, read
@@ -151,7 +151,7 @@ def _rows(
     """The rows of a source in the order of their questions' digests: a row more or less moves no
     other to the other side."""
     setting = "task.test_source=PATH" if part == "test" else "task.source=PATH"
-    found = enumerate(read_rows(source, (), split, setting=setting), 1)
+    found = enumerate(read_dataset(source, (), split, setting=setting), 1)
     rows = [
         read(node, f"{node.name}/{part}/{number}", where, row) for number, (where, row) in found
     ]

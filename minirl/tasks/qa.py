@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
-from minirl.io.rows import SUFFIXES, read_rows
+from minirl.io.rows import SUFFIXES, read_dataset
 from minirl.recipe.qa import QA
 from minirl.retrieve import Retriever
 from minirl.tasks.corpus import Corpus
@@ -249,7 +249,7 @@ def _usable(
     seen: set[bytes] = set()
     tags = STYLES[node.tags]
     setting = "task.test_source=PATH" if source == node.test_source else "task.source=PATH"
-    for where, data in read_rows(source, (), split, setting=setting):
+    for where, data in read_dataset(source, (), split, setting=setting):
         row = Row.read(data, where)
         key = digest(row.question)
         if key in held_out:

@@ -16,7 +16,7 @@ import pytest
 
 from minirl.errors import UserError
 from minirl.io import hub
-from minirl.io.rows import read_rows
+from minirl.io.rows import read_dataset
 
 ROWS = [{"a": 1, "b": "ä\u2028x"}, {"a": [2], "b": None}, {"a": {"c": 3}, "b": ""}]
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ def write(path: Path, text: str | bytes) -> str:
 
 def fault(source: str, columns: tuple[str, ...] = ("a", "b")) -> str:
     with pytest.raises(UserError) as caught:
-        list(read_rows(source, columns))
+        list(read_dataset(source, columns))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -41,13 +41,13 @@ def test_reads_json_and_jsonl_alike(tmp_path: Path, mark: bytes) -> None:
     )
     lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
     as_lines = write(tmp_path / "d.JSONL", mark + "\r\n".join([lines[0], "", *lines[1:]]).encode())
-    assert list(read_rows(as_list, ["a", "b"])) == [
+    assert list(read_dataset(as_list, ["a", "b"])) == [
         (f"{as_list}, row {i}", row) for i, row in enumerate(ROWS, 1)
     ]
-    assert list(read_rows(as_lines, ["a"])) == [
+    assert list(read_dataset(as_lines, ["a"])) == [
         (f"{as_lines}, line {i}", row) for i, row in zip((1, 3, 4), ROWS, strict=True)
     ]
-    assert list(read_rows(write(tmp_path / "none.json", " [ ] "), ["a"])) == []
+    assert list(read_dataset(write(tmp_path / "none.json", " [ ] "), ["a"])) == []
 
 
 def test_reads_parquet_and_names_the_row(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_reads_parquet_and_names_the_row(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "d.parquet"
     parquet.write_table(pyarrow.table({"a": [1, 2], "b": ["x", "y"]}), path)
-    assert list(read_rows(str(path), ["a", "b"])) == [
+    assert list(read_dataset(str(path), ["a", "b"])) == [
         (f"{path}, row 1", {"a": 1, "b": "x"}),
         (f"{path}, row 2", {"a": 2, "b": "y"}),
     ]
@@ -119,7 +119,7 @@ def test_a_malformed_row_is_named_by_file_and_number(
 
 
 def test_good_rows_come_before_the_fault(tmp_path: Path) -> None:
-    rows = read_rows(write(tmp_path / "d.json", f"[{GOOD}, 3]"), ["a"])
+    rows = read_dataset(write(tmp_path / "d.json", f"[{GOOD}, 3]"), ["a"])
     assert next(rows)[1] == {"a": 1, "b": 2}
     with pytest.raises(UserError, match="row 2"):
         next(rows)
@@ -222,11 +222,11 @@ split = {"name": "train", "num_bytes": size, "num_examples": count, "dataset_nam
 names = {"builder_name": "parquet", "dataset_name": "some-rows", "config_name": "default", "version": "0.0.0"}
 DatasetInfo(features=features, splits={"train": split}, **names).write_to_directory(str(folder))
 from minirl.errors import UserError
-from minirl.io.rows import read_rows
-print(list(read_rows("owner/some-rows", ["a"])))
+from minirl.io.rows import read_dataset
+print(list(read_dataset("owner/some-rows", ["a"])))
 for source, split in (("owner/other", "train"), ("owner/some-rows", "test")):
     try:
-        list(read_rows(source, ["a"], split))
+        list(read_dataset(source, ["a"], split))
     except UserError as error:
         print(error)
 assert not config.HF_HUB_OFFLINE and "torch" not in sys.modules

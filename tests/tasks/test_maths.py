@@ -447,7 +447,7 @@ def test_a_test_file_is_held_out_and_never_trained_on(tmp_path: Path) -> None:
 def test_a_hub_source_has_its_own_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
 
-    def read_rows(
+    def read_dataset(
         source: str, columns: tuple[str, ...], split: str, *, setting: str
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         asked.append((source, split))
@@ -455,7 +455,7 @@ def test_a_hub_source_has_its_own_test_split(monkeypatch: pytest.MonkeyPatch) ->
             (f"{source} ({split}), row {n}", gsm(f"{split} {n}?", f"#### {n}")) for n in range(4)
         )
 
-    monkeypatch.setattr("minirl.tasks.maths.read_rows", read_rows)
+    monkeypatch.setattr("minirl.tasks.maths.read_dataset", read_dataset)
     task = open_task(Gsm8k(name="gsm8k"), seed=0)
     assert asked == [("openai/gsm8k:main", "train"), ("openai/gsm8k:main", "test")]
     assert [len(task.train), len(task.held_out)] == [4, 4]

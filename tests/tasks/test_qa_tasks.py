@@ -699,7 +699,7 @@ def test_hub_names_and_splits(
         asked.append((source, split))
         yield from ((f"{source} ({split}), row {n}", row(f"{split} {n}?")) for n in range(130))
 
-    monkeypatch.setattr(qa, "read_rows", rows)
+    monkeypatch.setattr(qa, "read_dataset", rows)
     task = open_task(NODES.validate_python({"name": name, "held_out": 125}), 0)
     assert asked == read
     assert len(task.held_out) == 125

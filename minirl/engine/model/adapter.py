@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minirl import recipe
-from minirl.errors import UserError
+from minirl.errors import UserError, first_line
 
 ADAPTER = "default"
 # What a folder that cannot be loaded makes transformers raise: files missing or torn, an unknown
@@ -150,8 +150,3 @@ def _peft_state(model: PeftModel) -> dict[str, Tensor]:
             ).items()
         )
     )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -27,11 +27,11 @@ from transformers import (
 from minirl import recipe
 from minirl.engine.cpu.allocator import keep_freed_memory
 from minirl.engine.cpu.norm import lean_norms
-from minirl.engine.model.adapter import ADAPTER, LOAD_ERRORS, first_line, fresh_adapter, start_from
+from minirl.engine.model.adapter import ADAPTER, LOAD_ERRORS, fresh_adapter, start_from
 from minirl.engine.model.gated import lean_gates
 from minirl.engine.model.lora import lean_lora
 from minirl.engine.model.source import public_name, quiet, resolve
-from minirl.errors import UserError
+from minirl.errors import UserError, first_line
 
 HEAD = "score"  # what transformers calls the output layer of a sequence classifier
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

