@@ -21,7 +21,7 @@ from minirl.record.statistics import majority
 from minirl.rollout import Sampler, Talk, play
 from minirl.tasks import Task
 from minirl.tasks.qa import SearchTask
-from minirl.verify.qa import read
+from minirl.verify.qa import check_form
 
 Rank = Callable[[Sequence[Sequence[int]]], Sequence[float]]
 """A reward model: the token ids of episodes -> the chance that each is right."""
@@ -85,7 +85,7 @@ def _case(episode: Episode, task: SearchTask, chat: Chat) -> Case:
     if "answer" in episode.parts:  # stepwise and the baselines have read it already
         return Case(episode.problem.prompt, golds, episode.parts["answer"])  # type: ignore[arg-type]
     said = chat.text([token for turn in episode.turns[1:] for token in turn.tokens])
-    return Case(episode.problem.prompt, golds, read(said, task.tags).answer)
+    return Case(episode.problem.prompt, golds, check_form(said, task.tags).answer)
 
 
 def _row(episodes: Sequence[Episode], tries: int) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Chain(NamedTuple):
     answer: str
 
 
-def read(solution: str) -> Chain:
+def read_chain(solution: str) -> Chain:
     """A solution of GSM8K as calls. A line without a mark joins the thought that follows it."""
     ending = _ANSWER.search(solution)
     answer = ending["answer"].strip() if ending else ""
@@ -52,24 +52,24 @@ def read(solution: str) -> Chain:
     return Chain(tuple(calls), text[at:].strip(), answer)
 
 
-def worked_out(solution: str) -> list[Fraction]:
+def read_values(solution: str) -> list[Fraction]:
     """The values that the marks of a solution state, in order; those that are no numbers are left
     out."""
-    stated = (numeric.number(mark["value"]) for mark in _MARK.finditer(solution))
+    stated = (numeric.read_number(mark["value"]) for mark in _MARK.finditer(solution))
     return [found.value for found in stated if found is not None]
 
 
-def confirmed(solution: str) -> bool:
+def has_right_calls(solution: str) -> bool:
     """Whether a chain calls the calculator at all, and gets from it what its marks say, to a
     hundredth or a hundredth part."""
     marks = list(_MARK.finditer(solution))
-    return bool(read(solution).calls) and all(
+    return bool(read_chain(solution).calls) and all(
         _agrees(mark["expression"], mark["value"]) for mark in marks
     )
 
 
 def _agrees(expression: str, value: str) -> bool:
-    stated = numeric.number(value)
+    stated = numeric.read_number(value)
     try:
         found = evaluate(expression)
     except CalculatorError:

@@ -22,12 +22,12 @@ from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
 from minirl.io.rows import SUFFIXES, read_dataset
 from minirl.recipe.maths import Gsm8k, Mathqa, Maths, Svamp
-from minirl.tasks.calls import confirmed
-from minirl.tasks.maths_rows import Row, read
+from minirl.tasks.calls import has_right_calls
+from minirl.tasks.maths_rows import Row, read_row
 from minirl.tasks.task import Demonstration, Task
 from minirl.verify import numeric, option, program
 from minirl.verify.sandbox import Limits, require
-from minirl.verify.stated import PHRASE
+from minirl.verify.statement import PHRASE
 from minirl.verify.symbolic import Symbolic
 
 Check = Callable[[Problem, str], Verdict]
@@ -153,7 +153,7 @@ def _rows(
     setting = "task.test_source=PATH" if part == "test" else "task.source=PATH"
     found = enumerate(read_dataset(source, (), split, setting=setting), 1)
     rows = [
-        read(node, f"{node.name}/{part}/{number}", where, row) for number, (where, row) in found
+        read_row(node, f"{node.name}/{part}/{number}", where, row) for number, (where, row) in found
     ]
     if node.most_calls is not None:
         short = [
@@ -186,7 +186,7 @@ def _shown(
         elif (
             node.chain == "calls"
             and problem.solution is not None
-            and not confirmed(problem.solution)
+            and not has_right_calls(problem.solution)
         ):
             left_out["have no calls in their chain, or calls whose result is another"] += 1
         else:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from minirl.errors import UserError
 from minirl.recipe.maths import Gsm8k, Mathqa, Svamp
 from minirl.verify import numeric, option
-from minirl.verify.stated import PHRASE
+from minirl.verify.statement import PHRASE
 
 # GSM8K's calculator marks, <<48/2=24>>; SVAMP's chains end in "Therefore, the answer is <24>.".
 _MARKS = re.compile(r"<<[^<>]*>>")
@@ -57,7 +57,9 @@ class Row(NamedTuple):
     contradicts: bool = False
 
 
-def read(node: Gsm8k | Svamp | Mathqa, identity: str, where: str, row: Mapping[str, Any]) -> Row:
+def read_row(
+    node: Gsm8k | Svamp | Mathqa, identity: str, where: str, row: Mapping[str, Any]
+) -> Row:
     """The row as `node` asks for it. Raises UserError naming `where` for a row that is malformed or
     of another data set."""
     if isinstance(node, Mathqa) and {"Problem", "options", "correct"} <= row.keys():
@@ -99,7 +101,7 @@ def read(node: Gsm8k | Svamp | Mathqa, identity: str, where: str, row: Mapping[s
     )
 
 
-def options_of(text: str) -> tuple[str, ...] | None:
+def read_options(text: str) -> tuple[str, ...] | None:
     """The five options of "a ) 38 , b ) 27.675 , ..." or "['a ) 38', 'b ) 27.675', ...]"; None
     where they are not a to e in this order."""
     found: list[str] = []
@@ -130,7 +132,7 @@ def _mathqa(
     listed: str,
     correct: str,
 ) -> Row:
-    options, letter = options_of(listed), correct.strip().lower()
+    options, letter = read_options(listed), correct.strip().lower()
     if options is None or letter not in set(option.LETTERS) or not question.strip():
         got = f"options {listed[:60]!r} with the right one {correct[:20]!r}"
         todo = "mend or delete the row, or set task.numeric=true for data without options"
@@ -138,7 +140,7 @@ def _mathqa(
             f"{where}: got {got}, expected a question, `a ) ... , b ) ...` up to e and a letter;"
             f" {todo}"
         )
-    value = option.option_value(options[option.LETTERS.index(letter)])
+    value = option.read_option(options[option.LETTERS.index(letter)])
     gold = letter
     if node.numeric:
         if value is None or value.scale > 1:
@@ -216,7 +218,7 @@ def _text(row: Mapping[str, Any], column: str, where: str) -> str:
 
 
 def _number(text: str, column: str, where: str) -> str:
-    found = numeric.number(text)
+    found = numeric.read_number(text)
     if found is None or abs(found.value) > MAX_VALUE:
         raise UserError(
             f"{where}: {column}: got {text[:40]!r}, expected a number; mend or delete the row"

@@ -30,7 +30,16 @@ from minirl.retrieve import Retriever
 from minirl.tasks.corpus import Corpus
 from minirl.tasks.qa_rows import Row, digest
 from minirl.tasks.task import Task
-from minirl.verify.qa import RESEARCH, STYLES, Tags, answer_text, exact_match, f1, normalise, verify
+from minirl.verify.qa import (
+    RESEARCH,
+    STYLES,
+    SearchTags,
+    exact_match,
+    f1,
+    normalise,
+    verify,
+    write_answer,
+)
 
 MOST_NAMED = (
     0.5  # a title is looked up by its known words only where they are more than this share of it
@@ -69,7 +78,7 @@ class SearchTask(Task):
 
     passages: Sequence[tuple[str, str]] = ()
     plan: Callable[[Problem], Plan] | None = None
-    tags: Tags = RESEARCH
+    tags: SearchTags = RESEARCH
     retriever: Retriever | None = field(default=None, compare=False)
     k: int = 5
 
@@ -259,7 +268,7 @@ def _usable(
         elif not row.answerable:
             left_out["cannot be answered"] += 1
         elif not verify(
-            row.golds, f"<{tags.think}></{tags.think}>{answer_text(row.golds[0], tags)}", tags=tags
+            row.golds, f"<{tags.think}></{tags.think}>{write_answer(row.golds[0], tags)}", tags=tags
         ).passed:
             left_out["have an answer that the verifier cannot read"] += 1
         else:

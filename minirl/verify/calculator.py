@@ -104,7 +104,7 @@ class CalculatorError(ValueError):
 def reply(expression: str) -> str:
     """What the tool answers: the value as people write it, or "error: " and why there is none."""
     try:
-        return written(evaluate(expression))
+        return format_value(evaluate(expression))
     except CalculatorError as error:
         return f"error: {error}"
 
@@ -126,7 +126,7 @@ def evaluate(expression: str) -> Fraction:
         .strip(" \t\r\n`")
         .rstrip(".?;: ")
     )
-    code, numbers = _read(worked_side(_PER_CENT.sub("percent", text)))
+    code, numbers = _read(pick_side(_PER_CENT.sub("percent", text)))
     try:
         tree = ast.parse(code, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -137,7 +137,7 @@ def evaluate(expression: str) -> Fraction:
         raise CalculatorError("division by zero") from error
 
 
-def written(value: Fraction) -> str:
+def format_value(value: Fraction) -> str:
     """A value as people write it: 24, 0.2, -1.5, and 3.333333... where the decimals go on."""
     if value.denominator == 1:
         return str(value.numerator)
@@ -153,7 +153,7 @@ def written(value: Fraction) -> str:
     return text if Fraction(text) == value else f"{shown:f}..."
 
 
-def worked_side(text: str) -> str:
+def pick_side(text: str) -> str:
     """The first side of an equation that has an operator behind a number; where none has, the first
     with a number."""
     sides = [side for side in text.split("=") if re.search(f"[0-9]|{_HALF}", side)]

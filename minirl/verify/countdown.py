@@ -28,7 +28,7 @@ class InvalidEquation(ValueError):  # noqa: N818 - the paper's name of an error 
     divides by zero."""
 
 
-def extract(text: str) -> str | None:
+def find_answer(text: str) -> str | None:
     """The text inside the last complete <answer> pair, None where there is none."""
     end = text.rfind(CLOSE)
     start = text.rfind(OPEN, 0, end) if end >= 0 else -1
@@ -62,7 +62,7 @@ def verify(
     The answer may end in `= value`, a whole number that has to be the expression's: an equation
     that does not hold is an invalid one.
     """
-    answer = extract(text)
+    answer = find_answer(text)
     if answer is None:
         return _wrong("invalid_equation", credit)
     expression, equals, stated = answer.partition("=")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from minirl.episode import Verdict
 from minirl.recipe.maths import MathsCredit
 from minirl.verify.calculator import FRACTIONS
-from minirl.verify.stated import MAX_STATEMENT, stated
+from minirl.verify.statement import MAX_STATEMENT, find_statement
 
 Evaluate = Callable[[str], float | None]
 
@@ -102,7 +102,7 @@ class Number(NamedTuple):
     def canonical(self) -> str:
         """What it votes for: "2 dozen" for 24; "50%" for 50, which is what a word problem that asks
         for a percentage has as its answer."""
-        return canonical(self.value * max(self.scale, Fraction(1)))
+        return write_canonical(self.value * max(self.scale, Fraction(1)))
 
     def equals(self, gold: Fraction, tolerance: Fraction) -> bool:
         """|difference| <= tolerance, in either reading: "50%" states 50 (what percentage?) and 0.5
@@ -115,7 +115,7 @@ class Number(NamedTuple):
         return scaled or abs(self.value - gold) <= tolerance
 
 
-def number(text: str) -> Number | None:
+def read_number(text: str) -> Number | None:
     """The one number that `text` is, its unit aside: "$ 1,234.50", "12 apples", "-3/4", "1 1/2",
     "15 %", "2.5e3"; None for anything else.
 
@@ -133,14 +133,14 @@ def number(text: str) -> Number | None:
     return found
 
 
-def extract(text: str) -> Number | None:
+def find_number(text: str) -> Number | None:
     """The number that `text` states as its answer; None where it states none, or not plainly
     one."""
-    found = stated(text)
-    return None if found is None else number(found.statement)
+    found = find_statement(text)
+    return None if found is None else read_number(found.text)
 
 
-def canonical(value: Fraction) -> str:
+def write_canonical(value: Fraction) -> str:
     """One text for all ways to write a number, so that answers can vote: whole numbers in full,
     others to nine significant digits, because programs return 0.1 + 0.2 where a text says 0.3."""
     if value.denominator == 1:
@@ -151,7 +151,7 @@ def canonical(value: Fraction) -> str:
         return str(value)
 
 
-def figures(text: str) -> list[Fraction]:
+def read_last_figure(text: str) -> list[Fraction]:
     """The readings of the last figure in `text`, words around it or not: a fraction's value and its
     last number; [] where it has none."""
     found = _FIGURE.findall(text[-MAX_STATEMENT:])
@@ -178,13 +178,13 @@ def verify(
     values an expression that is not a plain number, such as 4\\pi or 2\\sqrt{3}, or gives None.
     Raises ValueError for a `gold` that is no number.
     """
-    target = number(str(gold))
+    target = read_number(str(gold))
     if target is None:
         raise ValueError(f"gold answer: got {gold!r}, expected a number")
-    found = stated(text)
-    answer = None if found is None else number(found.statement)
+    found = find_statement(text)
+    answer = None if found is None else read_number(found.text)
     if answer is None and found is not None and symbolic is not None:
-        value = symbolic(found.statement)
+        value = symbolic(found.text)
         answer = None if value is None else Number(Fraction(value))
     if answer is None:
         return Verdict(credit.no_answer, False, {"error_kind": "no_answer", "answer": None})

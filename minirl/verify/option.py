@@ -15,8 +15,8 @@ from fractions import Fraction
 
 from minirl.episode import Verdict
 from minirl.recipe.maths import MathsCredit
-from minirl.verify.numeric import Number, figures, number
-from minirl.verify.stated import Stated, stated
+from minirl.verify.numeric import Number, read_last_figure, read_number
+from minirl.verify.statement import Statement, find_statement
 
 LETTERS = "abcde"
 _LEAD = r"(?:[\s*_\"'“‘`(\[{<$]|\\\(|\\(?:text|textbf|mathrm|mathbf)\b|(?:the\s++)?(?:answer\s++)?(?:option|choice|letter)\b)*+"
@@ -41,17 +41,17 @@ _STRAY = re.compile(
 )
 
 
-def letter(text: str, options: int = len(LETTERS)) -> str | None:
+def read_letter(text: str, options: int = len(LETTERS)) -> str | None:
     """The letter, in lower case, that `text` states as its answer; None where it states none of the
     first `options`, or more than one."""
-    found = stated(text)
-    choice = None if found is None else _choice(found.statement)
+    found = find_statement(text)
+    choice = None if found is None else _choice(found.text)
     return choice[0] if choice and choice[0] in LETTERS[:options] else None
 
 
-def option_value(option: str) -> Number | None:
+def read_option(option: str) -> Number | None:
     """The number that an option of MathQA is; None for a ratio, a formula or "none of these"."""
-    return number(_STRAY.sub("", option))
+    return read_number(_STRAY.sub("", option))
 
 
 def verify(gold: str, options: Sequence[str], text: str, credit: MathsCredit) -> Verdict:
@@ -63,15 +63,15 @@ def verify(gold: str, options: Sequence[str], text: str, credit: MathsCredit) ->
     rationales it is True for 92% of the right letters and 1% of the others. parts["lucky"]: for a
     right letter, whether the value does not agree. parts["answer"]: the letter.
     """
-    found = stated(text)
-    choice = None if found is None else _choice(found.statement, options)
+    found = find_statement(text)
+    choice = None if found is None else _choice(found.text, options)
     if found is None or choice is None or choice[0] not in LETTERS[: len(options)]:
         return Verdict(
             credit.no_answer,
             False,
             {"error_kind": "no_answer", "answer": None, "value_agrees": None, "lucky": None},
         )
-    agrees = _agrees(option_value(options[LETTERS.index(choice[0])]), choice[1], found)
+    agrees = _agrees(read_option(options[LETTERS.index(choice[0])]), choice[1], found)
     said = {"answer": choice[0], "value_agrees": agrees}
     if choice[0] == gold:
         return Verdict(
@@ -108,11 +108,11 @@ def _after_echo(said: str, option: str) -> str:
     return said[words[len(own) - 1].end() :]
 
 
-def _agrees(value: Number | None, said: str, found: Stated) -> bool | None:
+def _agrees(value: Number | None, said: str, found: Statement) -> bool | None:
     if value is None:
         return None
-    beside = option_value(said)
-    last = [abs(beside.value)] if beside else figures(found.before)
+    beside = read_option(said)
+    last = [abs(beside.value)] if beside else read_last_figure(found.before)
     # Figures have no sign: in a chain a minus may be an operation.
     return (
         any(abs(figure - abs(value.value)) <= Fraction(1, 100) for figure in last) if last else None

@@ -15,9 +15,9 @@ from fractions import Fraction
 
 from minirl.episode import Verdict
 from minirl.recipe.maths import MathsCredit
-from minirl.verify.numeric import canonical
+from minirl.verify.numeric import write_canonical
 from minirl.verify.option import LETTERS
-from minirl.verify.sandbox import DEFAULT, Limits, Result, plain_number, run_program
+from minirl.verify.sandbox import DEFAULT, Limits, Result, read_plain_number, run_program
 
 FENCE = "```"
 _LETTER = re.compile(rf" *\(? *([{LETTERS}]) *[).]? *", re.IGNORECASE)
@@ -35,7 +35,7 @@ _KEYWORDS = r"(?:if|else|for|in|and|or|not|is|lambda|await|yield|from)\b"
 _TWO_WORDS = re.compile(rf"(?<!\w)(?!{_KEYWORDS})[\w.]++\s++(?!{_KEYWORDS})[^\W\d]")
 
 
-def extract(text: str) -> str | None:
+def find_program(text: str) -> str | None:
     """The program in `text`: the last fenced block that defines `solution`, else the first bare
     definition of it; None without either.
 
@@ -49,9 +49,9 @@ def extract(text: str) -> str | None:
     return "\n".join(block) + "\n" if block else None
 
 
-def answer(text: str, *, limits: Limits = DEFAULT) -> Result | None:
+def run_text(text: str, *, limits: Limits = DEFAULT) -> Result | None:
     """What the program in `text` returns; None where there is no program."""
-    program = extract(text)
+    program = find_program(text)
     return None if program is None else run_program(program, limits=limits)
 
 
@@ -74,10 +74,10 @@ def verify(
     or None. parts["answer"]: the number in a form that equal numbers share, None for none. Raises
     ValueError for a `gold` that is no plain number, UserError where there is no sandbox.
     """
-    target = plain_number(str(gold).strip())
+    target = read_plain_number(str(gold).strip())
     if target is None:
         raise ValueError(f"gold answer: got {gold!r}, expected a plain finite number")
-    result = answer(text, limits=limits)
+    result = run_text(text, limits=limits)
     if result is None or result.value is None:
         return Verdict(
             credit.no_answer,
@@ -86,9 +86,9 @@ def verify(
         )
     value = Fraction(str(result.value))  # as decimal numbers: in binary 1.01 - 1 is more than 0.01
     if abs(value - Fraction(str(target))) <= Fraction(str(tolerance)):
-        return Verdict(1.0, True, {"error_kind": None, "answer": canonical(value)})
+        return Verdict(1.0, True, {"error_kind": None, "answer": write_canonical(value)})
     return Verdict(
-        credit.wrong_answer, False, {"error_kind": "wrong_answer", "answer": canonical(value)}
+        credit.wrong_answer, False, {"error_kind": "wrong_answer", "answer": write_canonical(value)}
     )
 
 
@@ -102,7 +102,7 @@ def verify_letter(
     value, a letter beyond the options. parts["answer"]: the letter. Whether it was worked out or
     only written down is not looked at.
     """
-    result = answer(text, limits=limits)
+    result = run_text(text, limits=limits)
     found = _LETTER.fullmatch(result.text or "") if result else None
     letter = found[1].lower() if found else None
     if letter is None or letter not in LETTERS[:options]:

@@ -22,7 +22,7 @@ ErrorKind = Literal["think", "search", "answer", "boxed"]
 
 
 @dataclass(frozen=True, slots=True)
-class Tags:
+class SearchTags:
     """The names of the four kinds of tags, and whether the answer stands in a \\boxed{} inside its
     pair."""
 
@@ -33,8 +33,8 @@ class Tags:
     boxed: bool = True
 
 
-RESEARCH = Tags()
-SEARCH_R1 = Tags(result="information", boxed=False)  # arXiv 2503.09516
+RESEARCH = SearchTags()
+SEARCH_R1 = SearchTags(result="information", boxed=False)  # arXiv 2503.09516
 STYLES = {"research": RESEARCH, "search_r1": SEARCH_R1}
 
 _NOT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -62,7 +62,7 @@ def f1(prediction: str, golds: Sequence[str]) -> float:
     return max((_f1(*_pair(prediction, gold)) for gold in golds), default=0.0)
 
 
-def boxed(text: str) -> str | None:
+def read_box(text: str) -> str | None:
     """What the last \\boxed{} holds, braces inside it balanced, \\text{} and the like unwrapped;
     None where none can be read."""
     start = text.rfind(_BOXED)
@@ -76,7 +76,7 @@ def boxed(text: str) -> str | None:
     return None
 
 
-class Reading(NamedTuple):
+class Form(NamedTuple):
     """What an episode's text says: what is wrong with its form, the answer, completed searches.
 
     answer: of a text in bad form too; what the answer pair states, where it has no box that can be
@@ -88,7 +88,7 @@ class Reading(NamedTuple):
     searches: int
 
 
-def read(text: str, tags: Tags = RESEARCH) -> Reading:
+def check_form(text: str, tags: SearchTags = RESEARCH) -> Form:
     """Check the form of a whole episode's text, from the first token after the prompt to the last,
     results included.
 
@@ -98,11 +98,11 @@ def read(text: str, tags: Tags = RESEARCH) -> Reading:
     first of search, think, answer, boxed is named.
     """
     marks, stated = _scan(text, tags)
-    answer = boxed(stated) if tags.boxed and stated is not None else stated
+    answer = read_box(stated) if tags.boxed and stated is not None else stated
     error = _error(marks) or ("boxed" if answer is None else None)
     if answer is None and stated is not None:
         answer = stated.strip() or None
-    return Reading(error, None if answer is None else answer.strip(), marks.count("sSrR"))
+    return Form(error, None if answer is None else answer.strip(), marks.count("sSrR"))
 
 
 def verify(
@@ -111,7 +111,7 @@ def verify(
     *,
     reward: Literal["f1", "exact_match"] = "f1",
     floor: float = 0.1,
-    tags: Tags = RESEARCH,
+    tags: SearchTags = RESEARCH,
 ) -> Verdict:
     """ReSearch's reward of a whole episode's text: 0 for bad form, else F1 (or exact match) where
     it is not 0, else `floor`.
@@ -121,24 +121,24 @@ def verify(
     "answer", "boxed" for what is wrong with the form, "partial" (F1 above 0) or "wrong" for the
     answer, None where nothing is.
     """
-    reading = read(text, tags)
+    form = check_form(text, tags)
     em, overlap = 0.0, 0.0
-    if reading.answer is not None:
-        em, overlap = float(exact_match(reading.answer, golds)), f1(reading.answer, golds)
-    kind = reading.error or (None if em else "partial" if overlap else "wrong")
+    if form.answer is not None:
+        em, overlap = float(exact_match(form.answer, golds)), f1(form.answer, golds)
+    kind = form.error or (None if em else "partial" if overlap else "wrong")
     gain = overlap if reward == "f1" else em
-    score = 0.0 if reading.error else gain or float(floor)
+    score = 0.0 if form.error else gain or float(floor)
     parts: dict[str, Part] = {
-        "format": reading.error is None,
+        "format": form.error is None,
         "em": em,
         "f1": overlap,
-        "searches": reading.searches,
+        "searches": form.searches,
         "error_kind": kind,
     }
     return Verdict(score, kind is None, parts)
 
 
-def answer_text(answer: str, tags: Tags = RESEARCH) -> str:
+def write_answer(answer: str, tags: SearchTags = RESEARCH) -> str:
     """An answer as a model is to write it, tags and all."""
     return (
         f"<{tags.answer}>{_BOXED}{answer}}}</{tags.answer}>"
@@ -147,18 +147,18 @@ def answer_text(answer: str, tags: Tags = RESEARCH) -> str:
     )
 
 
-def defuse(text: str, tags: Tags = RESEARCH) -> str:
+def defuse(text: str, tags: SearchTags = RESEARCH) -> str:
     """Retrieved text with its tags broken up ("</result>" becomes "< /result>"): no passage can end
     its own result."""
     return _pattern(tags).sub(lambda tag: "< " + tag[0][1:], text)
 
 
-def untagged(text: str, tags: Tags = RESEARCH) -> str:
+def strip_tags(text: str, tags: SearchTags = RESEARCH) -> str:
     """`text` without any of its tags; what stood between them stays."""
     return _pattern(tags).sub(" ", text)
 
 
-def _scan(text: str, tags: Tags) -> tuple[str, str | None]:
+def _scan(text: str, tags: SearchTags) -> tuple[str, str | None]:
     """The tags as a word of letters, small for an opening tag and capital for a closing one, and
     what the last answer pair holds."""
     letters = {tags.think: "t", tags.search: "s", tags.result: "r", tags.answer: "a"}
@@ -189,7 +189,7 @@ def _error(marks: str) -> ErrorKind | None:
 
 
 @cache
-def _pattern(tags: Tags) -> re.Pattern[str]:
+def _pattern(tags: SearchTags) -> re.Pattern[str]:
     names = "|".join(
         re.escape(name) for name in (tags.think, tags.search, tags.result, tags.answer)
     )

@@ -131,7 +131,7 @@ def run_program(source: str, *, limits: Limits = DEFAULT) -> Result:
         if kind not in ("died", "gone", "late", "starved"):
             break
     if kind == "ok":
-        value, short = plain_number(text), _SHORT.fullmatch(text)
+        value, short = read_plain_number(text), _SHORT.fullmatch(text)
         return (
             Result(value)
             if value is not None
@@ -140,7 +140,7 @@ def run_program(source: str, *, limits: Limits = DEFAULT) -> Result:
     return Result(None, _ERRORS.get(kind, "program_error"), _line(text))
 
 
-def plain_number(text: str) -> int | float | None:
+def read_plain_number(text: str) -> int | float | None:
     """The finite number that `text` is the repr of, quoted or not; None for anything else, also
     what is too large for a float."""
     if len(text) > MAX_REPR:

@@ -17,7 +17,7 @@ from minirl.errors import UserError
 from minirl.recipe.maths import Gsm8k, Mathqa, MathsCredit, Svamp
 from minirl.tasks import Task
 from minirl.tasks.maths import ASK_LETTER, ASK_LETTER_PROGRAM, ASK_NUMBER, ASK_PROGRAM, open_task
-from minirl.tasks.maths_rows import options_of
+from minirl.tasks.maths_rows import read_options
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="no ../shared/data")
@@ -481,7 +481,7 @@ def test_a_hub_source_has_its_own_test_split(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_options(text: str, options: tuple[str, ...] | None) -> None:
-    assert options_of(text) == options
+    assert read_options(text) == options
 
 
 def real(kind: type[Gsm8k | Svamp | Mathqa], source: str, test: str, **fields: Any) -> Task:

@@ -18,7 +18,7 @@ from minirl.errors import UserError
 from minirl.recipe.qa import QA, Bamboogle, HotpotQA, MuSiQue, TwoWikiMultiHopQA
 from minirl.tasks import qa, qa_rows
 from minirl.tasks.qa import Plan, SearchTask, Step, coverage, coverage_note, open_task, plan
-from minirl.verify.qa import SEARCH_R1, answer_text, f1, normalise
+from minirl.verify.qa import SEARCH_R1, f1, normalise, write_answer
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(
@@ -68,7 +68,7 @@ def by_id(task: SearchTask, row: str) -> Problem:
 
 
 def reply(answer: str) -> str:
-    return f"<think>hm</think>{answer_text(answer)}"
+    return f"<think>hm</think>{write_answer(answer)}"
 
 
 @needs_data

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirl.tasks.calls import _MARK, Call, Chain, _agrees, confirmed, read
-from minirl.verify.calculator import MAX_CHARS, CalculatorError, evaluate, reply, written
+from minirl.tasks.calls import _MARK, Call, Chain, _agrees, has_right_calls, read_chain
+from minirl.verify.calculator import MAX_CHARS, CalculatorError, evaluate, format_value, reply
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
 
@@ -244,7 +244,7 @@ def test_values_are_exact(tree: Any) -> None:
 
 @given(st.fractions(max_denominator=10**9))
 def test_what_is_written_is_the_value_to_six_digits(value: Fraction) -> None:
-    said = written(value)
+    said = format_value(value)
     exact = Fraction(said.removesuffix("..."))
     assert (
         exact == value
@@ -266,16 +266,16 @@ def test_total_and_pure(text: str) -> None:
 
 def test_marks_of_gsm8k_are_calls() -> None:
     solution = "She sold 48/2 = <<48/2=24>>24 clips.\nIn all 48+24 = $<<48+24=72>>72.\n#### 72"
-    assert read(solution) == Chain(
+    assert read_chain(solution) == Chain(
         (Call("She sold 48/2", "48/2"), Call("24 clips.\nIn all 48+24", "48+24")), "72.", "72"
     )
-    assert confirmed(solution)
-    assert not confirmed(solution.replace("=24>>", "=25>>"))
-    assert not confirmed("No calls. #### 3")
-    assert read("p = <<14=14>>14 of 2+1=<<2+1=3>>3.\n#### 3") == Chain(
+    assert has_right_calls(solution)
+    assert not has_right_calls(solution.replace("=24>>", "=25>>"))
+    assert not has_right_calls("No calls. #### 3")
+    assert read_chain("p = <<14=14>>14 of 2+1=<<2+1=3>>3.\n#### 3") == Chain(
         (Call("p = 14 of 2+1", "2+1"),), "3.", "3"
     )
-    assert not confirmed("p = <<14=14>>14.\n#### 14")
+    assert not has_right_calls("p = <<14=14>>14.\n#### 14")
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="no ../shared/data")

@@ -15,8 +15,15 @@ from hypothesis import strategies as st
 
 from minirl.errors import UserError
 from minirl.recipe.maths import MathsCredit
-from minirl.verify.numeric import Number, canonical, extract, figures, number, verify
-from minirl.verify.stated import MAX_CHARS, stated
+from minirl.verify.numeric import (
+    Number,
+    find_number,
+    read_last_figure,
+    read_number,
+    verify,
+    write_canonical,
+)
+from minirl.verify.statement import MAX_CHARS, find_statement
 from minirl.verify.symbolic import Symbolic, to_latex
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -195,18 +202,18 @@ def test_what_is_not_plainly_one_number_is_no_answer(statement: str) -> None:
     ],
 )
 def test_where_an_answer_is_stated(text: str, found: int | Fraction | None) -> None:
-    answer = extract(text)
+    answer = find_number(text)
     assert (None if answer is None else answer.value) == found
 
 
 def test_what_stands_before_the_statement() -> None:
-    said = stated("Two and two.\nSo the answer is $\\boxed{4}$.")
+    said = find_statement("Two and two.\nSo the answer is $\\boxed{4}$.")
     assert said is not None
     assert said == ("4", "Two and two.\nSo ")
-    again = stated("The answer is 6.\nNo, 4.\nThe answer is 4.")
+    again = find_statement("The answer is 6.\nNo, 4.\nThe answer is 4.")
     assert again is not None
     assert again.before == "The answer is 6.\nNo, 4.\n"
-    box = stated("\\boxed{\\frac{1}{2}} x")
+    box = find_statement("\\boxed{\\frac{1}{2}} x")
     assert box is not None
     assert box == ("\\frac{1}{2}", "")
 
@@ -237,7 +244,7 @@ def test_what_stands_before_the_statement() -> None:
     ],
 )
 def test_values_by_hand(text: str, value: Fraction) -> None:
-    assert number(text) == Number(value)
+    assert read_number(text) == Number(value)
 
 
 def test_the_tolerance_is_exact_and_absolute() -> None:
@@ -299,11 +306,11 @@ def test_only_the_end_of_a_long_text_is_read() -> None:
 
 
 def test_figures() -> None:
-    assert figures("12 eggs - 3 = 9 eggs") == [9]
-    assert figures("so 3 / 4 it is") == [Fraction(3, 4), 4]
-    assert figures("3/0") == [0]
-    assert figures("a total of 1,250.5") == [Fraction(2501, 2)]
-    assert figures("none") == []
+    assert read_last_figure("12 eggs - 3 = 9 eggs") == [9]
+    assert read_last_figure("so 3 / 4 it is") == [Fraction(3, 4), 4]
+    assert read_last_figure("3/0") == [0]
+    assert read_last_figure("a total of 1,250.5") == [Fraction(2501, 2)]
+    assert read_last_figure("none") == []
 
 
 HOSTILE = [
@@ -392,7 +399,7 @@ completions = st.one_of(
 @given(completions)
 def test_any_completion_gets_a_verdict(text: str) -> None:
     verdict = verify("5", text, CREDIT)
-    answer = extract(text)
+    answer = find_number(text)
     expected = (
         "no_answer"
         if answer is None
@@ -464,7 +471,7 @@ def test_every_prose_chain_of_svamp_but_two() -> None:
     ],
 )
 def test_symbolic_values_by_hand(symbolic: Symbolic, expression: str, value: float | None) -> None:
-    assert number(expression) is None
+    assert read_number(expression) is None
     assert symbolic(expression) == (None if value is None else pytest.approx(value, abs=1e-8))
 
 
@@ -566,13 +573,13 @@ def test_equal_numbers_vote_for_one_answer(ways: list[str], text: str) -> None:
 
 def test_canonical_is_total() -> None:
     assert (
-        canonical(Fraction(3, 10))
-        == canonical(Fraction(0.1 + 0.2))
-        == canonical(Fraction("0.30000000000000004"))
+        write_canonical(Fraction(3, 10))
+        == write_canonical(Fraction(0.1 + 0.2))
+        == write_canonical(Fraction("0.30000000000000004"))
         == "0.3"
     )
-    assert canonical(Fraction(12345678901)) != canonical(Fraction(12345678902)), (
+    assert write_canonical(Fraction(12345678901)) != write_canonical(Fraction(12345678902)), (
         "whole numbers are told apart in every digit"
     )
-    assert canonical(Fraction(10**400, 3)).startswith("1000")
+    assert write_canonical(Fraction(10**400, 3)).startswith("1000")
     assert verify("7", "I do not know.", CREDIT).parts["answer"] is None

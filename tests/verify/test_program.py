@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from minirl.recipe.maths import MathsCredit
 from minirl.verify import sandbox
-from minirl.verify.program import answer, extract, verify, verify_letter
+from minirl.verify.program import find_program, run_text, verify, verify_letter
 from minirl.verify.sandbox import Limits, Result
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "svamp" / "train_pcot.json"
@@ -134,9 +134,9 @@ def returns(expression: str) -> str:
     ],
 )
 def test_the_program_is_found(text: str, value: float | str | None) -> None:
-    result = answer(text)
+    result = run_text(text)
     if value is None:
-        assert (result, extract(text)) == (None, None)
+        assert (result, find_program(text)) == (None, None)
     elif isinstance(value, str):
         assert result is not None
         assert result.error == value
@@ -146,10 +146,12 @@ def test_the_program_is_found(text: str, value: float | str | None) -> None:
 
 def test_a_program_is_handed_over_as_it_stands() -> None:
     program = 'def solution():\n    """Tom\x0c has\u2028 3.\n\n\n  \tmore """\n    return "é\x00"\n'
-    assert extract(program.rstrip("\n")) == program
-    assert extract(f"```python\n{program}```") == program
+    assert find_program(program.rstrip("\n")) == program
+    assert find_program(f"```python\n{program}```") == program
     assert (
-        extract("```\n" + textwrap.indent(program, "    ", lambda line: bool(line.strip())) + "```")
+        find_program(
+            "```\n" + textwrap.indent(program, "    ", lambda line: bool(line.strip())) + "```"
+        )
         is not None
     )
 
@@ -330,7 +332,7 @@ def test_any_text_gets_a_verdict(text: str) -> None:
         "no_number",
         "wrong_answer",
     }
-    assert (kind == "no_program") == (extract(text) is None)
+    assert (kind == "no_program") == (find_program(text) is None)
 
 
 def test_extraction_is_linear() -> None:
@@ -346,7 +348,7 @@ def test_extraction_is_linear() -> None:
     ):
         text = piece * (1_000_000 // len(piece))
         began = time.process_time()
-        extract(text + "\ndef solution():\n    return 1")
+        find_program(text + "\ndef solution():\n    return 1")
         assert time.process_time() - began < 5.0, (
             piece
         )  # of 60,000 lines or a million words each looked at again: minutes

@@ -17,14 +17,14 @@ from minirl.verify.qa import (
     RESEARCH,
     SEARCH_R1,
     STYLES,
-    answer_text,
-    boxed,
+    check_form,
     defuse,
     exact_match,
     f1,
     normalise,
-    read,
+    read_box,
     verify,
+    write_answer,
 )
 
 T, S, R, A = (
@@ -198,7 +198,7 @@ def test_f1_is_the_definition(prediction: str, gold: str) -> None:
     ],
 )
 def test_what_a_box_holds(text: str, held: str | None) -> None:
-    assert boxed(text) == held
+    assert read_box(text) == held
 
 
 GOOD = [
@@ -361,8 +361,8 @@ def test_a_text_in_bad_form_still_tells_its_answer() -> None:
             1.0,
             "boxed",
         ), "stated, but in no box"
-    assert read(f"{T}<answer> </answer>") == ("boxed", None, 0)
-    assert read(f"{T}<answer>Rome, \\boxed{{Paris}}</answer>").answer == "Paris", (
+    assert check_form(f"{T}<answer> </answer>") == ("boxed", None, 0)
+    assert check_form(f"{T}<answer>Rome, \\boxed{{Paris}}</answer>").answer == "Paris", (
         "the box goes before the words around it"
     )
     assert verify(["Paris"], f"{T}<result>made up{A}").parts["em"] == 1.0
@@ -372,7 +372,7 @@ def test_a_text_in_bad_form_still_tells_its_answer() -> None:
 
 
 def reply(answer: str) -> str:
-    return T + answer_text(answer)
+    return T + write_answer(answer)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +428,7 @@ def test_search_r1_has_tags_of_its_own_and_no_box() -> None:
         == "search"
     )
     assert verify(["Paris"], f"{T}<answer></answer>", tags=SEARCH_R1).parts["error_kind"] == "wrong"
-    assert verify(["Paris"], T + answer_text("Paris", SEARCH_R1), tags=SEARCH_R1).passed
+    assert verify(["Paris"], T + write_answer("Paris", SEARCH_R1), tags=SEARCH_R1).passed
     assert verify(["Paris"], text).parts["error_kind"] == "search"
     assert STYLES == {"research": RESEARCH, "search_r1": SEARCH_R1}
 
@@ -543,8 +543,8 @@ plain = st.text(st.characters(exclude_characters="{}\\<>")).filter(lambda text: 
 
 @given(plain, st.sampled_from([RESEARCH, SEARCH_R1]))
 def test_a_gold_answer_passes_and_does_not_without_its_form(gold: str, tags: Any) -> None:
-    verdict = verify([gold.strip()], T + answer_text(gold, tags), tags=tags)
+    verdict = verify([gold.strip()], T + write_answer(gold, tags), tags=tags)
     assert (verdict.score, verdict.passed) == (1.0, True)
-    assert read(T + answer_text(gold, tags), tags).answer == gold.strip()
+    assert check_form(T + write_answer(gold, tags), tags).answer == gold.strip()
     assert not verify([gold.strip()], gold, tags=tags).passed
-    assert verify([gold.strip()], T + answer_text("wholly other zzz", tags), tags=tags).score < 1.0
+    assert verify([gold.strip()], T + write_answer("wholly other zzz", tags), tags=tags).score < 1.0

@@ -29,7 +29,14 @@ from hypothesis import strategies as st
 from minirl.errors import UserError
 from minirl.verify import sandbox
 from minirl.verify.cpu import Meter
-from minirl.verify.sandbox import MAX_CHARS, MAX_DETAIL, Limits, Result, plain_number, run_program
+from minirl.verify.sandbox import (
+    MAX_CHARS,
+    MAX_DETAIL,
+    Limits,
+    Result,
+    read_plain_number,
+    run_program,
+)
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "svamp" / "train_pcot.json"
 QUICK = Limits(time_s=0.1)
@@ -132,7 +139,7 @@ def test_anything_else_is_no_number(returned: str) -> None:
     ],
 )
 def test_plain_numbers(text: str, value: float | None) -> None:
-    found = plain_number(text)
+    found = read_plain_number(text)
     assert (found, type(found)) == (value, type(value))
 
 

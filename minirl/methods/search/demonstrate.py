@@ -15,7 +15,7 @@ from minirl.methods.search.search import instructions, shown
 from minirl.rollout import Lookup, Play, Talk
 from minirl.tasks import Task
 from minirl.tasks.qa import Step
-from minirl.verify.qa import Tags, answer_text, normalise
+from minirl.verify.qa import SearchTags, normalise, write_answer
 
 FAILED = "That did not help. "
 
@@ -62,7 +62,7 @@ def demonstrate_search(talk: Talk, task: Task) -> Play:
     return talk.end(None, searches=len(plan.steps))
 
 
-def call(step: Step, known: str, tags: Tags) -> str:
+def call(step: Step, known: str, tags: SearchTags) -> str:
     """What leads to a search, and the search."""
     begin = "\n" if known else ""
     return (
@@ -71,9 +71,11 @@ def call(step: Step, known: str, tags: Tags) -> str:
     )
 
 
-def last(answer: str, known: str, tags: Tags) -> str:
+def last(answer: str, known: str, tags: SearchTags) -> str:
     """What leads to the answer, and the answer."""
-    return f"\n<{tags.think}> {known}Now I can answer. </{tags.think}>\n{answer_text(answer, tags)}"
+    return (
+        f"\n<{tags.think}> {known}Now I can answer. </{tags.think}>\n{write_answer(answer, tags)}"
+    )
 
 
 def learnt(step: Step, result: str) -> str:

@@ -16,7 +16,16 @@ from minirl.retrieve import Passage, Retriever
 from minirl.rollout import Talk
 from minirl.tasks import Task
 from minirl.tasks.qa import SearchTask, coverage
-from minirl.verify.qa import Tags, answer_text, boxed, defuse, exact_match, f1, read, untagged
+from minirl.verify.qa import (
+    SearchTags,
+    check_form,
+    defuse,
+    exact_match,
+    f1,
+    read_box,
+    strip_tags,
+    write_answer,
+)
 
 ANSWER = """\
 Answer the user's question. First think it through in a few sentences. Then write the answer, as short as it can be, between <{answer}> \
@@ -53,15 +62,15 @@ def recall(talk: Talk, seen: Sequence[Passage]) -> float | None:
     return coverage([talk.problem], [passage.title for passage in seen])
 
 
-def form(tags: Tags) -> str:
+def form(tags: SearchTags) -> str:
     """How the answer is to stand between its tags, as a prompt says it."""
     return IN_A_BOX if tags.boxed else ALONE
 
 
-def put(talk: Talk, tags: Tags, passages: Sequence[Passage] | None = None) -> None:
+def put(talk: Talk, tags: SearchTags, passages: Sequence[Passage] | None = None) -> None:
     """Begin the conversation: the question, below the passages where there are any. Each search's
     are at most `result_tokens` long."""
-    system = ANSWER.format(answer=tags.answer, form=form(tags), shown=answer_text("Putney", tags))
+    system = ANSWER.format(answer=tags.answer, form=form(tags), shown=write_answer("Putney", tags))
     if passages is None:
         talk.begin(talk.problem.prompt, system=system)
         return
@@ -89,7 +98,7 @@ def answer(talk: Talk, task: Task) -> Generator[Ask, Completion, str]:
     return (yield from talk.ask("attempt", max_tokens=talk.sampling.attempt_tokens, stop=task.stop))
 
 
-def stated(text: str, tags: Tags) -> str | None:
+def stated(text: str, tags: SearchTags) -> str | None:
     """The answer that a reply gives: what its answer tags hold or, where it opens none, its box, or
     all of it; None for nothing.
 
@@ -97,8 +106,8 @@ def stated(text: str, tags: Tags) -> str | None:
     answer cost it precision.
     """
     if f"<{tags.answer}>" in text:
-        return read(text, tags).answer
-    return boxed(text) or untagged(text, tags).strip() or None
+        return check_form(text, tags).answer
+    return read_box(text) or strip_tags(text, tags).strip() or None
 
 
 def end(talk: Talk, task: Task, text: str, seen: Sequence[Passage], *, searches: int) -> Episode:

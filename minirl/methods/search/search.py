@@ -15,7 +15,7 @@ from minirl.methods.search.rag import NOTHING, corpus_of, form, listed, recall
 from minirl.retrieve import Passage
 from minirl.rollout import Lookup, Play, Talk
 from minirl.tasks import Task
-from minirl.verify.qa import Tags, answer_text, defuse
+from minirl.verify.qa import SearchTags, defuse, write_answer
 
 EMPTY = "There was no query. Write the words to look for between the two search tags."
 NO_MORE = "No searches are left. Answer with what you know."
@@ -40,7 +40,7 @@ For example:
 {shown}"""
 
 
-def instructions(tags: Tags) -> str:
+def instructions(tags: SearchTags) -> str:
     """The system message: what the tags are for, and one example."""
     names = {
         "think": tags.think,
@@ -48,7 +48,7 @@ def instructions(tags: Tags) -> str:
         "result": tags.result,
         "answer": tags.answer,
     }
-    return PROMPT.format(**names, form=form(tags), shown=answer_text("Putney", tags))
+    return PROMPT.format(**names, form=form(tags), shown=write_answer("Putney", tags))
 
 
 def search(talk: Talk, task: Task) -> Play:
@@ -88,7 +88,7 @@ def search(talk: Talk, task: Task) -> Play:
     return talk.end(verdict, first=verdict.passed, first_error=verdict.parts["error_kind"], **parts)
 
 
-def called(text: str, tags: Tags, stop: Sequence[str] = ()) -> str | None:
+def called(text: str, tags: SearchTags, stop: Sequence[str] = ()) -> str | None:
     """The query of the search that ends `text`: what follows the last opening tag before it, ""
     where that is nothing or missing.
 
@@ -101,7 +101,7 @@ def called(text: str, tags: Tags, stop: Sequence[str] = ()) -> str | None:
     return before.rpartition(f"<{tags.search}>")[2].strip() if f"<{tags.search}>" in before else ""
 
 
-def visible(talk: Talk, found: Sequence[Passage], tags: Tags) -> list[Passage]:
+def visible(talk: Talk, found: Sequence[Passage], tags: SearchTags) -> list[Passage]:
     """Those of a result's passages whose whole title is shown; see `shown`."""
     tokens = talk.chat.inside(defuse(listed(found), tags))[: talk.sampling.result_tokens]
     chars = len(
@@ -115,7 +115,7 @@ def visible(talk: Talk, found: Sequence[Passage], tags: Tags) -> list[Passage]:
 
 
 def shown(
-    talk: Talk, said: str | Sequence[Passage], tags: Tags, most_tokens: int | None = None
+    talk: Talk, said: str | Sequence[Passage], tags: SearchTags, most_tokens: int | None = None
 ) -> tuple[int, ...]:
     """The ids of a result: a notice or passages, cut between two tokens where they are more than
     `result_tokens`, closed either way."""

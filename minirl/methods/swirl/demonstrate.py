@@ -17,7 +17,7 @@ from minirl.methods.search.rag import corpus_of
 from minirl.methods.swirl.stepwise import ACTION, RESULT, Tags, found, result, tags_of
 from minirl.rollout import Lookup, Play, Talk
 from minirl.tasks import Task
-from minirl.tasks.calls import read
+from minirl.tasks.calls import read_chain
 from minirl.tasks.qa import SearchTask
 from minirl.verify import calculator
 
@@ -40,7 +40,7 @@ def _calculations(talk: Talk, task: Task, tags: Tags) -> int:
             f"{talk.problem.id}: no chain with calculator marks to show; give task.source a file of"
             " GSM8K's own"
         )
-    chain = read(talk.problem.solution)
+    chain = read_chain(talk.problem.solution)
     for call in chain.calls:
         talk.reply(ACTION, tags.write(call.thought, "call", call.expression), trained=True)
         talk.tell(RESULT, result(call.expression, calculator.reply(call.expression)))

@@ -26,10 +26,10 @@ from minirl.methods.search.rag import NOTHING
 from minirl.methods.search.search import called
 from minirl.methods.swirl.stepwise import Action, Tags, read, result
 from minirl.tasks import Task
-from minirl.tasks.calls import worked_out
+from minirl.tasks.calls import read_values
 from minirl.tasks.qa import SearchTask, coverage
 from minirl.verify import calculator, qa
-from minirl.verify.numeric import number
+from minirl.verify.numeric import read_number
 
 Reader = Callable[[str], Action | None]
 KNOWN = frozenset(
@@ -79,7 +79,7 @@ def search_reader(task: SearchTask) -> Reader:
         query = called(text, task.tags, task.stop)
         if query is not None:
             return Action("call", query)
-        answer = qa.read(text, task.tags).answer
+        answer = qa.check_form(text, task.tags).answer
         return None if answer is None else Action("answer", answer)
 
     return action
@@ -151,9 +151,9 @@ class Rules:
         where what it needs is not known."""
         if isinstance(self._task, SearchTask):
             return coverage([problem], (line for text in told for line in text.splitlines())) != 1.0
-        if problem.solution is None or not (steps := worked_out(problem.solution)):
+        if problem.solution is None or not (steps := read_values(problem.solution)):
             return True
-        final = number(
+        final = read_number(
             str(problem.answer["value"])
         )  # chains leave the mark of their last step out at times
         value, known = calculator.evaluate(call), _values(told)
@@ -169,13 +169,13 @@ class Rules:
                 and bool(where)
                 and (words in _EITHER or any(f" {words} " in f" {text} " for text in where))
             )
-        stated = number(answer)
+        stated = read_number(answer)
         return stated is not None and any(_same(value, stated.value) for value in _values(told))
 
 
 def _values(told: Sequence[str]) -> list[Fraction]:
     """The numbers that the calculator has given."""
-    found = (number(text.strip(" .")) for text in told)
+    found = (read_number(text.strip(" .")) for text in told)
     return [value.value for value in found if value is not None]
 
 
@@ -196,7 +196,7 @@ def _asks_for_numbers(expression: str, known: Sequence[str]) -> bool:
         calculator.evaluate(expression)
     except calculator.CalculatorError:
         return False
-    worked = calculator.worked_side(expression)
+    worked = calculator.pick_side(expression)
     if len(_FIGURE.findall(worked)) < 2:
         return False  # one number is no calculation
     return _figures(worked) - KNOWN <= {

@@ -28,7 +28,7 @@ from minirl.retrieve import Passage
 from minirl.rollout import Talk, play
 from minirl.tasks import Task
 from minirl.tasks.qa import SearchTask
-from minirl.verify.qa import RESEARCH, SEARCH_R1, Tags, verify
+from minirl.verify.qa import RESEARCH, SEARCH_R1, SearchTags, verify
 
 CHAT = Chat(byte_tokenizer())
 QUESTION = "Where was the director born?"
@@ -61,12 +61,16 @@ class Library:
         ]
 
 
-def scored(problem: Problem, text: str, tags: Tags = RESEARCH) -> Verdict:
+def scored(problem: Problem, text: str, tags: SearchTags = RESEARCH) -> Verdict:
     return verify(problem.answer["golds"], text, tags=tags)
 
 
 def played(
-    method: Method, script: Callable[[str, Ask], str], *, tags: Tags = RESEARCH, **sampling: Any
+    method: Method,
+    script: Callable[[str, Ask], str],
+    *,
+    tags: SearchTags = RESEARCH,
+    **sampling: Any,
 ) -> tuple[Episode, Scripted, list[str]]:
     """One episode, its sampler, and the queries."""
     library = Library()
@@ -118,7 +122,7 @@ def test_no_rag() -> None:
 
 
 @pytest.mark.parametrize("tags", [RESEARCH, SEARCH_R1])
-def test_the_answer_counts_with_its_box_and_without(tags: Tags) -> None:
+def test_the_answer_counts_with_its_box_and_without(tags: SearchTags) -> None:
     """The prompt says which form is wanted; the score goes by the answer."""
     for said, em in (("Putney", 1.0), (" Rome ", 0.0), ("", 0.0)):
         episode, sampler, _ = played(

@@ -40,7 +40,7 @@ from minirl.retrieve import Passage
 from minirl.rollout import Lookup, Play, Talk, play
 from minirl.tasks import Task
 from minirl.tasks.qa import Plan, SearchTask, Step
-from minirl.verify.qa import RESEARCH, SEARCH_R1, Tags, normalise, read, verify
+from minirl.verify.qa import RESEARCH, SEARCH_R1, SearchTags, check_form, normalise, verify
 
 CHAT = Chat(byte_tokenizer())
 ANSWER = {
@@ -74,7 +74,9 @@ class Library:
         ]
 
 
-def task_of(library: Library | None = None, tags: Tags = RESEARCH, **fields: Any) -> SearchTask:
+def task_of(
+    library: Library | None = None, tags: SearchTags = RESEARCH, **fields: Any
+) -> SearchTask:
     def scored(problem: Problem, text: str) -> Verdict:
         return verify(problem.answer["golds"], text, tags=tags)
 
@@ -288,15 +290,15 @@ def test_nothing_found_and_no_searches_left() -> None:
 
 def test_hostile_passages_end_nothing() -> None:
     episode = played(SECOND, "<think></think><answer>\\boxed{Paris}</answer>")
-    reading = read(CHAT.text(episode.tokens[len(episode.turns[0].tokens) :]))
+    reading = check_form(CHAT.text(episode.tokens[len(episode.turns[0].tokens) :]))
     assert (reading.error, reading.answer, episode.parts["em"]) == (None, "Paris", 0.0)
 
 
 @pytest.mark.parametrize("tags", [RESEARCH, SEARCH_R1])
-def test_the_prompt_shows_a_form_that_the_parser_takes(tags: Tags) -> None:
+def test_the_prompt_shows_a_form_that_the_parser_takes(tags: SearchTags) -> None:
     shown = instructions(tags)
     example = shown.partition("For example:\n")[2]
-    reading = read(example, tags)
+    reading = check_form(example, tags)
     assert (reading.error, reading.answer, reading.searches) == (None, "Putney", 2)
     assert shown.count("{") == shown.count("}") == 2 * tags.boxed
 
@@ -442,7 +444,7 @@ def test_demonstrations_fit_the_limit() -> None:
     whole = len(demonstrated().tokens) - len(played(LAST).turns[0].tokens)
     episode = demonstrated(attempt_tokens=whole - 20)
     assert whole - 160 < len(episode.tokens) - len(episode.turns[0].tokens) <= whole - 20
-    assert read(CHAT.text(episode.tokens[len(episode.turns[0].tokens) :])).error is None
+    assert check_form(CHAT.text(episode.tokens[len(episode.turns[0].tokens) :])).error is None
 
 
 def test_demonstrations_need_a_plan() -> None:

@@ -39,15 +39,15 @@ _HEDGED = re.compile(
 )
 
 
-class Stated(NamedTuple):
-    """statement: one line of at most MAX_STATEMENT characters, or what a box holds. before: the
+class Statement(NamedTuple):
+    """text: one line of at most MAX_STATEMENT characters, or what a box holds. before: the
     text up to where the answer is stated."""
 
-    statement: str
+    text: str
     before: str
 
 
-def stated(text: str) -> Stated | None:
+def find_statement(text: str) -> Statement | None:
     """The last statement of an answer in `text`; None where there is none, or the last one is
     denied, hedged or a box never closed."""
     text = text[-MAX_CHARS:]
@@ -66,9 +66,9 @@ def stated(text: str) -> Stated | None:
         end = _closing(rest)
         if end is None or end > MAX_STATEMENT or _HEDGED.match(rest, end + 1):
             return None
-        return Stated(rest[:end], before)
+        return Statement(rest[:end], before)
     statement = rest.lstrip(" \t\r\n:*").partition("\n")[0]
-    return Stated(statement[:MAX_STATEMENT], before)
+    return Statement(statement[:MAX_STATEMENT], before)
 
 
 def _closing(text: str) -> int | None:
