@@ -81,7 +81,7 @@ def run(
             return
         folder = out or Path("runs") / recipe.stem
         from minirl.loop.session import Interrupted
-        from minirl.train import train
+        from minirl.loop.train import train
 
         try:
             adapter = train(node, folder)

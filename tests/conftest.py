@@ -32,7 +32,7 @@ ENVIRONMENT = {
 }
 PRELOAD = [
     "minirl.cli",
-    "minirl.train",
+    "minirl.loop.train",
     "minirl.tasks.countdown",
     "minirl.record.report",
     "transformers.models.llama.modeling_llama",

@@ -440,7 +440,7 @@ def test_out_of_memory_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr("minirl.train.train", fail)
+    monkeypatch.setattr("minirl.loop.train.train", fail)
     path = recipe(tmp_path / "r.yaml", Path("some/model"), [SINGLE])
     found = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "run")])
     refused(

@@ -14,7 +14,7 @@ import minirl
 
 ROOT = Path(minirl.__file__).parent
 PLAY = ("methods", "rollout", "tasks", "verify", "retrieve", "judge")
-MAY_IMPORT_TORCH = ("engine", "loop", "bench", "train")
+MAY_IMPORT_TORCH = ("engine", "loop", "bench")
 HEAVY = ("torch", "accelerate", "peft", "bitsandbytes", "safetensors")
 
 

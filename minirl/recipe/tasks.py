@@ -79,7 +79,7 @@ class FunctionCalling(Frozen):
 
 
 class Own(Frozen):
-    """A task made in Python: problems and a verifier that are handed to `minirl.train.train(recipe,
+    """A task made in Python: problems and a verifier that are handed to `minirl.train(recipe,
     folder, task=Task(...))`."""
 
     name: Literal["own"]

@@ -26,7 +26,7 @@ def open_task(node: recipe.Task, seed: int, made: Task | None = None) -> Task:
         if made is None:
             raise UserError(
                 "task.name: got 'own', which is made in Python; expected it as task=Task(...) of"
-                " minirl.train.train or minirl.loop.trial.evaluate_run"
+                " minirl.train or minirl.evaluate_run"
             )
         return own.sound(made)
     if made is not None:

@@ -51,8 +51,7 @@ def made() -> Task:
 
 
 def run(path: Path, folder: Path) -> None:
-    from minirl.loop.trial import evaluate_run
-    from minirl.train import train
+    from minirl import evaluate_run, train
 
     node = recipes.load(path)
     train(node, folder, task=made())
@@ -87,9 +86,7 @@ def test_a_task_made_in_python_is_trained_and_evaluated(
     for command in (("run", path, "--out", tmp_path / "other"), ("eval", tmp_path / "run")):
         refused = cli(*command)
         assert refused.code == 2
-        assert refused.err.strip().endswith(
-            "of minirl.train.train or minirl.loop.trial.evaluate_run"
-        )
+        assert refused.err.strip().endswith("of minirl.train or minirl.evaluate_run")
         assert "computes in" not in refused.out, "no model is loaded for it"
 
 
@@ -234,9 +231,6 @@ def test_a_task_beside_a_named_one() -> None:
         open_task(recipes.Countdown(name="countdown"), 0, made())
     with pytest.raises(
         UserError,
-        match=(
-            r"expected it as task=Task\(\.\.\.\) of minirl\.train\.train or"
-            r" minirl\.loop\.trial\.evaluate_run"
-        ),
+        match=r"expected it as task=Task\(\.\.\.\) of minirl\.train or minirl\.evaluate_run",
     ):
         open_task(recipes.Own(name="own"), 0)

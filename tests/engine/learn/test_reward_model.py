@@ -25,7 +25,7 @@ from minirl.engine.learn.reward_model import CONFIG, WEIGHTS, RewardModel, Sampl
 from minirl.engine.model import load as models
 from minirl.engine.model.adapter import adapter_state
 from minirl.errors import UserError
-from minirl.train import train
+from minirl.loop.train import train
 
 CPU = torch.device("cpu")
 NODE = recipes.RewardModel(kind="reward_model", lr=1e-2, batch=16)
@@ -360,7 +360,7 @@ def test_several_processes_are_refused_before_anything_is_done(
 ) -> None:
     """Catches: a refusal after the hours of the warm-up."""
     monkeypatch.setattr(
-        "minirl.train.Accelerator",
+        "minirl.loop.train.Accelerator",
         lambda **_: SimpleNamespace(num_processes=2, is_main_process=True),
     )
     node = recipes.load(recipe(tmp_path / "r.yaml", tiny, STAGES))

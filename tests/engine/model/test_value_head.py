@@ -17,7 +17,7 @@ from minirl.engine.model.adapter import save_adapter
 from minirl.engine.model.policy import Policy
 from minirl.engine.model.value_head import FILE, ValueHead
 from minirl.errors import UserError
-from minirl.train import _export
+from minirl.loop.train import _export
 
 CPU = torch.device("cpu")
 

@@ -22,8 +22,8 @@ from minirl.engine.sample.live import LiveSampler
 from minirl.engine.sample.plain import PlainSampler
 from minirl.episode import Ask, Episode, Group, Problem, Turn
 from minirl.io.files import read_rows
+from minirl.loop.train import train
 from minirl.record.progress import Progress
-from minirl.train import train
 
 CPU = torch.device("cpu")
 

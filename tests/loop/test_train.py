@@ -201,7 +201,7 @@ def test_a_report_that_cannot_be_written_leaves_the_run_finished(
 ) -> None:
     """Catches: the report written first, so that one odd row keeps a trained run from ever being
     finished."""
-    from minirl import train
+    from minirl.loop import train
 
     def fail(folder: Path) -> Path:
         raise UserError(f"{folder}: odd")
