@@ -1,11 +1,9 @@
-"""A sampler behind HTTP: any server that speaks OpenAI's chat completions, for judges and for
-whoever writes in the policy's place.
+"""A sampler behind HTTP: any server that speaks OpenAI's chat completions, for judges.
 
 Invariant: every ask is answered within (retries + 1) * timeout_s and the pauses between, at most
 `concurrency` connections are open (that of a request that was given up is closed before the next),
 and a server's fault is one line. A completion from here is text alone: `tokens` and `logprobs` are
-empty, for the server's ids are none of ours. So nothing of it can be trained; a conversation goes
-on from it once its text is written down again (see relay.py).
+empty, for the server's ids are none of ours. So nothing of it can be trained.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from minirl import recipe
 from minirl.episode import Episode
 from minirl.loop.problems import played, problems_of
 from minirl.loop.session import Interrupted, Session, length
-from minirl.loop.trajectories import described, relayed, with_provenance
+from minirl.loop.trajectories import described, with_provenance
 from minirl.methods import method_of
 from minirl.record.metrics import Facts, means
 from minirl.record.state import Position
@@ -26,21 +26,17 @@ def collect_stage(s: Session, index: int, stage: recipe.Collect) -> None:
     for chunk in range(began_at, chunks):
         began, before = time.monotonic(), s.sampler.tokens
         mine = s.mine(list(enumerate(problems[chunk * stage.batch : (chunk + 1) * stage.batch])))
-        if stage.speaker is not None:
-            own = relayed(s, stage, f"{index}/{chunk}", mine)
-        else:
-            method, check = method_of(stage), chunk == began_at
-            own = played(
-                s,
-                f"{index}/{chunk}",
-                method,
-                mine,
-                stage.samples,
-                check=check,
-                temperature=stage.temperature,
-            )
+        own = played(
+            s,
+            f"{index}/{chunk}",
+            method_of(stage),
+            mine,
+            stage.samples,
+            check=chunk == began_at,
+            temperature=stage.temperature,
+        )
         if stage.method == "stepwise":
-            own = with_provenance(s, stage, f"{index}/{chunk}", own, mine)
+            own = with_provenance(s, f"{index}/{chunk}", own, mine)
         groups = s.gather([group.episodes for group in own])
         kept = [episode for group in groups for episode in keep(group, stage)]
         s.run.keep(index, kept)

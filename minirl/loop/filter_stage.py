@@ -68,7 +68,7 @@ def _both_judges(s: Session, stage: recipe.Filter) -> Callable[[Sequence[Episode
     answers = None
     if node is not None and stage.outcome == "judge":
         known = verdicts_of(s.run.folder, s.accelerator.process_index, stage.source)
-        answers = answer_judge(node, s.voices.open(node, s.sampler, patient=True), known)
+        answers = answer_judge(node, s.voices.open(node, s.sampler), known)
 
     def judge(episodes: Sequence[Episode]) -> list[Judged]:
         wanted = [(e, turn) for e in episodes for turn in actions(e)]

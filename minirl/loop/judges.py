@@ -1,5 +1,4 @@
-"""Speakers: the other models of a run, opened. Judges of answers and of steps, and whoever writes
-trajectories in the policy's place.
+"""The judges of a run, opened: of answers and of steps.
 
 Invariant: a judge never stops a run: a server that fails leaves a step without a score. The
 policy's weights, its adapter and what its sampler holds are afterwards what they were.
@@ -95,14 +94,11 @@ class Voices:
         self._cache_tokens = cache_tokens
         self._local: dict[tuple[str, str, str], Voice] = {}
 
-    def open(
-        self, node: recipe.Other, sampler: LiveSampler | PlainSampler, *, patient: bool
-    ) -> Voice:
-        """The model that a recipe names. sampler: the policy's. patient: a server that fails leaves
-        asks unanswered and raises nothing."""
+    def open(self, node: recipe.Judge, sampler: LiveSampler | PlainSampler) -> Voice:
+        """The model that a recipe names. sampler: the policy's."""
         if node.kind == "endpoint":
             return Voice(
-                f"{node.url} {node.model}", Messages(), EndpointSampler(node, patient=patient), None
+                f"{node.url} {node.model}", Messages(), EndpointSampler(node, patient=True), None
             )
         if node.kind == "model":
             key = str(node.model), node.quantize, node.dtype

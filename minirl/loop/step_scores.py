@@ -82,7 +82,7 @@ class StepScorer:
     def _open(self) -> None:
         s, node = self._s, self._node
         self._known = verdicts_of(s.run.folder, s.accelerator.process_index, self._source)
-        voice = None if node.kind == "verifier" else s.voices.open(node, s.sampler, patient=True)
+        voice = None if node.kind == "verifier" else s.voices.open(node, s.sampler)
         self._sampler = None if voice is None else voice.sampler
         self._opened = step_judge(node, voice, rules_of(s, node, self._method), self._known)
 

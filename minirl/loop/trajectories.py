@@ -1,5 +1,4 @@
-"""Trajectories of SWiRL (arXiv 2504.04736): written by the policy or in its place, with their
-provenance, and split into states."""
+"""Trajectories of SWiRL (arXiv 2504.04736): with their provenance, and split into states."""
 
 from __future__ import annotations
 
@@ -9,51 +8,23 @@ from hashlib import blake2b
 
 from minirl import recipe
 from minirl.engine.model import load as models
-from minirl.episode import Episode, Group, Problem, regroup
+from minirl.episode import Episode, Group, Problem
 from minirl.errors import UserError
 from minirl.loop.session import Session
-from minirl.methods.swirl.relay import Relay
 from minirl.methods.swirl.states import imitations, some, states
-from minirl.methods.swirl.stepwise import stepwise
-from minirl.rollout import play
 
 SHOWN = ("steps", "calls", "errors", "malformed")
 
 
-def relayed(
-    s: Session, stage: recipe.Collect, seed: str, drawn: Sequence[tuple[int, Problem]]
-) -> list[Group]:
-    """Trajectories that the stage's speaker writes, in the policy's tokens; a server's fault is the
-    user's to mend and stops the run."""
-    assert stage.speaker is not None
-    voice, node = s.voices.open(stage.speaker, s.sampler, patient=False), s.recipe
-    talks = [
-        Relay(
-            p,
-            s.chat,
-            node.sampling,
-            temperature=stage.temperature,
-            seed=f"{node.seed}/{seed}/{n}/{p.id}/{k}",
-            speaker=voice.chat,
-        )
-        for n, p in drawn
-        for k in range(stage.samples)
-    ]
-    if reset := getattr(voice.sampler, "reset", None):
-        reset()
-    return regroup(play([stepwise(talk, s.task) for talk in talks], voice.sampler), stage.samples)
-
-
 def with_provenance(
     s: Session,
-    stage: recipe.Collect,
     seed: str,
     groups: Sequence[Group],
     drawn: Sequence[tuple[int, Problem]],
 ) -> list[Group]:
-    """Each episode with who wrote it (`by`: the model and a digest of the adapter, or the speaker)
-    and what it was drawn with (`seed`)."""
-    by = writer(s) if stage.speaker is None else f"{stage.speaker.kind} {stage.speaker.model}"
+    """Each episode with who wrote it (`by`: the model and a digest of the adapter) and the seed
+    that it was drawn with (`seed`)."""
+    by = writer(s)
     return [
         Group(
             g.problem,

@@ -323,9 +323,7 @@ def _judge(opened: Opened, node: recipe.Recipe) -> Judge | None:
     voices = Voices(
         opened.policy, opened.chat, rows=sampling.rows, cache_tokens=sampling.cache_tokens
     )
-    return answer_judge(
-        judge, voices.open(judge, opened.sampler, patient=True), verdicts_of(opened.folder)
-    )
+    return answer_judge(judge, voices.open(judge, opened.sampler), verdicts_of(opened.folder))
 
 
 def _evaluate(

@@ -5,7 +5,7 @@ recipe alone, and an unknown key is refused with its path and the nearest known 
 """
 
 from minirl.recipe.base import Frozen
-from minirl.recipe.judge import Judge, Other, Speaker
+from minirl.recipe.judge import Judge, Other
 from minirl.recipe.learner import PRESETS, Learner
 from minirl.recipe.maths import Gsm8k, Mathqa, Maths, MathsCredit, ProgramLimits, Svamp
 from minirl.recipe.qa import QA, Bamboogle, HotpotQA, MuSiQue, TwoWikiMultiHopQA
@@ -55,7 +55,6 @@ __all__ = [
     "RewardModel",
     "Sampling",
     "Save",
-    "Speaker",
     "Stage",
     "Stepwise",
     "Svamp",

@@ -1,5 +1,4 @@
-"""Other models in a recipe: the judge, who says whether an answer is right or a step good, and who
-writes in the policy's place."""
+"""Judges in a recipe: who says whether an answer is right or a step good."""
 
 from __future__ import annotations
 
@@ -63,13 +62,6 @@ class Other(Frozen):
                     f" kind {kinds[0]} alone"
                 )
         return self
-
-
-class Speaker(Other):
-    """Another model that writes trajectories in the policy's place."""
-
-    kind: Literal["model", "endpoint"]
-    """model: a local one. endpoint: a server that speaks OpenAI's chat completions."""
 
 
 class Judge(Other):

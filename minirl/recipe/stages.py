@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from minirl.recipe.base import Frozen, Probability
-from minirl.recipe.judge import Judge, Speaker
+from minirl.recipe.judge import Judge
 from minirl.recipe.learner import Learner
 
 SHOWN = ("demonstrate", "demonstrate_stepwise", "imitate")
@@ -37,17 +37,6 @@ class Collect(Frozen):
     """Of the attempts (R3's is not stated; 0.9 is likely)."""
     batch: PositiveInt = 64
     """Problems between two saves of the stage's progress."""
-    speaker: Speaker | None = None
-    """stepwise: another model that writes in the policy's place; None for the policy."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.speaker is not None and self.method != "stepwise":
-            raise ValueError(
-                f"speaker: got one with method {self.method!r}, expected method stepwise: attempts"
-                " are the policy's own"
-            )
-        return self
 
 
 class Filter(Frozen):

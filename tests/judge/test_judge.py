@@ -353,7 +353,7 @@ def test_the_base_judges_without_the_adapter(tmp_path: Path) -> None:
     assert trained != fresh
     assert answered(BaseSampler(policy, sampler)) == fresh
     assert answered(sampler) == trained, "the adapter is back"
-    name = Voices(policy, chat, rows=4).open(recipe.Judge(kind="base"), sampler, patient=True).name
+    name = Voices(policy, chat, rows=4).open(recipe.Judge(kind="base"), sampler).name
     assert name == f"base {models.fingerprint(policy.model)[:8]}", (
         "a verdict of other weights is another's"
     )
@@ -383,7 +383,7 @@ def test_another_model_judges_in_the_dtype_that_its_node_names(tmp_path: Path) -
         assert judge.scorer is not None
         chances += judge.scorer(prompts, options, [0])
         names.append(judge.name)
-    own = voices.open(recipe.Judge(kind="base"), sampler, patient=True).scorer
+    own = voices.open(recipe.Judge(kind="base"), sampler).scorer
     assert own is not None
     assert chances[0] == chances[2] == own(prompts, options, [0])[0], (
         "the same weights in the same dtype"

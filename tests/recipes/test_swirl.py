@@ -430,73 +430,6 @@ def test_credit_by_step_goes_on_without_its_judge(cli: Cli, write: Write, tmp_pa
     ] == [(True, 2.0, 0.0, 0.0)] * 2
 
 
-def test_another_model_writes(
-    cli: Cli, write: Write, tiny: Path, serve: Callable[[Reply], Server], tmp_path: Path
-) -> None:
-    """A server and a local model in the policy's place: their words in the policy's tokens, never
-    with log-probabilities."""
-    bodies: list[dict[str, Any]] = []
-
-    def reply(body: dict[str, Any]) -> tuple[int, bytes]:
-        bodies.append(body)
-        turn = sum(m["role"] == "assistant" for m in body["messages"])
-        return completion(("Add. <do>2 + 3", "Done. <end>5")[turn])  # the stop string is left out
-
-    there = {"kind": "endpoint", "url": serve(reply).url, "model": "m"}
-    stages = [
-        COLLECT | {"speaker": there, "samples": 1, "keep_each": 1},
-        {"kind": "filter", "keep": "none"},
-    ]
-    train = STEP | {"judge": {"kind": "verifier"}, "steps": 1}
-    outcome = cli("run", write([*stages, train]), "--out", tmp_path / "far")
-    assert outcome.code == 0, outcome.err
-    found = episodes(tmp_path / "far/kept/0.jsonl")
-    assert [t.logprobs for e in found for t in e.turns] == [None] * 16
-    assert {(e.parts["answer"], e.parts["steps"], e.parts["by"]) for e in found} == {
-        ("5", 2, "endpoint m")
-    }
-    last = next(body["messages"] for body in bodies if len(body["messages"]) == 4)
-    assert [m["role"] for m in last] == ["system", "user", "assistant", "user"]
-    assert (last[2]["content"], last[3]["content"]) == ("Add. <do>2 + 3</do>", "2 + 3 -> 5")
-    near = {"kind": "model", "model": str(tiny)}
-    outcome = cli(
-        "run",
-        write([COLLECT | {"speaker": near}, {"kind": "filter", "keep": "none"}, train]),
-        "--out",
-        tmp_path / "near",
-    )
-    assert outcome.code == 0, outcome.err
-    found = episodes(tmp_path / "near/kept/0.jsonl")
-    assert all(t.logprobs is None for e in found for t in e.turns)
-    assert {e.parts["by"] for e in found} == {f"model {tiny}"}
-    assert len({e.tokens for e in found}) == len(found) >= 8
-
-
-def test_a_reply_that_is_cut_is_no_call(
-    cli: Cli, write: Write, serve: Callable[[Reply], Server], tmp_path: Path
-) -> None:
-    """Catches: half an expression closed with its tag, and worked out."""
-    there = {
-        "kind": "endpoint",
-        "url": serve(lambda body: completion("Add. <do>4 * 1", "length")).url,
-        "model": "m",
-    }
-    stages = [
-        COLLECT | {"speaker": there, "samples": 1, "keep_each": 1, "problems": 1},
-        {"kind": "filter", "keep": "none"},
-    ]
-    outcome = cli(
-        "run",
-        write([*stages, STEP | {"judge": {"kind": "verifier"}, "steps": 1}]),
-        "--out",
-        tmp_path / "far",
-    )
-    assert outcome.code == 0, outcome.err
-    (episode,) = episodes(tmp_path / "far/kept/0.jsonl")
-    assert [episode.parts[name] for name in ("steps", "calls", "malformed")] == [2, 0, 2]
-    assert episode.finish == "length"
-
-
 def test_another_task_is_tried(cli: Cli, write: Write, whole: Any, data: dict[str, Any]) -> None:
     _, folder, _ = whole
     other = write([SHOWN], eval={"problems": 3, "start": False})
@@ -580,14 +513,6 @@ def test_wrong_recipes_are_told_in_one_line(write: Write, tiny: Path, data: dict
         (
             {"task": searched, "eval": {"judge": {"kind": "verifier"}}},
             r"eval\.judge\.kind: got 'verifier'",
-        ),
-        (
-            {
-                "stages": [
-                    COLLECT | {"method": "single", "speaker": {"kind": "model", "model": "m"}}
-                ]
-            },
-            "speaker: got one with method 'single'",
         ),
     ]:
         with pytest.raises(UserError, match=said) as error:
