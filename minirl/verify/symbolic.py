@@ -2,38 +2,25 @@
 process of its own.
 
 Invariant: bounded. Only digits, operators, brackets, roots, fractions and pi get there; the process
-is killed when it is slow, and its memory is limited where the system can. math-verify sets an
-alarm, which works in a main thread alone, so it never runs in this process.
+is killed if it is slow, and its memory is limited where the system can. math-verify sets an alarm,
+which works in a main thread alone, so it never runs in this process.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import re
-import resource
-import socket
-import subprocess
-import sys
-import weakref
 from collections.abc import Callable
-from contextlib import suppress
-from importlib.util import find_spec
 from itertools import accumulate
-from multiprocessing.connection import Connection
 from typing import Any
 
-from minirl.errors import UserError
+from minirl.io.process import Helper
 
 MAX_CHARS = 100
 MAX_BRACKETS = 8  # its parser takes twice as long with each that is nested
 TIMEOUT_S = 5.0
-START_S = 60.0  # the first import of sympy on a slow disk
 MEMORY_BYTES = 1 << 30
-MAX_REPLY = 1000  # bytes
-READY = "ready"
 INSTALL = "run `pip install 'math-verify>=0.9'` or set it to false"
 # No letters but these commands, so nothing but a number can be meant; no numbers and no powers that
 # take long to write out.
@@ -64,107 +51,59 @@ class Symbolic:
     """
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
-        if find_spec("math_verify") is None:
-            raise UserError(f"task.symbolic: got true, but math-verify is not installed; {INSTALL}")
         self.timeout_s = timeout_s
-        self._line: Connection | None = None
-        self._end: Callable[[], object] | None = None
+        self._helper = Helper(
+            "minirl.verify.symbolic:prepare",
+            "math_verify",
+            f"task.symbolic: got true, but math-verify {{}}; {INSTALL}",
+            MEMORY_BYTES,
+        )
+        self._helper.require_package()
 
     def __call__(self, expression: str) -> float | None:
-        """The finite real value of `expression`; None for what is not one, or takes longer than
-        `timeout_s`."""
+        """The finite real value of `expression`; None if it has none, takes longer than `timeout_s`
+        or ends the process."""
         latex = to_latex(expression)
         if latex is None:
             return None
         try:
-            line = self._line or self._start()
-            line.send_bytes(json.dumps(latex).encode())
-            if line.poll(self.timeout_s):
-                value: float | None = json.loads(line.recv_bytes(MAX_REPLY))
-                return value
-        except (EOFError, OSError):
-            # it died of this expression; like one that takes too long, it has no value, and the
-            # process is replaced below
-            pass
-        except BaseException:  # an interrupt: the next question must not get this one's answer
-            self.close()
-            raise
-        self.close()
-        return None
+            value: float | None = self._helper.ask(latex, self.timeout_s)
+        except (TimeoutError, EOFError):
+            return None
+        return value
 
     def close(self) -> None:
         """End the process; the next call starts another."""
-        if self._end is not None:
-            self._end()
-        self._line = self._end = None
-
-    def _start(self) -> Connection:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-c",
-                    f"from minirl.verify.symbolic import serve; serve({theirs.fileno()})",
-                ],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is the run's to handle
-            )
-        self._line = Connection(ours.detach())
-        self._end = weakref.finalize(self, _end, process, self._line)
-        try:
-            said = (
-                self._line.recv_bytes(MAX_REPLY).decode()
-                if self._line.poll(START_S)
-                else f"no answer within {START_S:g} s"
-            )
-        except (EOFError, OSError) as error:
-            said = type(error).__name__
-        if said != READY:
-            self.close()
-            raise UserError(f"task.symbolic: math-verify does not start ({said}); {INSTALL}")
-        return self._line
-
-
-def _end(process: subprocess.Popen[bytes], line: Connection) -> None:
-    line.close()
-    process.kill()
-    process.wait()
+        self._helper.close()
 
 
 def to_latex(expression: str) -> str | None:
-    """`expression` as LaTeX that can only be a number; None where it is anything else, or so large
+    """`expression` as LaTeX that can only be a number; None if it is anything else, or so large
     that it could take long.
 
-    None too where nothing needs a value worked out: a root, pi, a power, a \\frac or an operation
-    in brackets that are not around it all.
+    None too if nothing needs a value worked out: no root, pi, power or \\frac, and no operation in
+    brackets that are not around it all.
     """
     match = _WRAP.match(expression[: 2 * MAX_CHARS].translate(_SIGNS))
     latex = _COMMA.sub("", match[1] if match else "")
     latex = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", latex).strip()
     bare = _COMMANDS.sub(lambda m: "*" if m[0] in (r"\times", r"\cdot") else " ", latex)
-    braced = not _STRAY_BRACE.search(latex.replace(" ", "")) and latex.count("}{") <= latex.count(
-        "frac"
-    )
-    small = (
+    is_number = (
         len(latex) <= MAX_CHARS
         and bare.count("(") + bare.count("{") <= MAX_BRACKETS
         and not _HUGE.search(bare)
+        and not _STRAY_BRACE.search(latex.replace(" ", ""))
+        and latex.count("}{") <= latex.count("frac")
+        and _ALLOWED.fullmatch(bare)
+        and not _SIDE_BY_SIDE.search(bare)
+        and re.search(r"[0-9]|\\pi", latex)
     )
-    plain = _ALLOWED.fullmatch(bare) and not _SIDE_BY_SIDE.search(bare)
-    needed = _NEEDED.search(latex) or _OPERATION.search(_unwrapped(bare))
-    return (
-        latex if small and braced and plain and needed and re.search(r"[0-9]|\\pi", latex) else None
-    )
+    needs_value = _NEEDED.search(latex) or _OPERATION.search(_unwrap(bare))
+    return latex if is_number and needs_value else None
 
 
-def _unwrapped(text: str) -> str:
-    """Without the brackets that hold all of it."""
+def _unwrap(text: str) -> str:
+    """`text` without the brackets that hold all of it."""
     text = text.strip()
     while text.startswith("(") and text.endswith(")"):
         depths = list(accumulate((char == "(") - (char == ")") for char in text))
@@ -174,30 +113,19 @@ def _unwrapped(text: str) -> str:
     return text
 
 
-def serve(handle: int) -> None:
-    """The process' main: answer on the socket `handle` until the other end is gone."""
+def prepare() -> Callable[[str], float | None]:
+    """In the helper process: the function that values LaTeX."""
     logging.disable()
-    line = Connection(handle)
-    if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    try:
-        from math_verify import LatexExtractionConfig, parse
-    except (
-        Exception
-    ) as error:  # whatever it is, nothing can be valued and the user must be told why
-        line.send_bytes(f"{type(error).__name__}: {error!s:.200}".encode())
-        return
-    line.send_bytes(READY.encode())
-    with suppress(EOFError, OSError):
-        while True:
-            latex = json.loads(line.recv_bytes())
-            found: list[Any] = parse(f"${latex}$", [LatexExtractionConfig()], parsing_timeout=None)
-            line.send_bytes(json.dumps(_value(found)).encode())
+    from math_verify import LatexExtractionConfig, parse
+
+    return lambda latex: _value(
+        parse(f"${latex}$", [LatexExtractionConfig()], parsing_timeout=None)
+    )
 
 
 def _value(found: list[Any]) -> float | None:
-    """The value of what math-verify read: an expression and its text; the text alone where it could
-    not."""
+    """The value of what math-verify read: an expression and its text, or the text alone if it could
+    not read it."""
     if len(found) != 2:
         return None
     try:

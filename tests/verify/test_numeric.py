@@ -3,10 +3,10 @@ GSM8K and SVAMP."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from fractions import Fraction
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,7 @@ from minirl.verify.symbolic import Symbolic, to_latex
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="no ../shared/data")
 needs_math_verify = pytest.mark.skipif(
-    find_spec("math_verify") is None, reason="math-verify is not installed"
+    importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed"
 )
 CREDIT = MathsCredit(wrong_answer=0.25, no_answer=0.125)
 
@@ -526,8 +526,9 @@ def test_an_interrupt_loses_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     get."""
     symbolic = Symbolic()
     assert symbolic("4\\pi") == pytest.approx(12.566370614)
-    assert symbolic._line is not None
-    wait, waited = symbolic._line.poll, list[float]()
+    line = symbolic._helper._line
+    assert line is not None
+    wait, waited = line.poll, list[float]()
 
     def poll(timeout_s: float) -> bool:
         waited.append(timeout_s)
@@ -535,7 +536,7 @@ def test_an_interrupt_loses_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return wait(timeout_s)
 
-    monkeypatch.setattr(symbolic._line, "poll", poll)
+    monkeypatch.setattr(line, "poll", poll)
     with pytest.raises(KeyboardInterrupt):
         symbolic("5\\pi")
     assert symbolic("6\\pi") == pytest.approx(18.849555922)
@@ -543,7 +544,7 @@ def test_an_interrupt_loses_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_math_verify_missing_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minirl.verify.symbolic.find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         UserError, match=r"math-verify is not installed; run `pip install 'math-verify>=0.9'`"
     ):
