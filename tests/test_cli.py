@@ -73,7 +73,7 @@ def finished(cli: Cli, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         ({"model": {"lora": {"rank": 1.5}}}, "model.lora.rank: "),
         ({"stages": []}, "stages: "),
         ({"stages": [SINGLE | {"kind": "teach"}]}, "stages[0]"),
-        ({"stages": [SINGLE | {"method": "demonstrate"}]}, "self_train go with nll"),
+        ({"stages": [SINGLE | {"method": "demonstrate"}]}, "learner.loss: got 'grpo'"),
         ({"stages": [SINGLE | {"group": 1}]}, "expected at least 2"),
         ({"track": ["clearml"]}, "track[0]"),
         ({"on_cpu": 3}, "on_cpu: got int"),

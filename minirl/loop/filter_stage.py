@@ -125,7 +125,7 @@ def source_of(source: str, where: str) -> tuple[recipe.Recipe, int]:
     found = [
         n
         for n, old in enumerate(other.stages)
-        if isinstance(old, recipe.Collect) and old.method == "stepwise"
+        if isinstance(old, recipe.Collect) and recipe.METHODS[old.method].makes_states
     ]
     if not found or standing(folder)[0].stage <= found[-1]:
         raise UserError(

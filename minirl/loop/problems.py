@@ -40,9 +40,9 @@ def _kept_problems(s: Session, index: int, stage: recipe.Train) -> Sequence[Prob
             f"stages[{index}]: the collect stage before it kept nothing; collect more problems or"
             " samples, or change `keep`"
         )
-    if stage.method in ("step", "imitate"):
+    if stage.facts.starts_from == "states":
         return states_of(s, index, stage, episodes)
-    if stage.method == "reflect":
+    if stage.facts.starts_from == "failures":
         if any(e.parts["first"] for e in episodes):
             raise UserError(
                 f"stages[{index}]: method reflect needs failed attempts; set keep: failed in"
@@ -58,7 +58,7 @@ def drawn(
     s: Session, index: int, step: int, stage: recipe.Train, problems: Sequence[Problem]
 ) -> tuple[list[tuple[int, Problem]], dict[str, float]]:
     """This process's problems of a step, numbered, and what is logged of finding them."""
-    if stage.method == "reflect" and not problems[0].context:
+    if stage.facts.starts_from == "failures" and not problems[0].context:
         return _failures(s, index, step, stage, problems)
     return (
         list(

@@ -94,7 +94,7 @@ class StepScorer:
 
 def rules_of(s: Session, node: recipe.Judge, method: str) -> Rules:
     """The rules for a method's turns."""
-    if method == "search" and isinstance(s.task, SearchTask):
+    if recipe.METHODS[method].actions == "tags" and isinstance(s.task, SearchTask):
         return Rules(s.task, search_reader(s.task), gold=node.gold)
     tags = tags_of(s.task, s.recipe.sampling.stepwise)
     return Rules(s.task, reader(tags), gold=node.gold, steps=tags.steps)

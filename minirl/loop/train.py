@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +160,11 @@ def _train(s: Session, index: int, stage: recipe.Train) -> None:
             temperature=s.recipe.sampling.temperature,
         )
         tries = len(groups)
-        if stage.method == "self_train":
+        if stage.facts.shows_gold:
             groups += played(
                 s,
                 f"{index}/{step}/shown",
-                partial(demonstrate, share=0.0),
+                demonstrate,
                 now,
                 1,
                 check=False,
@@ -243,12 +242,7 @@ def _learner(s: Session, index: int, stage: recipe.Train) -> Learner:
     """The stage's learner, with the optimizer's state and the KL reference as a resumed run left
     them."""
     sampling = s.recipe.sampling
-    limit = (
-        sampling.reflection_tokens + sampling.attempt_tokens * stage.train_all
-        if stage.method == "reflect"
-        else sampling.attempt_tokens
-    )
-    limit *= sampling.stepwise.steps if stage.method == "stepwise" else 1
+    limit = stage.facts.trained_tokens(sampling) + sampling.attempt_tokens * stage.train_all
     learner = Learner(
         s.policy,
         stage.learner,

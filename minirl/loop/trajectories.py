@@ -74,7 +74,7 @@ def states_of(
 ) -> list[Problem]:
     """The states that a stage trains on, with their actions where it imitates them. Raises
     UserError where it asks for more."""
-    split = imitations(kept) if stage.method == "imitate" else states(kept)
+    split = states(kept) if stage.facts.samples else imitations(kept)
     chosen = some(split, stage.states, s.recipe.seed)
     s.progress.say(
         f"stage {index}: {len(chosen)} of {len(split)} states of {len(kept)} trajectories"

@@ -26,7 +26,6 @@ from minirl.judge.judge import Judge
 from minirl.loop.evaluate import evaluate
 from minirl.loop.judges import Voices, answer_judge, verdicts_of
 from minirl.loop.session import eval_settings, texts
-from minirl.recipe.stages import SHOWN
 from minirl.record.closed_run import add_later_eval, problems_of
 from minirl.record.evals import COUNTS, pool, summarise
 from minirl.record.progress import Progress
@@ -186,7 +185,7 @@ def _warm_up(folder: Path, node: recipe.Recipe, alike: dict[str, Any]) -> list[E
     labels = [
         f"{n}-{stage.method}"
         for n, stage in enumerate(node.stages)
-        if isinstance(stage, recipe.Train) and stage.method in SHOWN
+        if isinstance(stage, recipe.Train) and not stage.facts.samples
     ]
     path = folder / "evals.jsonl"
     rows = [

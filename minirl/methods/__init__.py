@@ -1,5 +1,7 @@
-"""Methods: what an episode of each kind looks like, as a generator written for one episode (floor
-4, no torch)."""
+"""Methods: each is a generator that plays one episode.
+
+Invariant: FUNCTIONS has the names of `minirl.recipe.METHODS`, no more and no fewer.
+"""
 
 from __future__ import annotations
 
@@ -18,37 +20,38 @@ from minirl.methods.self_train import self_train
 from minirl.methods.single import single
 from minirl.methods.swirl.demonstrate import demonstrate_stepwise
 from minirl.methods.swirl.stepwise import imitate, step, stepwise
+from minirl.recipe.methods import EVALUATED_BY
 from minirl.rollout import Play, Talk
 from minirl.tasks import Task
 from minirl.tasks.qa import SearchTask
 
 Method = Callable[[Talk, Task], Play]
-EVALUATED: dict[str, Method] = {
-    "single": single,
-    "no_rag": no_rag,
-    "naive_rag": naive_rag,
-    "iter_retgen": iter_retgen,
-    "ircot": ircot,
-    "search": search,
-    "stepwise": stepwise,
-}
-"""What an evaluation with one try can play; the order is that of the table (see
-`trial.compare_methods`)."""
-BY_NAME = EVALUATED | {
-    "self_train": self_train,
-    "step": step,
-    "imitate": imitate,
-    "demonstrate_stepwise": demonstrate_stepwise,
+FUNCTIONS: dict[str, Callable[..., Play]] = {
+    function.__name__: function
+    for function in (
+        single,
+        reflect,
+        self_train,
+        demonstrate,
+        no_rag,
+        naive_rag,
+        iter_retgen,
+        ircot,
+        search,
+        stepwise,
+        step,
+        demonstrate_stepwise,
+        imitate,
+    )
 }
 
 
 def method_of(stage: recipe.Collect | recipe.Train) -> Method:
     """The method a stage names, with the stage's own options bound."""
-    if isinstance(stage, recipe.Train) and stage.method == "reflect":
-        return partial(reflect, train_all=stage.train_all)
-    if isinstance(stage, recipe.Train) and stage.method == "demonstrate":
-        return partial(demonstrate, share=stage.reflections)
-    return BY_NAME[stage.method]
+    function = FUNCTIONS[stage.method]
+    options = stage.facts.options if isinstance(stage, recipe.Train) else ()
+    bound = {name: getattr(stage, name) for name in options}
+    return partial(function, **bound) if bound else function
 
 
 def evaluated_by(node: recipe.Eval, task: Task) -> Method:
@@ -56,13 +59,5 @@ def evaluated_by(node: recipe.Eval, task: Task) -> Method:
     tries, reflect."""
     if node.tries == 2:
         return reflect
-    return EVALUATED[
-        node.method
-        or (
-            "search"
-            if isinstance(task, SearchTask)
-            else "stepwise"
-            if task.verify_answer
-            else "single"
-        )
-    ]
+    kind = "search" if isinstance(task, SearchTask) else "calls" if task.verify_answer else "text"
+    return FUNCTIONS[node.method or EVALUATED_BY[kind]]

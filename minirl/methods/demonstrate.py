@@ -20,15 +20,15 @@ from minirl.tasks import Task
 from minirl.tasks.qa import SearchTask
 
 
-def demonstrate(talk: Talk, task: Task, *, share: float) -> Play:
-    """Prompt and a right answer; or prompt, wrong attempt, reflection, right retry, in `share` of
-    the cases; or searches and an answer.
+def demonstrate(talk: Talk, task: Task, *, reflections: float = 0.0) -> Play:
+    """Prompt and a right answer, or searches and an answer; in the share `reflections` of the cases
+    prompt, wrong attempt, reflection and right retry.
 
     A problem from `as_sampled` is shown as it was sampled, id by id.
     """
     if any(turn.trained for turn in talk.problem.context):
         return talk.end(None)
-    if isinstance(task, SearchTask) and not share:
+    if isinstance(task, SearchTask) and not reflections:
         return (yield from demonstrate_search(talk, task))
     if task.demonstrate is None:
         raise UserError(
@@ -37,12 +37,12 @@ def demonstrate(talk: Talk, task: Task, *, share: float) -> Play:
         )
     rng = Random(talk.seed)
     shown = task.demonstrate(talk.problem, rng)
-    if share and not shown.reflection:
+    if reflections and not shown.reflection:
         raise UserError(
             f"task {task.name!r} has no reflections to show; expected reflections: 0 in the"
-            f" demonstrate stage, got {share}"
+            f" demonstrate stage, got {reflections}"
         )
-    if rng.random() < share:
+    if rng.random() < reflections:
         talk.reply("attempt", shown.attempt, trained=False)
         talk.tell("request", REFLECT)
         talk.reply("reflection", shown.reflection, trained=True)

@@ -8,11 +8,12 @@ from minirl.recipe.base import Frozen
 from minirl.recipe.judge import Judge, Other
 from minirl.recipe.learner import PRESETS, Learner
 from minirl.recipe.maths import Gsm8k, Mathqa, Maths, MathsCredit, ProgramLimits, Svamp
+from minirl.recipe.methods import METHODS, MethodFacts
 from minirl.recipe.qa import QA, Bamboogle, HotpotQA, MuSiQue, TwoWikiMultiHopQA
 from minirl.recipe.read import load, overlay, override, parse
 from minirl.recipe.retriever import Bm25Retriever, RemoteRetriever, Retriever
+from minirl.recipe.sampling import Sampling, Stepwise
 from minirl.recipe.stages import Collect, Filter, RewardModel, Stage, Train
-from minirl.recipe.stepwise import Stepwise
 from minirl.recipe.tasks import (
     Countdown,
     CountdownCredit,
@@ -21,9 +22,10 @@ from minirl.recipe.tasks import (
     Own,
     Task,
 )
-from minirl.recipe.tree import Eval, Lora, Model, Recipe, Sampling, Save
+from minirl.recipe.tree import Eval, Lora, Model, Recipe, Save
 
 __all__ = [
+    "METHODS",
     "PRESETS",
     "QA",
     "Bamboogle",
@@ -44,6 +46,7 @@ __all__ = [
     "Mathqa",
     "Maths",
     "MathsCredit",
+    "MethodFacts",
     "Model",
     "MuSiQue",
     "Other",

@@ -1,10 +1,10 @@
-"""What every node of a recipe stands on: immutable, and unknown keys are refused with the nearest
+"""The base of every part of a recipe. It is immutable, and refuses an unknown key with the nearest
 known one."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,10 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Check = tuple[str, bool, object, str]
+"""Where, whether it is wrong there, what was got, what is expected."""
+
+
+def refuse(checks: Iterable[Check]) -> None:
+    """Raises ValueError for the first check that is wrong."""
+    for where, wrong, got, expected in checks:
+        if wrong:
+            raise ValueError(f"{where}: got {got}, expected {expected}")
 
 
 class Frozen(BaseModel):
-    """Base of every node."""
+    """Base of every part."""
 
     model_config = ConfigDict(
         frozen=True,

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
-from minirl.recipe.base import Frozen, Probability
+from minirl.recipe.base import Check, Frozen, Probability, refuse
 from minirl.recipe.judge import Judge
 from minirl.recipe.learner import Learner
+from minirl.recipe.methods import METHODS, MethodFacts, Use, names
 
-SHOWN = ("demonstrate", "demonstrate_stepwise", "imitate")
-"""The methods of SFT: nothing is sampled."""
-IMITATING = (*SHOWN, "self_train")
-"""Methods that raise the likelihood of right answers, whoever wrote them (loss nll)."""
+
+def method_for(use: Use) -> AfterValidator:
+    """Refuses a method that is not known, or that has no place in such a part of a recipe."""
+
+    def check(method: str) -> str:
+        if method not in names(use):
+            raise ValueError(f"got {method!r}, expected one of {', '.join(names(use))}")
+        return method
+
+    return AfterValidator(check)
+
+
+_OPTIONS = sorted({option for facts in METHODS.values() for option in facts.options})
 
 
 class Collect(Frozen):
@@ -22,7 +40,7 @@ class Collect(Frozen):
 
     kind: Literal["collect"]
     """Names this kind of stage."""
-    method: Literal["single", "stepwise"] = "single"
+    method: Annotated[str, method_for("collect")] = "single"
     """single: one attempt. stepwise: trajectories of one action a turn (SWiRL)."""
     problems: PositiveInt = 1024
     """How many training problems to play."""
@@ -40,8 +58,8 @@ class Collect(Frozen):
 
 
 class Filter(Frozen):
-    """Judge the trajectories of a collect stage and keep some of them (SWiRL, arXiv 2504.04736):
-    they are the next stage's."""
+    """Judge the trajectories of a collect stage and keep some of them for the next stage (SWiRL,
+    arXiv 2504.04736)."""
 
     kind: Literal["filter"]
     """Names this kind of stage."""
@@ -62,20 +80,29 @@ class Filter(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.judge is None and (self.keep in ("process", "both") or self.outcome == "judge"):
-            raise ValueError(
-                f"judge: got none with keep {self.keep!r} and outcome {self.outcome!r}, expected"
-                " one, e.g. judge: {kind: base}"
-            )
-        if self.judge is not None and self.judge.gold:
-            raise ValueError(
-                "judge.gold: got true, expected false: a process filter never sees the gold answer"
-            )
-        if self.judge is not None and self.judge.kind == "verifier" and self.outcome == "judge":
-            raise ValueError(
-                "outcome: got 'judge' with judge.kind 'verifier', which are rules for steps;"
-                " expected outcome: verifier"
-            )
+        judge, asked = self.judge, self.keep in ("process", "both") or self.outcome == "judge"
+        refuse(
+            [
+                (
+                    "judge",
+                    judge is None and asked,
+                    f"none with keep {self.keep!r} and outcome {self.outcome!r}",
+                    "one, e.g. judge: {kind: base}",
+                ),
+                (
+                    "judge.gold",
+                    judge is not None and judge.gold,
+                    "true",
+                    "false: a process filter never sees the gold answer",
+                ),
+                (
+                    "outcome",
+                    judge is not None and judge.kind == "verifier" and self.outcome == "judge",
+                    "'judge' with judge.kind 'verifier', which are rules for steps",
+                    "outcome: verifier",
+                ),
+            ]
+        )
         return self
 
 
@@ -84,17 +111,7 @@ class Train(Frozen):
 
     kind: Literal["train"]
     """Names this kind of stage."""
-    method: Literal[
-        "single",
-        "reflect",
-        "search",
-        "demonstrate",
-        "self_train",
-        "stepwise",
-        "step",
-        "demonstrate_stepwise",
-        "imitate",
-    ]
+    method: Annotated[str, method_for("train")]
     """single: one attempt. reflect: a reflection on a failed attempt, then a retry. search:
     thoughts, searches and an answer (ReSearch).
     demonstrate: gold solutions, or for a question-answering task searches that lead to the answer
@@ -135,80 +152,107 @@ class Train(Frozen):
     learner: Learner = Learner()
     """The loss and the optimizer."""
 
-    @model_validator(mode="after")
-    def _check_steps(self) -> Self:
-        if self.credit == "step" and (
-            self.method not in ("search", "stepwise") or self.learner.loss == "ppo"
-        ):
-            got = f"method {self.method!r} and loss {self.learner.loss!r}"
-            raise ValueError(
-                f"credit: got 'step' with {got}, expected method search or stepwise and a loss with"
-                " a group baseline"
-            )
-        if (self.judge is None) == (self.method == "step" or self.credit == "step"):
-            got = "none" if self.judge is None else "one"
-            raise ValueError(
-                f"judge: got {got} with method {self.method!r}; method step and credit by step need"
-                " one, and only they have it"
-            )
-        if self.states is not None and self.method not in ("step", "imitate"):
-            raise ValueError(
-                f"states: got {self.states} with method {self.method!r}, expected method step or"
-                " imitate, which train on states"
-            )
-        return self
+    @property
+    def facts(self) -> MethodFacts:
+        """Those of its method."""
+        return METHODS[self.method]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.learner.loss != "nll" and self.learner.baseline != "none" and self.group < 2:
-            raise ValueError(
-                f"group: got {self.group}, expected at least 2 for baseline"
-                f" {self.learner.baseline!r}"
-            )
-        if self.learner.loss == "nll" and self.learner.entropy:
-            raise ValueError(
-                f"learner.entropy: got {self.learner.entropy} with loss 'nll', which has no entropy"
-                " bonus; expected 0"
-            )
-        if (self.method in IMITATING) != (self.learner.loss == "nll"):
-            raise ValueError(
-                f"method {self.method!r} cannot take loss {self.learner.loss!r};"
-                f" {', '.join(IMITATING)} go with nll, and only they do"
-            )
-        if self.method != "demonstrate" and self.examples != "demonstrations":
-            raise ValueError(
-                f"examples: got {self.examples!r} with method {self.method!r}; only demonstrate"
-                " draws kept samples"
-            )
-        if self.examples != "demonstrations" and self.reflections:
-            raise ValueError(
-                f"reflections: got {self.reflections} with examples {self.examples!r}, expected 0:"
-                " samples show no reflection"
-            )
+        refuse(self._checks_of_method(self.facts))
+        refuse(self._checks_of_learner(self.facts))
         return self
 
-    @model_validator(mode="after")
-    def _check_learner(self) -> Self:
-        node = self.learner
-        if self.method == "self_train" and node.minibatches > 1:
-            got = f"learner.minibatches: got {node.minibatches} with method 'self_train'"
-            raise ValueError(
-                f"{got}, expected 1: each update takes attempts and demonstrations together"
+    def _checks_of_method(self, facts: MethodFacts) -> Iterator[Check]:
+        method, by_step = f"with method {self.method!r}", self.credit == "step"
+        loss = self.learner.loss
+        yield (
+            "credit",
+            by_step and (not facts.actions or facts.needs_judge or loss == "ppo"),
+            f"'step' {method} and loss {loss!r}",
+            "method search or stepwise and a loss with a group baseline",
+        )
+        yield (
+            "judge",
+            (self.judge is None) == (facts.needs_judge or by_step),
+            f"{'none' if self.judge is None else 'one'} {method}",
+            "one with method step and with credit by step, and only there",
+        )
+        yield (
+            "states",
+            self.states is not None and facts.starts_from != "states",
+            f"{self.states} {method}",
+            "method step or imitate, which train on states",
+        )
+        for name in _OPTIONS:
+            value, usual = getattr(self, name), type(self).model_fields[name].default
+            takers = [other for other, facts in METHODS.items() if name in facts.options]
+            yield (
+                name,
+                value != usual and name not in facts.options,
+                f"{value} {method}",
+                f"{usual}: only {' and '.join(takers)} takes it",
             )
-        if self.method != "self_train" and node.sampled_share is not None:
-            got = f"learner.sampled_share: got {node.sampled_share} with method {self.method!r}"
-            raise ValueError(f"{got}; only self_train trains on both kinds in one step")
-        if node.minibatches > self.batch:
-            raise ValueError(
-                f"learner.minibatches: got {node.minibatches} with batch {self.batch}, expected at"
-                " most one a group"
-            )
-        if 0 < self.steps <= node.value_warmup:
-            raise ValueError(
-                f"learner.value_warmup: got {node.value_warmup} of {self.steps} steps, expected"
-                " fewer: the adapter would not learn"
-            )
-        return self
+        kept = self.examples != "demonstrations"
+        yield (
+            "examples",
+            kept and not facts.replays,
+            f"{self.examples!r} {method}",
+            "demonstrations: only demonstrate shows kept samples",
+        )
+        yield (
+            "reflections",
+            kept and self.reflections > 0,
+            f"{self.reflections} with examples {self.examples!r}",
+            "0: samples show no reflection",
+        )
+
+    def _checks_of_learner(self, facts: MethodFacts) -> Iterator[Check]:
+        method, learner = f"with method {self.method!r}", self.learner
+        is_nll = learner.loss == "nll"
+        takers = [name for name in names("train") if METHODS[name].takes_nll]
+        yield (
+            "group",
+            not is_nll and learner.baseline != "none" and self.group < 2,
+            self.group,
+            f"at least 2 for baseline {learner.baseline!r}",
+        )
+        yield (
+            "learner.entropy",
+            is_nll and learner.entropy != 0,
+            f"{learner.entropy} with loss 'nll', which has no entropy bonus",
+            "0",
+        )
+        yield (
+            "learner.loss",
+            facts.takes_nll != is_nll,
+            f"{learner.loss!r} {method}",
+            f"nll with {', '.join(takers)}, and only with them",
+        )
+        yield (
+            "learner.minibatches",
+            facts.shows_gold and learner.minibatches > 1,
+            f"{learner.minibatches} {method}",
+            "1: each update takes attempts and demonstrations together",
+        )
+        yield (
+            "learner.sampled_share",
+            not facts.shows_gold and learner.sampled_share is not None,
+            f"{learner.sampled_share} {method}",
+            "none: only self_train trains on samples and demonstrations in one step",
+        )
+        yield (
+            "learner.minibatches",
+            learner.minibatches > self.batch,
+            f"{learner.minibatches} with batch {self.batch}",
+            "at most one a group",
+        )
+        yield (
+            "learner.value_warmup",
+            0 < self.steps <= learner.value_warmup,
+            f"{learner.value_warmup} of {self.steps} steps",
+            "fewer: the adapter would not learn",
+        )
 
 
 class RewardModel(Frozen):

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from minirl.recipe.base import Frozen, Probability
-from minirl.recipe.maths import Gsm8k, Mathqa, Svamp
-from minirl.recipe.qa import Bamboogle, HotpotQA, MuSiQue, TwoWikiMultiHopQA
+from minirl.recipe.maths import Gsm8k, Mathqa, Maths, Svamp
+from minirl.recipe.methods import Kind
+from minirl.recipe.qa import QA, Bamboogle, HotpotQA, MuSiQue, TwoWikiMultiHopQA
 
 
 class CountdownCredit(Frozen):
@@ -99,3 +100,10 @@ Task = Annotated[
     | Bamboogle,
     Field(discriminator="name"),
 ]
+
+
+def kind_of(task: Task) -> Kind:
+    """How a task is played, which decides the methods that can play it."""
+    if isinstance(task, QA):
+        return "search"
+    return "calls" if isinstance(task, Maths) and task.chain == "calls" else "text"

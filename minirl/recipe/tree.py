@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from minirl.recipe.base import Dtype, Frozen, NonNegative
+from minirl.recipe.base import Check, Dtype, Frozen, NonNegative, refuse
 from minirl.recipe.judge import Judge
 from minirl.recipe.maths import Maths
-from minirl.recipe.qa import QA
-from minirl.recipe.stages import Collect, Filter, RewardModel, Stage, Train
-from minirl.recipe.stepwise import Stepwise
-from minirl.recipe.tasks import Task
-
-STEPS = ("stepwise", "step", "demonstrate_stepwise", "imitate")
-SEARCHING = ("search", "no_rag", "naive_rag", "iter_retgen", "ircot")
+from minirl.recipe.methods import EVALUATED_BY, METHODS, names
+from minirl.recipe.sampling import Sampling
+from minirl.recipe.stages import Collect, Filter, RewardModel, Stage, Train, method_for
+from minirl.recipe.tasks import Task, kind_of
 
 
 class Lora(Frozen):
@@ -50,35 +48,6 @@ class Model(Frozen):
     """Folder of a peft adapter to start from, e.g. `runs/a/adapter`."""
 
 
-class Sampling(Frozen):
-    """How completions are sampled. No top-k or top-p: they bias every importance ratio."""
-
-    temperature: PositiveFloat = 1.0
-    """Of the policy in training; the loss scores tokens under the same temperature."""
-    attempt_tokens: PositiveInt = 512
-    """Most tokens of an attempt or a retry; for method search of the whole turn, results included;
-    for method stepwise of an action."""
-    reflection_tokens: PositiveInt = 256
-    """Most tokens of a reflection."""
-    result_tokens: PositiveInt = 1024
-    """search, stepwise and the baselines that retrieve: most tokens of the passages that one search
-    brings (Search-R1: 500)."""
-    searches: PositiveInt | None = None
-    """search: most searches an episode; None for as many as `attempt_tokens` has room for
-    (ReSearch)."""
-    stepwise: Stepwise = Stepwise()
-    """Method stepwise: the tags of an action, and how many actions there can be."""
-    rows: PositiveInt = 64
-    """Most completions decoded together."""
-    cache_tokens: PositiveInt | None = None
-    """Most tokens whose keys and values the sampler holds: where conversations are long, fewer rows
-    decode together and the least recently used conversation is computed again when it goes on.
-    None: as many as `rows` conversations of the greatest length need."""
-    cuda_graphs: bool = False
-    """On a GPU, replay decode steps from captured CUDA graphs, and keep the cache's memory between
-    rollouts. Not yet run on a GPU."""
-
-
 class Eval(Frozen):
     """Evaluation on held-out problems: before the first stage, after each train stage, and every so
     many steps."""
@@ -91,10 +60,7 @@ class Eval(Frozen):
     """Independent episodes a problem."""
     tries: Literal[1, 2] = 1
     """2 adds a reflection and a second try after each failed first (R3's four numbers)."""
-    method: (
-        Literal["single", "no_rag", "naive_rag", "iter_retgen", "ircot", "search", "stepwise"]
-        | None
-    ) = None
+    method: Annotated[str, method_for("eval")] | None = None
     """How a try is made: one attempt, one of the baselines without and with retrieval, search, or
     one action a turn. None: search where the task is question answering, stepwise where it verifies
     bare answers (maths with `chain: calls`), else single."""
@@ -111,21 +77,28 @@ class Eval(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.temperature == 0 and self.samples > 1:
-            raise ValueError(
-                f"samples: got {self.samples} at temperature 0, where all are equal; set"
-                " temperature or expected samples 1"
-            )
-        if self.vote and (self.samples < 2 or self.tries == 2):
-            raise ValueError(
-                f"vote: got {self.samples} samples and {self.tries} tries, expected at least 2"
-                " samples of one try"
-            )
-        if self.tries == 2 and self.method not in (None, "single"):
-            raise ValueError(
-                f"tries: got 2 with method {self.method!r}, expected 1: only a single attempt is"
-                " reflected on"
-            )
+        refuse(
+            [
+                (
+                    "samples",
+                    self.temperature == 0 and self.samples > 1,
+                    f"{self.samples} at temperature 0, where all are equal",
+                    "1, or a temperature above 0",
+                ),
+                (
+                    "vote",
+                    self.vote and (self.samples < 2 or self.tries == 2),
+                    f"{self.samples} samples and {self.tries} tries",
+                    "at least 2 samples of one try",
+                ),
+                (
+                    "tries",
+                    self.tries == 2 and self.method not in (None, EVALUATED_BY["text"]),
+                    f"2 with method {self.method!r}",
+                    "1: only a single attempt is reflected on",
+                ),
+            ]
+        )
         return self
 
 
@@ -163,107 +136,90 @@ class Recipe(Frozen):
     """Trackers that get the metrics too, through accelerate."""
 
     @model_validator(mode="after")
-    def _check_searches(self) -> Self:
-        searched, calls = (
-            isinstance(self.task, QA),
-            isinstance(self.task, Maths) and self.task.chain == "calls",
-        )
-        named: list[tuple[str, str | None]] = [("eval.method", self.eval.method)]
-        named += [
-            (f"stages[{n}].method", stage.method)
-            for n, stage in enumerate(self.stages)
+    def _check(self) -> Self:
+        refuse(self._checks_of_task())
+        for number, stage in enumerate(self.stages):
+            before = self.stages[number - 1] if number else None
+            refuse(self._checks_of_stage(f"stages[{number}]", stage, before))
+        return self
+
+    def _checks_of_task(self) -> Iterator[Check]:
+        kind, name, judge = kind_of(self.task), self.task.name, self.eval.judge
+        chain = f" with chain {self.task.chain!r}" if isinstance(self.task, Maths) else ""
+        named = [("eval.method", "eval", self.eval.method)] + [
+            (f"stages[{number}].method", stage.kind, stage.method)
+            for number, stage in enumerate(self.stages)
             if isinstance(stage, Collect | Train)
         ]
-        for where, method in named:
-            if not searched and method in SEARCHING:
-                raise ValueError(
-                    f"{where}: got {method!r} for task {self.task.name!r}, expected a"
-                    " question-answering task to search in"
-                )
-            if searched and method in ("single", "reflect"):
-                raise ValueError(
-                    f"{where}: got {method!r} for task {self.task.name!r}, expected search: its"
-                    " questions are searched for"
-                )
-            if not searched and not calls and method in STEPS:
-                task = f"{self.task.name!r}" + (
-                    f" with chain {self.task.chain!r}" if isinstance(self.task, Maths) else ""
-                )
-                raise ValueError(
-                    f"{where}: got {method!r} for task {task}, expected question answering, or"
-                    " maths with chain: calls"
-                )
-            if calls and method in ("single", "reflect", "demonstrate", "self_train"):
-                raise ValueError(
-                    f"{where}: got {method!r} for task {self.task.name!r} with chain 'calls',"
-                    " expected stepwise or chain: prose"
-                )
-        if self.eval.judge is not None and self.eval.judge.kind == "verifier":
-            raise ValueError(
-                "eval.judge.kind: got 'verifier', which judges steps; expected base, model or"
-                " endpoint"
+        for where, use, method in named:
+            yield (
+                where,
+                method is not None and kind not in METHODS[method].plays,
+                f"{method!r} for task {name!r}{chain}",
+                f"one of {', '.join(names(use, kind))}",
             )
-        if self.eval.vote and not isinstance(self.task, Maths):
-            raise ValueError(
-                f"eval.vote: got true for task {self.task.name!r}, expected gsm8k, svamp or mathqa:"
-                " others have no one answer"
-            )
-        if not searched and self.eval.judge is not None:
-            raise ValueError(
-                f"eval.judge: got a judge for task {self.task.name!r}, expected none: its verifier"
-                " is exact"
-            )
-        if (searched or calls) and self.eval.tries == 2:
-            raise ValueError(
-                f"eval.tries: got 2 for task {self.task.name!r}, expected 1: searches and tool"
-                " calls are not reflected on"
-            )
-        return self
+        yield (
+            "eval.judge.kind",
+            judge is not None and judge.kind == "verifier",
+            "'verifier', which judges steps",
+            "base, model or endpoint",
+        )
+        yield (
+            "eval.judge",
+            judge is not None and kind != "search",
+            f"a judge for task {name!r}",
+            "none: its verifier is exact",
+        )
+        yield (
+            "eval.vote",
+            self.eval.vote and not isinstance(self.task, Maths),
+            f"true for task {name!r}",
+            "gsm8k, svamp or mathqa: others have no one answer",
+        )
+        yield (
+            "eval.tries",
+            self.eval.tries == 2 and kind != "text",
+            f"2 for task {name!r}",
+            "1: searches and tool calls are not reflected on",
+        )
 
-    @model_validator(mode="after")
-    def _check_order(self) -> Self:
-        for n, stage in enumerate(self.stages):
-            before = self.stages[n - 1] if n else None
-            collected = isinstance(before, Collect) and before.method == "stepwise"
-            if isinstance(stage, Filter) and not collected and stage.source is None:
-                raise ValueError(
-                    f"stages[{n}]: got a filter without trajectories, expected a stepwise collect"
-                    " stage before it, or a `source`"
-                )
-            if (
-                isinstance(stage, Filter)
-                and stage.judge is not None
-                and stage.outcome == "judge"
-                and not isinstance(self.task, QA)
-            ):
-                raise ValueError(
-                    f"stages[{n}].outcome: got 'judge' for task {self.task.name!r}, expected"
-                    " verifier: it is exact"
-                )
-            if isinstance(stage, Train):
-                kept = collected or isinstance(before, Filter)
-                if kept != (stage.method in ("step", "imitate")):
-                    raise ValueError(
-                        f"stages[{n}].method: got {stage.method!r}; step and imitate stand after a"
-                        " filter or a stepwise collect stage, and only they do"
-                    )
-        return self
-
-    @model_validator(mode="after")
-    def _check_kept(self) -> Self:
-        for number, stage in enumerate(self.stages):
-            if isinstance(stage, RewardModel):
-                wanted, got = "all", f"stages[{number}].kind: got 'reward_model'"
-            elif isinstance(stage, Train) and stage.examples != "demonstrations":
-                wanted, got = "passed", f"stages[{number}].examples: got {stage.examples!r}"
-            else:
-                continue
-            before = self.stages[number - 1] if number else None
-            if not isinstance(before, Collect) or before.keep != wanted:
-                raise ValueError(
-                    f"{got}, expected a collect stage with keep {wanted!r} right before it"
-                )
-        return self
+    def _checks_of_stage(self, where: str, stage: Stage, before: Stage | None) -> Iterator[Check]:
+        gives_states = isinstance(before, Collect) and METHODS[before.method].makes_states
+        kept = before.keep if isinstance(before, Collect) else None
+        if isinstance(stage, Filter):
+            yield (
+                where,
+                not gives_states and stage.source is None,
+                "a filter without trajectories",
+                "a stepwise collect stage before it, or a `source`",
+            )
+            yield (
+                f"{where}.outcome",
+                stage.outcome == "judge" and kind_of(self.task) != "search",
+                f"'judge' for task {self.task.name!r}",
+                "verifier: it is exact",
+            )
+        elif isinstance(stage, RewardModel):
+            yield (
+                f"{where}.kind",
+                kept != "all",
+                "'reward_model'",
+                "a collect stage with keep 'all' right before it",
+            )
+        elif isinstance(stage, Train):
+            has_states = gives_states or isinstance(before, Filter)
+            yield (
+                f"{where}.method",
+                has_states != (stage.facts.starts_from == "states"),
+                f"{stage.method!r}",
+                "step or imitate after a filter or a stepwise collect stage, and only there",
+            )
+            yield (
+                f"{where}.examples",
+                stage.examples != "demonstrations" and kept != "passed",
+                f"{stage.examples!r}",
+                "a collect stage with keep 'passed' right before it",
+            )
 
     def dump(self) -> str:
         """The resolved recipe as YAML, every default written out."""
@@ -312,16 +268,13 @@ class Recipe(Frozen):
         """How much a stage samples, by its limits; nothing for methods that only show."""
         stage, limits = self.stages[number], self.sampling
         assert isinstance(stage, Collect | Train)
-        each = {
-            "reflect": limits.reflection_tokens + limits.attempt_tokens,
-            "stepwise": limits.stepwise.steps * limits.attempt_tokens,
-            **dict.fromkeys(("single", "self_train", "search", "step"), limits.attempt_tokens),
-        }.get(stage.method, 0)
+        facts = METHODS[stage.method]
+        each = facts.sampled_tokens(limits) if facts.samples else 0
         if isinstance(stage, Collect):
             most = each * stage.problems * stage.samples
         else:
             most = each * stage.steps * stage.batch * stage.group
-            if stage.method == "reflect" and not (
+            if facts.starts_from == "failures" and not (
                 number and isinstance(self.stages[number - 1], Collect)
             ):
                 most += (

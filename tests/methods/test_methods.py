@@ -14,7 +14,7 @@ from minirl import recipe
 from minirl.chat import Chat
 from minirl.episode import Ask, Episode, Problem, Verdict
 from minirl.errors import UserError
-from minirl.methods import method_of
+from minirl.methods import FUNCTIONS, method_of
 from minirl.methods.demonstrate import as_sampled, demonstrate
 from minirl.methods.reflect import REFLECT, RETRY, failed, reflect
 from minirl.methods.self_train import self_train
@@ -235,13 +235,13 @@ def test_demonstrate(share: float) -> None:
 def test_demonstrate_shows_reflections_in_the_share_that_is_asked_for() -> None:
     talks = [talk_of(PROBLEM, CHAT, seed=str(seed)) for seed in range(300)]
     episodes = play(
-        [demonstrate(talk, TASK, share=0.3) for talk in talks], sampler_of("never asked")
+        [demonstrate(talk, TASK, reflections=0.3) for talk in talks], sampler_of("never asked")
     )
     reflections = sum("reflection" in kinds(e) for e in episodes)
     assert 70 <= reflections <= 110, "0.3 of 300, within 2.5 standard deviations"
     again = play(
         [
-            demonstrate(talk_of(PROBLEM, CHAT, seed=str(seed)), TASK, share=0.3)
+            demonstrate(talk_of(PROBLEM, CHAT, seed=str(seed)), TASK, reflections=0.3)
             for seed in range(300)
         ],
         sampler_of("never asked"),
@@ -254,7 +254,7 @@ def test_demonstrations_and_sampled_episodes_have_one_shape() -> None:
     # conversation.
     sampled = played(reflect, sampler_of(WRONG, RIGHT))
     (demonstrated,) = play(
-        [demonstrate(talk_of(PROBLEM, CHAT), TASK, share=1.0)], sampler_of("never asked")
+        [demonstrate(talk_of(PROBLEM, CHAT), TASK, reflections=1.0)], sampler_of("never asked")
     )
     assert kinds(sampled) == kinds(demonstrated)
     assert sampled.turns[0] == demonstrated.turns[0]
@@ -266,7 +266,7 @@ def test_a_kept_sample_is_shown_id_by_id() -> None:
     sampled = played(single, sampler_of("It is 4 now. Well"))
     problem = as_sampled(sampled)
     sampler = sampler_of("never asked")
-    (episode,) = play([demonstrate(talk_of(problem, CHAT), TASK, share=0.0)], sampler)
+    (episode,) = play([demonstrate(talk_of(problem, CHAT), TASK)], sampler)
     assert sampler.asks == []
     assert (episode.tokens, episode.mask) == (sampled.tokens, sampled.mask)
     assert trained_text(episode) == "It is 4 now."
@@ -300,9 +300,18 @@ def test_self_train_does_not_train_what_was_cut() -> None:
 def test_a_task_without_gold_solutions_cannot_demonstrate() -> None:
     with pytest.raises(UserError, match="task 'sums' has no demonstrations"):
         play(
-            [demonstrate(talk_of(PROBLEM, CHAT), Task("sums", (), (), verify), share=0.0)],
+            [demonstrate(talk_of(PROBLEM, CHAT), Task("sums", (), (), verify))],
             sampler_of("never asked"),
         )
+
+
+def test_each_method_of_the_table_has_its_function() -> None:
+    assert list(FUNCTIONS) == list(recipe.METHODS)
+
+
+def test_the_options_of_a_method_are_keys_of_a_train_stage() -> None:
+    options = [name for facts in recipe.METHODS.values() for name in facts.options]
+    assert set(options) <= set(recipe.Train.model_fields)
 
 
 def test_method_of_names_the_method() -> None:

@@ -454,7 +454,7 @@ def test_wrong_recipes_are_told_in_one_line(write: Write, tiny: Path, data: dict
         ({"stages": [FILTER]}, r"stages\[0\]: got a filter without trajectories"),
         (
             {"stages": [STEP]},
-            r"stages\[0\]\.method: got 'step'; step and imitate stand after a filter",
+            r"stages\[0\]\.method: got 'step', expected step or imitate after a filter",
         ),
         (
             {"stages": [COLLECT, train | {"method": "stepwise"}]},

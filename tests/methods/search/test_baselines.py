@@ -15,7 +15,7 @@ from minirl import recipe
 from minirl.chat import Chat
 from minirl.episode import Ask, Episode, Problem, Verdict
 from minirl.errors import UserError
-from minirl.methods import EVALUATED, Method, evaluated_by
+from minirl.methods import FUNCTIONS, Method, evaluated_by
 from minirl.methods.search.ircot import ircot
 from minirl.methods.search.iter_retgen import iter_retgen
 from minirl.methods.search.naive_rag import naive_rag
@@ -24,6 +24,7 @@ from minirl.methods.search.rag import form, within
 from minirl.methods.search.search import instructions, search
 from minirl.methods.single import single
 from minirl.recipe import Sampling
+from minirl.recipe.methods import names
 from minirl.retrieve import Passage
 from minirl.rollout import Talk, play
 from minirl.tasks import Task
@@ -353,9 +354,8 @@ def test_the_method_of_an_evaluation() -> None:
     plain, searched = Task("sums", (), (), scored), SearchTask("films", (), (), scored)
     assert evaluated_by(recipe.Eval(), plain) is single
     assert evaluated_by(recipe.Eval(), searched) is search
-    assert {evaluated_by(recipe.Eval(method=name), searched) for name in EVALUATED} == set(
-        EVALUATED.values()
-    )  # type: ignore[arg-type]
+    for name in names("eval"):
+        assert evaluated_by(recipe.Eval(method=name), searched) is FUNCTIONS[name]
     with pytest.raises(UserError, match="nothing to search"):
         play(
             [no_rag(Talk(PROBLEM, CHAT, Sampling(), temperature=0.0, seed="0"), plain)],
@@ -379,7 +379,7 @@ def test_the_method_of_an_evaluation() -> None:
         (
             {"name": "hotpotqa"},
             {},
-            "stages[0].method: got 'single' for task 'hotpotqa', expected search",
+            "stages[0].method: got 'single' for task 'hotpotqa', expected one of demonstrate",
         ),
         (
             {"name": "hotpotqa"},

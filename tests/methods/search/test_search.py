@@ -389,7 +389,7 @@ def demonstrated(**sampling: Any) -> Episode:
     talk = Talk(
         PROBLEM, CHAT, Sampling(**({"attempt_tokens": 2000} | sampling)), temperature=1.0, seed="0"
     )
-    (episode,) = play([demonstrate(talk, task_of(plan=plan), share=0.0)], Scripted(CHAT, said()))
+    (episode,) = play([demonstrate(talk, task_of(plan=plan))], Scripted(CHAT, said()))
     return episode
 
 
@@ -427,7 +427,7 @@ def test_an_answer_out_of_nowhere_is_not_trained() -> None:
     ]:
         talk = Talk(PROBLEM, CHAT, Sampling(attempt_tokens=2000), temperature=1.0, seed="0")
         task = task_of(plan=lambda problem, steps=steps, answer=answer: Plan(steps, answer))  # type: ignore[misc]
-        (episode,) = play([demonstrate(talk, task, share=0.0)], Scripted(CHAT, said()))
+        (episode,) = play([demonstrate(talk, task)], Scripted(CHAT, said()))
         assert [turn.trained for turn in episode.turns] == [
             False,
             *[True, False] * len(steps),
@@ -436,7 +436,7 @@ def test_an_answer_out_of_nowhere_is_not_trained() -> None:
     talk = Talk(
         PROBLEM, CHAT, Sampling(attempt_tokens=2000, result_tokens=20), temperature=1.0, seed="0"
     )
-    (episode,) = play([demonstrate(talk, task_of(plan=plan), share=0.0)], Scripted(CHAT, said()))
+    (episode,) = play([demonstrate(talk, task_of(plan=plan))], Scripted(CHAT, said()))
     assert not episode.turns[-1].trained, "the result was cut before it"
 
 
@@ -449,7 +449,7 @@ def test_demonstrations_fit_the_limit() -> None:
 
 def test_demonstrations_need_a_plan() -> None:
     with pytest.raises(UserError, match="task 'films' has no plans to show"):
-        play([demonstrate(talk_of(PROBLEM, CHAT), task_of(), share=0.0)], Scripted(CHAT, said()))
+        play([demonstrate(talk_of(PROBLEM, CHAT), task_of())], Scripted(CHAT, said()))
 
 
 def test_what_is_counted() -> None:
@@ -775,7 +775,7 @@ def test_demonstrations_on_real_questions(
         Talk(p, CHAT, Sampling(attempt_tokens=4000, result_tokens=1500), temperature=1.0, seed=p.id)
         for p in task.train
     ]
-    episodes = play([demonstrate(talk, task, share=0.0) for talk in talks], Scripted(CHAT, said()))
+    episodes = play([demonstrate(talk, task) for talk in talks], Scripted(CHAT, said()))
     for episode in episodes:
         text = CHAT.text(episode.tokens[len(episode.turns[0].tokens) :])
         verdict = task.verify(episode.problem, text)
