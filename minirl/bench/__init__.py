@@ -46,9 +46,7 @@ def bench(
     with tempfile.TemporaryDirectory() as folder:
         opened = open_bench(options, Path(folder))
         model = describe(opened.loaded)
-        if (
-            options.random_weights is not None
-        ):  # the folder that they were written to is nobody's concern
+        if options.random_weights is not None:  # in place of the temporary folder's name
             model = f"random weights of {options.random_weights} · {model.split(' · ', 1)[1]}"
         report = Report(machine(opened), model, asdict(options))
         say(f"{report.model}\n{', '.join(report.machine.values())}")

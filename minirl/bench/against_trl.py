@@ -23,9 +23,8 @@ from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 
 from minirl.bench.generate import Generate
-from minirl.bench.measure import synchronize, timed
+from minirl.bench.measure import MEGA, synchronize, timed
 from minirl.bench.setup import Bench
-from minirl.bench.updates import MEGA
 from minirl.engine.model import load as models
 from minirl.episode import Episode
 from minirl.rollout import Sampler
@@ -48,9 +47,9 @@ def missing() -> str:
     found = version()
     if found is None:
         return f"not installed: {INSTALL}"
-    return (
-        "" if found.startswith(WANTED) else f"TRL {found} installed, expected {WANTED}*: {INSTALL}"
-    )
+    if found.startswith(WANTED):
+        return ""
+    return f"TRL {found} installed, expected {WANTED}*: {INSTALL}"
 
 
 def by_turns_with_trl(
@@ -86,9 +85,7 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         self.theirs_runs: Runs = []
         self.peak_mb: float | None = None
         self._is_cuda = bench.device.type == "cuda"
-        self._held_before = (
-            torch.cuda.memory_allocated(bench.device) if self._is_cuda else 0
-        )  # by our model
+        self._held_before = torch.cuda.memory_allocated(bench.device) if self._is_cuda else 0
         self._warm = False
         self._began_s = 0.0
 
@@ -104,9 +101,8 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         synchronize(self.bench.device)
         theirs = time.perf_counter() - self._began_s, float(self.bench.sizes.rows)
         if self._is_cuda and not self._warm:
-            self.peak_mb = (
-                torch.cuda.max_memory_allocated(self.bench.device) - self._held_before
-            ) / MEGA
+            peak = torch.cuda.max_memory_allocated(self.bench.device)
+            self.peak_mb = (peak - self._held_before) / MEGA  # our own model is not TRL's
         ours = timed(self.ours, self.bench.device)
         if self._warm:
             self.theirs_runs.append(theirs)
@@ -119,7 +115,7 @@ def _trainer(
 ) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
-    sizes, lora, tokenizer = bench.sizes, bench.node.lora, copy.deepcopy(bench.loaded.tokenizer)
+    sizes, lora, tokenizer = bench.sizes, bench.model.lora, copy.deepcopy(bench.loaded.tokenizer)
     tokenizer.padding_side = "left"
     settings = GRPOConfig(
         output_dir=str(folder),
@@ -148,18 +144,16 @@ def _trainer(
         lengths = {len(ids) for ids in completion_ids}
         if lengths != {sizes.new_tokens}:
             raise RuntimeError(
-                f"expected TRL's completions to have {sizes.new_tokens} tokens, got"
-                f" {sorted(lengths)}"
+                f"got completions of {sorted(lengths)} tokens from TRL, expected {sizes.new_tokens}"
             )
         return [float(number % 2) for number in range(len(completion_ids))]
 
+    prompts = [{"prompt": [{"role": "user", "content": p.prompt}]} for p in bench.problems]
     return GRPOTrainer(
-        model=models.load_model(bench.node).model.unload(),
+        model=models.load_model(bench.model).model.unload(),
         reward_funcs=reward,
         args=settings,
-        train_dataset=Dataset.from_list(
-            [{"prompt": [{"role": "user", "content": p.prompt}]} for p in bench.problems]
-        ),
+        train_dataset=Dataset.from_list(prompts),
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=lora.rank,
@@ -182,28 +176,20 @@ def _rollout_func(
         from trl.models import unwrap_model_for_generation
 
         with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-            episodes = rollout(
-                bench,
-                Generate(model.get_base_model(), bench.chat, bench.device, rows=bench.sizes.rows),
-            )
+            base, rows = model.get_base_model(), bench.sizes.rows
+            episodes = rollout(bench, Generate(base, bench.chat, bench.device, rows=rows))
         if len(episodes) != len(prompts):
             raise RuntimeError(
-                f"expected TRL to ask for {len(episodes)} completions, got {len(prompts)} prompts"
+                f"got {len(prompts)} prompts from TRL, expected one for each of the"
+                f" {len(episodes)} completions"
             )
-        trained = [
-            next(i for i, turn in enumerate(episode.turns) if turn.trained) for episode in episodes
-        ]
-        before = [
-            [t for turn in e.turns[:i] for t in turn.tokens]
-            for e, i in zip(episodes, trained, strict=True)
-        ]
-        return {
-            "prompt_ids": before,
-            "completion_ids": [
-                list(e.turns[i].tokens) for e, i in zip(episodes, trained, strict=True)
-            ],
-            "logprobs": None,
-            "retry": [list(e.turns[-1].tokens) for e in episodes],
-        }
+        columns: dict[str, list[list[int]]] = {"prompt_ids": [], "completion_ids": [], "retry": []}
+        for episode in episodes:
+            turns = episode.turns
+            trained = next(i for i, turn in enumerate(turns) if turn.trained)
+            columns["prompt_ids"].append([t for turn in turns[:trained] for t in turn.tokens])
+            columns["completion_ids"].append([*turns[trained].tokens])
+            columns["retry"].append([*turns[-1].tokens])
+        return columns | {"logprobs": None}
 
     return run

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from minirl.bench.measure import Measurement, Spread, by_turns, rates
+from minirl.bench.measure import GIGA, MEGA, Measurement, Spread, by_turns, rates
 from minirl.bench.rollouts import planned, sampled
 from minirl.bench.setup import Bench
 from minirl.bench.updates import variants
 
-GIGA = 1e9
 COPY_BYTES, QUICK_COPY_BYTES = 2**29, 2**24
 FEW = 8  # new tokens of the shorter of the two rollouts whose difference is the decode step
 
@@ -25,14 +24,12 @@ def measure_ceilings(bench: Bench) -> list[Measurement]:
     """Bandwidth; the decode step against its bandwidth and matmul floors; the update against the
     matmul ceiling."""
     read, copy = bandwidths(bench)
-    best = max(read.median, copy.median)
-    found = [
-        Measurement("ceilings", "memory, reading", "GB/s", read, None, "", "a sum over float32"),
-        Measurement(
-            "ceilings", "memory, copying", "GB/s", copy, None, "", "bytes read and bytes written"
-        ),
+    notes = {"reading": "a sum over float32", "copying": "bytes read and bytes written"}
+    lines = [
+        Measurement("ceilings", f"memory, {what}", "GB/s", rate, note=notes[what])
+        for what, rate in {"reading": read, "copying": copy}.items()
     ]
-    return [*found, *decode(bench, best), *update(bench)]
+    return [*lines, *decode(bench, max(read.median, copy.median)), *update(bench)]
 
 
 def bandwidths(bench: Bench) -> tuple[Spread, Spread]:
@@ -75,24 +72,17 @@ def decode(bench: Bench, gigabytes_per_s: float) -> list[Measurement]:
     step = Spread(tuple(1e3 * (long - short) / (new - few) for (long, _), (short, _) in pairs))
     floor = Spread(tuple(1e3 * seconds for seconds, _ in runs["matrices"]))
     length = sum(bench.sizes.prompt_tokens) / 2 + (few + new) / 2
-    held = weight_bytes(bench), kv_bytes(bench, rows, length)
-    bandwidth = Spread((sum(held) / gigabytes_per_s / GIGA * 1e3,))
+    weights, cache = weight_bytes(bench), kv_bytes(bench, rows, length)
+    bandwidth = Spread((1e3 * (weights + cache) / gigabytes_per_s / GIGA,))
     what = f"decode step, {rows} rows"
-    note = (
-        f"weights {held[0] / 1e6:,.0f} MB + keys and values {held[1] / 1e6:,.0f} MB at"
-        f" {gigabytes_per_s:.1f} GB/s"
-    )
+    read = f"weights {weights / MEGA:,.0f} MB + keys and values {cache / MEGA:,.0f} MB"
+    floors = {
+        "bandwidth floor": (bandwidth, f"{read} at {gigabytes_per_s:.1f} GB/s"),
+        "matmul floor": (floor, "the model's matrices alone, without attention and adapter"),
+    }
     return [
-        Measurement("ceilings", what, "ms", step, bandwidth, "bandwidth floor", note),
-        Measurement(
-            "ceilings",
-            what,
-            "ms",
-            step,
-            floor,
-            "matmul floor",
-            "the model's matrices alone, without attention and adapter",
-        ),
+        Measurement("ceilings", what, "ms", step, least, against, note)
+        for against, (least, note) in floors.items()
     ]
 
 
@@ -100,45 +90,33 @@ def update(bench: Bench) -> list[Measurement]:
     """TFLOP/s of an update (forward and backward through the frozen matrices; adapters and
     attention not counted) against matmuls alone."""
     prompt, completion = bench.sizes.grid[min(2, len(bench.sizes.grid) - 1)]
-    trained = bench.sizes.group * completion
-    tokens = (
-        prompt + trained
-        if bench.policy.shares_prefixes
-        else bench.sizes.group * (prompt + completion)
-    )
-    body = sum(m.in_features * m.out_features for m in matrices_of(bench)[:-1])
-    head = matrices_of(bench)[-1]
-    flops = 4.0 * tokens * body + 4.0 * trained * head.in_features * head.out_features
+    group = bench.sizes.group
+    shared = bench.policy.shares_prefixes
+    tokens = prompt + group * completion if shared else group * (prompt + completion)
+    *inner, head = matrices_of(bench)
+    body = sum(m.in_features * m.out_features for m in inner)
+    logits = group * completion * head.in_features * head.out_features
+    flops = 4.0 * (tokens * body + logits)
     ours = variants(bench, prompt, completion)["ours"]
 
     def work() -> float:
         ours()
         return flops / 1e12
 
-    runs = by_turns(
-        {"ours": work, "matrices": products(bench, tokens)}, bench.options.repeats, bench.device
-    )
-    return [
-        Measurement(
-            "ceilings",
-            f"update {prompt}/{completion}, {tokens} tokens computed",
-            "TFLOP/s",
-            rates(runs["ours"]),
-            rates(runs["matrices"]),
-            "matmul ceiling",
-            "the model's matrices alone, forward, in the compute dtype",
-        )
-    ]
+    sides = {"ours": work, "matrices": products(bench, tokens)}
+    runs = by_turns(sides, bench.options.repeats, bench.device)
+    what = f"update {prompt}/{completion}, {tokens} tokens computed"
+    note = "the model's matrices alone, forward, in the compute dtype"
+    ours_rate, ceiling = rates(runs["ours"]), rates(runs["matrices"])
+    return [Measurement("ceilings", what, "TFLOP/s", ours_rate, ceiling, "matmul ceiling", note)]
 
 
 def products(bench: Bench, rows: int) -> Callable[[], float]:
     """One forward product of `rows` rows with every matrix of the model and its head, in the
     model's order; returns TFLOP."""
     matrices = matrices_of(bench)
-    inputs: dict[int, Tensor] = {
-        width: torch.randn(rows, width, device=bench.device).to(bench.policy.dtype)
-        for width in {m.in_features for m in matrices}
-    }
+    widths = {m.in_features for m in matrices}
+    inputs = {w: torch.randn(rows, w, device=bench.device).to(bench.policy.dtype) for w in widths}
 
     @torch.no_grad()
     def run() -> float:
@@ -165,9 +143,8 @@ def weight_bytes(bench: Bench) -> float:
     """Bytes of all weights that a decode step reads: the matrices, and the adapter in the compute
     dtype."""
     base = sum(p.numel() * p.element_size() for m in matrices_of(bench) for p in m.parameters())
-    return float(
-        base + sum(p.numel() for p in bench.policy.trainable.values()) * bench.policy.dtype.itemsize
-    )
+    adapter = sum(p.numel() for p in bench.policy.trainable.values())
+    return float(base + adapter * bench.policy.dtype.itemsize)
 
 
 def kv_bytes(bench: Bench, rows: int, length: float) -> float:
@@ -175,6 +152,5 @@ def kv_bytes(bench: Bench, rows: int, length: float) -> float:
     text = bench.policy.model.get_base_model().config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return float(
-        2 * rows * length * text.num_hidden_layers * heads * size * bench.policy.dtype.itemsize
-    )
+    numbers = 2 * rows * length * text.num_hidden_layers * heads * size
+    return float(numbers * bench.policy.dtype.itemsize)

@@ -51,14 +51,9 @@ class Generate:
     @torch.no_grad()
     def _generate(self, asks: Sequence[Ask]) -> list[Completion]:
         longest, pad = max(len(ask.tokens) for ask in asks), self.chat.tokenizer.pad_token_id
-        tokens = torch.tensor(
-            [[pad] * (longest - len(ask.tokens)) + list(ask.tokens) for ask in asks],
-            device=self.device,
-        )
-        present = torch.tensor(
-            [[0] * (longest - len(ask.tokens)) + [1] * len(ask.tokens) for ask in asks],
-            device=self.device,
-        )
+        padding = [longest - len(ask.tokens) for ask in asks]
+        rows = [[pad] * n + [*ask.tokens] for n, ask in zip(padding, asks, strict=True)]
+        present = [[0] * n + [1] * (longest - n) for n in padding]
         limits = torch.tensor([ask.max_tokens for ask in asks], device=self.device)
         settings = GenerationConfig(
             do_sample=True,
@@ -69,24 +64,23 @@ class Generate:
             pad_token_id=pad,
             disable_compile=True,
         )
-        # What the model's own generation config sets (an end token, top-k, penalties) would be
-        # taken wherever ours is silent.
+        # Where ours is silent, `generate` would take what the model's own generation config sets:
+        # an end token, top-k, penalties.
         kept, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
             out = self.model.generate(
-                input_ids=tokens,
-                attention_mask=present,
+                input_ids=torch.tensor(rows, device=self.device),
+                attention_mask=torch.tensor(present, device=self.device),
                 generation_config=settings,
                 stopping_criteria=StoppingCriteriaList([Limits(limits + longest)]),
             )
         finally:
             self.model.generation_config = kept
-        sampled = [
-            row[: ask.max_tokens] for row, ask in zip(out[:, longest:].tolist(), asks, strict=True)
-        ]
+        replies = zip(out[:, longest:].tolist(), asks, strict=True)
+        sampled = [reply[: ask.max_tokens] for reply, ask in replies]
         return [
-            Completion(tuple(row), (0.0,) * len(row), self.chat.text(row), "length")
-            for row in sampled
+            Completion(tuple(ids), (0.0,) * len(ids), self.chat.text(ids), "length")
+            for ids in sampled
         ]
 
 
@@ -109,10 +103,8 @@ def stock(policy: Policy, attention: str, adapter: torch.dtype = torch.float32) 
     in; in the model's own type `generate` need not cast anything.
     """
     base = policy.model.get_base_model()
-    ours, masters = (
-        base.config._attn_implementation,
-        {name: p.data for name, p in policy.trainable.items()},
-    )
+    ours = base.config._attn_implementation
+    masters = {name: p.data for name, p in policy.trainable.items()}
     ours_too = [module for module in policy.model.modules() if "forward" in vars(module)]
     try:
         base.set_attn_implementation(attention)

@@ -45,25 +45,23 @@ def write_random_model(source: str, folder: Path, dtype: torch.dtype, device: to
     """
     quiet()
     path = Path(source).expanduser()
-    local = path.exists()
-    if not local and not hub_answers():
+    where = f"--random-weights: {source}"
+    if not path.exists() and not hub_answers():
         raise UserError(
-            f"--random-weights: {source}: no such file or folder, and the hub does not answer; give"
-            " a local config.json"
+            f"{where}: no such file or folder, and the hub does not answer; give a local"
+            " config.json"
         )
     try:
-        config = AutoConfig.from_pretrained(str(path) if local else source, trust_remote_code=False)
+        name = str(path) if path.exists() else source
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise UserError(
-            f"--random-weights: {source}: not the configuration of a causal language model"
-            f" ({first_line(error)})"
+            f"{where}: not the configuration of a causal language model ({first_line(error)})"
         ) from error
     _write_weights(model, folder, device)
-    _tokenizer(str(path.parent if path.is_file() else path) if local else source).save_pretrained(
-        folder
-    )
+    _tokenizer(str(path.parent) if path.is_file() else name).save_pretrained(folder)
     return folder
 
 
@@ -85,30 +83,22 @@ def _write_weights(model: PreTrainedModel, folder: Path, device: torch.device) -
         part.clear()
 
     for prefix, module in model.named_modules():
-        own = {
-            name: p
-            for name, p in module.named_parameters(recurse=False)
-            if not any(p is other for other in tied)
-        }
+        parameters = module.named_parameters(recurse=False)
+        own = {name: p for name, p in parameters if not any(p is other for other in tied)}
         if own:
             tied += own.values()
             module.to_empty(device=device, recurse=False)
             model._init_weights(module)
-            part |= {
-                f"{prefix}.{name}".lstrip("."): getattr(module, name).detach().cpu() for name in own
-            }
+            for name in own:
+                part[f"{prefix}.{name}".lstrip(".")] = getattr(module, name).detach().cpu()
             module.to_empty(device="meta", recurse=False)
         if sum(tensor.nbytes for tensor in part.values()) > PART_BYTES:
             close()
     if part:
         close()
-    sizes = {
-        "metadata": {
-            "total_size": sum((folder / file).stat().st_size for file in set(places.values()))
-        },
-        "weight_map": places,
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(sizes, indent=1) + "\n")
+    total = sum((folder / file).stat().st_size for file in set(places.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
@@ -125,11 +115,8 @@ def _tokenizer(source: str) -> PreTrainedTokenizerBase:
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, ids 0 to 255, and three special tokens; the ChatML template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(
-        tokenizer_models.BPE(
-            vocab={character: number for number, character in enumerate(alphabet)}, merges=[]
-        )
-    )
+    vocabulary = {character: number for number, character in enumerate(alphabet)}
+    backend = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<pad>"])

@@ -27,7 +27,9 @@ FAIL = Task("bench", (), (), lambda problem, text: Verdict(0.0, False, {"error_k
 """A task whose every attempt fails, so that every R3 episode has its three turns."""
 GENERATE, AS_TRAINED = "generate", "generate, float32 adapter as in training"
 Plan = Sequence[tuple[int, str]]
-"""Tokens to sample in each turn, and what is told after it (nothing after the last)."""
+"""Tokens to sample in each turn, and the text told after it (none after the last)."""
+Episodes = Callable[[Sampler], list[Episode]]
+"""Plays its episodes against a sampler."""
 
 
 def measure_rollouts(bench: Bench) -> list[Measurement]:
@@ -35,43 +37,40 @@ def measure_rollouts(bench: Bench) -> list[Measurement]:
     rows, new = bench.sizes.rows, bench.sizes.new_tokens
     live = bench.sampler()
     generate = Generate(bench.policy.model.get_base_model(), bench.chat, bench.device, rows=rows)
-    kinds: dict[str, Callable[[Sampler], list[Episode]]] = {
+    kinds: dict[str, Episodes] = {
         f"single turn, {new} new": partial(planned, bench, [[(new, "")]] * rows),
         f"single turn, {uneven(new)[0]}-{new} new": partial(planned, bench, uneven_plans(bench)),
         f"R3, 3 turns of {new}": partial(r3_from_scratch, bench),
         "search-like, 1-4 uneven turns": partial(planned, bench, search_plans(bench)),
     }
-    adapters = {GENERATE: bench.policy.dtype} | (
-        {AS_TRAINED: torch.float32} if bench.policy.dtype != torch.float32 else {}
-    )
+    adapters = {GENERATE: bench.policy.dtype}
+    if bench.policy.dtype != torch.float32:
+        adapters[AS_TRAINED] = torch.float32
+
+    def ours(episodes: Episodes) -> float:
+        live.reset()
+        return sampled(episodes(live))
+
+    def theirs(episodes: Episodes, dtype: torch.dtype) -> float:
+        with stock(bench.policy, bench.stock_attention, adapter=dtype):
+            return sampled(episodes(generate))
+
     found = []
     for what, episodes in kinds.items():
-
-        def ours(episodes: Callable[[Sampler], list[Episode]] = episodes) -> float:
-            live.reset()
-            return sampled(episodes(live))
-
-        def theirs(
-            dtype: torch.dtype, episodes: Callable[[Sampler], list[Episode]] = episodes
-        ) -> float:
-            with stock(bench.policy, bench.stock_attention, adapter=dtype):
-                return sampled(episodes(generate))
-
-        sides = {"ours": ours} | {name: partial(theirs, dtype) for name, dtype in adapters.items()}
+        sides = {"ours": partial(ours, episodes)}
+        sides |= {name: partial(theirs, episodes, dtype) for name, dtype in adapters.items()}
         runs = by_turns(sides, bench.options.repeats, bench.device)
         counts = {done for side in runs.values() for _, done in side}
         if len(counts) != 1:
             raise RuntimeError(
-                f"{what}: expected all sides to sample the same number of tokens, got"
-                f" {sorted(counts)}"
+                f"{what}: got {sorted(counts)} sampled tokens, expected all sides to sample as many"
             )
         note = f"{rows} episodes of {bench.sizes.prompts} prompts, {counts.pop():.0f} tokens"
-        for name in adapters:
-            found.append(
-                Measurement(
-                    "rollout", what, "tokens/s", rates(runs["ours"]), rates(runs[name]), name, note
-                )
-            )
+        rate = rates(runs["ours"])
+        found += [
+            Measurement("rollout", what, "tokens/s", rate, rates(runs[name]), name, note)
+            for name in adapters
+        ]
     live.reset()
     return found
 
@@ -123,32 +122,26 @@ def search_plans(bench: Bench) -> list[Plan]:
     lengths, words = range(max(1, new // 6), max(2, 2 * new // 3)), WORDS.split()
 
     def told() -> str:
-        return " ".join(
-            rng.choices(words, k=rng.randint(max(1, 5 * new // 12), max(2, 5 * new // 4)))
-        )
+        count = rng.randint(max(1, 5 * new // 12), max(2, 5 * new // 4))
+        return " ".join(rng.choices(words, k=count))
 
-    return [
-        [(rng.choice(lengths), told()) for _ in range(rng.randint(1, 4))]
-        for _ in range(bench.sizes.rows)
-    ]
+    def plan() -> Plan:
+        return [(rng.choice(lengths), told()) for _ in range(rng.randint(1, 4))]
+
+    return [plan() for _ in range(bench.sizes.rows)]
 
 
 def r3_from_scratch(bench: Bench, sampler: Sampler) -> list[Episode]:
     """Attempt, reflection, retry, from every prompt and every member of its group."""
-    return play(
-        [reflect(talk, FAIL) for talk in talks(bench, bench.problems, bench.sizes.group)], sampler
-    )
+    started = talks(bench, bench.problems, bench.sizes.group)
+    return play([reflect(talk, FAIL) for talk in started], sampler)
 
 
 def grpo_step(bench: Bench, sampler: Sampler) -> list[Episode]:
     """The episodes of a GRPO step: a group of attempts on each prompt, with rewards that differ
     within every group."""
-    return rewarded(
-        play(
-            [single(talk, FAIL) for talk in talks(bench, bench.problems, bench.sizes.group)],
-            sampler,
-        )
-    )
+    started = talks(bench, bench.problems, bench.sizes.group)
+    return rewarded(play([single(talk, FAIL) for talk in started], sampler))
 
 
 def r3_step(bench: Bench, sampler: Sampler) -> list[Episode]:
@@ -156,9 +149,8 @@ def r3_step(bench: Bench, sampler: Sampler) -> list[Episode]:
     and retries on each failure."""
     attempts = play([single(talk, FAIL) for talk in talks(bench, bench.problems, 1)], sampler)
     failures = [failed(episode.problem, episode.turns) for episode in attempts]
-    return rewarded(
-        play([reflect(talk, FAIL) for talk in talks(bench, failures, bench.sizes.group)], sampler)
-    )
+    started = talks(bench, failures, bench.sizes.group)
+    return rewarded(play([reflect(talk, FAIL) for talk in started], sampler))
 
 
 def rewarded(episodes: Sequence[Episode]) -> list[Episode]:

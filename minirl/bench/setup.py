@@ -7,6 +7,7 @@ forced lengths: no token ends one.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -31,6 +32,7 @@ WORDS = (
     "river stone cloud paper green house light table water apple night cover seven music plant"
     " train story field"
 )
+GRID = ((64, 256), (128, 128), (256, 64), (512, 64), (256, 256), (1024, 128))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +44,7 @@ class Sizes:
     group: int = 8
     prompt_tokens: tuple[int, int] = (110, 150)
     new_tokens: int = 96
-    grid: tuple[tuple[int, int], ...] = (
-        (64, 256),
-        (128, 128),
-        (256, 64),
-        (512, 64),
-        (256, 256),
-        (1024, 128),
-    )
+    grid: tuple[tuple[int, int], ...] = GRID
 
     @property
     def rows(self) -> int:
@@ -107,7 +102,7 @@ class Bench:
 
     options: Options
     sizes: Sizes
-    node: recipe.Model
+    model: recipe.Model
     loaded: models.LoadedModel
     policy: Policy
     chat: Chat
@@ -126,11 +121,8 @@ class Bench:
 
     def sampling(self) -> recipe.Sampling:
         """The recipe's numbers that fit these sizes."""
-        return recipe.Sampling(
-            attempt_tokens=self.sizes.new_tokens,
-            reflection_tokens=self.sizes.new_tokens,
-            rows=self.sizes.rows,
-        )
+        new, rows = self.sizes.new_tokens, self.sizes.rows
+        return recipe.Sampling(attempt_tokens=new, reflection_tokens=new, rows=rows)
 
     def sampler(self) -> LiveSampler | PlainSampler:
         """A live sampler of as many rows as one step has."""
@@ -141,15 +133,9 @@ class Bench:
     def learner(self, micro_tokens: int | None = None) -> Learner:
         """GRPO without a KL term and with a learning rate too small to change what is measured
         next; no clipping of the gradient."""
-        settings = {
-            "beta": 0.0,
-            "lr": 1e-12,
-            "grad_clip": 1e9,
-            "schedule": "constant",
-            "warmup": 0.0,
-        }
-        if micro_tokens is not None:
-            settings["micro_tokens"] = micro_tokens
+        settings: dict[str, Any] = {"beta": 0.0, "lr": 1e-12, "grad_clip": 1e9}
+        settings |= {"schedule": "constant", "warmup": 0.0}
+        settings |= {} if micro_tokens is None else {"micro_tokens": micro_tokens}
         return Learner(
             self.policy,
             recipe.Learner.model_validate(settings),
@@ -167,47 +153,32 @@ def open_bench(options: Options, folder: Path) -> Bench:
     name = options.model
     if options.random_weights is not None:
         device = models.pick_device()
-        name = str(
-            write_random_model(
-                options.random_weights,
-                folder / "model",
-                models.pick_dtype(options.dtype, device),
-                device,
-            )
-        )
-    node = recipe.Model(
+        dtype = models.pick_dtype(options.dtype, device)
+        name = str(write_random_model(options.random_weights, folder / "model", dtype, device))
+    model = recipe.Model(
         name=name,
         quantize=options.quantize,
         dtype=options.dtype,
         gradient_checkpointing=options.gradient_checkpointing,
     )
-    loaded = models.load_model(node)
-    stock_attention = loaded.model.get_base_model().config._attn_implementation
+    loaded = models.load_model(model)
+    stock_attention = str(loaded.model.get_base_model().config._attn_implementation)
     chat = Chat(loaded.tokenizer)
     chat.eos = frozenset()
     policy = Policy(loaded.model, loaded.device, loaded.dtype)
     accelerator = Accelerator(cpu=loaded.device.type == "cpu")
     sizes = QUICK if options.quick else Sizes()
+    problems = problems_of(chat, sizes)
     return Bench(
-        options,
-        sizes,
-        node,
-        loaded,
-        policy,
-        chat,
-        accelerator,
-        str(stock_attention),
-        problems_of(chat, sizes),
+        options, sizes, model, loaded, policy, chat, accelerator, stock_attention, problems
     )
 
 
 def problems_of(chat: Chat, sizes: Sizes) -> tuple[Problem, ...]:
     """Prompts of evenly spread lengths."""
     low, high = sizes.prompt_tokens
-    return tuple(
-        prompt_of(chat, i, low + (high - low) * i // max(1, sizes.prompts - 1))
-        for i in range(sizes.prompts)
-    )
+    steps = max(1, sizes.prompts - 1)
+    return tuple(prompt_of(chat, i, low + (high - low) * i // steps) for i in range(sizes.prompts))
 
 
 def prompt_of(chat: Chat, seed: int, tokens: int) -> Problem:
@@ -218,14 +189,9 @@ def prompt_of(chat: Chat, seed: int, tokens: int) -> Problem:
     def problem(count: int) -> Problem:
         return Problem(f"bench/{seed}", f"{seed} " + " ".join(words[:count]), None)
 
-    low, high = 0, tokens
-    while low < high:
-        middle = (low + high) // 2
-        if len(chat.prompt(problem(middle))) < tokens:
-            low = middle + 1
-        else:
-            high = middle
-    return problem(low)
+    counts = range(tokens)
+    shortest = bisect_left(counts, tokens, key=lambda count: len(chat.prompt(problem(count))))
+    return problem(shortest)
 
 
 def _pair(text: str | None) -> tuple[int, int] | None:

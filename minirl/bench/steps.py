@@ -12,10 +12,9 @@ from dataclasses import replace
 import torch
 
 from minirl.bench.against_trl import by_turns_with_trl, missing, version
-from minirl.bench.measure import Measurement, Spread, rates, timed
+from minirl.bench.measure import MEGA, Measurement, Spread, rates, timed
 from minirl.bench.rollouts import grpo_step, r3_step
 from minirl.bench.setup import Bench
-from minirl.bench.updates import MEGA
 from minirl.episode import Episode, regroup
 from minirl.rollout import Sampler
 
@@ -31,31 +30,27 @@ def measure_steps(bench: Bench) -> list[Measurement]:
     if bench.options.step_tokens is not None:
         prompt, new = bench.options.step_tokens
         bench = bench.resized(replace(bench.sizes, prompt_tokens=(prompt, prompt), new_tokens=new))
-    without = missing()
+    without, rows = missing(), bench.sizes.rows
     found = []
     for what, episodes in STEPS.items():
-        step, rows = our_step(bench, episodes), bench.sizes.rows
-        _forget_peak(bench)
-        timed(step, bench.device)  # warms up, and has the machine's memory for itself
-        ours_peak = _peak_mb(bench)
+        step = our_step(bench, episodes)
+        peak = _peak_mb(bench, step)  # also warms up, while the machine's memory is ours alone
         if without:
             runs = [timed(step, bench.device) for _ in range(bench.options.repeats)]
-            theirs, theirs_peak, against = None, None, without
+            theirs, trl_peak, against = None, None, without
         else:
             rollout = episodes if episodes is r3_step else None
-            runs, others, theirs_peak = by_turns_with_trl(bench, step, rollout)
+            runs, others, trl_peak = by_turns_with_trl(bench, step, rollout)
             theirs, against = rates(others), f"TRL {version()}"
-        note = f"{rows} completions in {rows / rates(runs).median:.3g} s" + (
-            f", TRL in {rows / theirs.median:.3g} s" if theirs else ""
-        )
-        found.append(Measurement("step", what, "completions/s", rates(runs), theirs, against, note))
-        if ours_peak is not None:
-            trl_peak = None if theirs_peak is None else Spread((theirs_peak,))
-            found.append(
-                Measurement(
-                    "step", f"{what}, peak memory", "MB", Spread((ours_peak,)), trl_peak, against
-                )
-            )
+        ours = rates(runs)
+        note = f"{rows} completions in {rows / ours.median:.3g} s"
+        if theirs:
+            note += f", TRL in {rows / theirs.median:.3g} s"
+        found.append(Measurement("step", what, "completions/s", ours, theirs, against, note))
+        if peak is not None:
+            spread = None if trl_peak is None else Spread((trl_peak,))
+            what = f"{what}, peak memory"
+            found.append(Measurement("step", what, "MB", Spread((peak,)), spread, against))
     return found
 
 
@@ -80,16 +75,12 @@ def our_step(
     return step
 
 
-def _forget_peak(bench: Bench) -> None:
-    if bench.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(bench.device)
-
-
-def _peak_mb(bench: Bench) -> float | None:
-    """Most megabytes of tensors since `_forget_peak`, weights included; None on a CPU, where nobody
-    counts along."""
-    return (
-        torch.cuda.max_memory_allocated(bench.device) / MEGA
-        if bench.device.type == "cuda"
-        else None
-    )
+def _peak_mb(bench: Bench, step: Callable[[], float]) -> float | None:
+    """Run a step; the most megabytes of tensors meanwhile, weights included. None on a CPU, where
+    nobody counts along."""
+    if bench.device.type != "cuda":
+        step()
+        return None
+    torch.cuda.reset_peak_memory_stats(bench.device)
+    step()
+    return torch.cuda.max_memory_allocated(bench.device) / MEGA

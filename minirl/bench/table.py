@@ -34,19 +34,10 @@ def render(report: Report) -> Table:
             table.add_section()
         last = line.section
         ratio = "" if line.ratio is None else f"{line.ratio:.2f}x"
+        ours = f"{number(line.ours.median)} {line.unit}"
         theirs = "" if line.theirs is None else number(line.theirs.median)
-        spreads = (line.ours, line.theirs, line.ratios)
-        spread = " | ".join(
-            text for side in spreads if side is not None and (text := between(side))
-        )
-        table.add_row(
-            line.what,
-            f"{number(line.ours.median)} {line.unit}",
-            theirs,
-            line.against,
-            ratio,
-            spread,
-        )
+        sides = [between(side) for side in (line.ours, line.theirs, line.ratios) if side]
+        table.add_row(line.what, ours, theirs, line.against, ratio, " | ".join(filter(None, sides)))
     return table
 
 
@@ -57,11 +48,9 @@ def number(value: float) -> str:
 
 def between(spread: Spread) -> str:
     """Smallest and largest of several; empty for one."""
-    return (
-        ""
-        if len(spread.values) < 2
-        else f"{number(min(spread.values))}-{number(max(spread.values))}"
-    )
+    if len(spread.values) < 2:
+        return ""
+    return f"{number(min(spread.values))}-{number(max(spread.values))}"
 
 
 def machine(bench: Bench) -> dict[str, str]:
@@ -86,22 +75,12 @@ def machine(bench: Bench) -> dict[str, str]:
 
 
 def _processor() -> str:
-    info, names = Path("/proc/cpuinfo"), list[str]()
-    if info.is_file():
-        names = [
-            line.partition(":")[2].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
     has = torch.cpu.get_capabilities()
-    wide = [
-        name.upper().replace("_", "-")
-        for name in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2")
-        if has.get(name)
-    ][:1]
-    return " ".join(
-        [
-            names[0] if names else platform.processor() or platform.machine(),
-            *(f"with {name}" for name in wide),
-        ]
-    )
+    for instructions in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2"):
+        if has.get(instructions):
+            return f"{name} with {instructions.upper().replace('_', '-')}"
+    return name

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from random import Random
 
 import torch
 from torch import Tensor
 
 from minirl.bench.generate import stock
-from minirl.bench.measure import Measurement, Spread, by_turns, peak_bytes, rates
+from minirl.bench.measure import MEGA, Measurement, Spread, by_turns, peak_bytes, rates
 from minirl.bench.setup import Bench
 from minirl.engine.learn import losses
 from minirl.engine.learn.credit import Credit, advantages
@@ -29,7 +28,6 @@ SIDES = {
     "padded rows": "same learner, plain rows",
     "transformers rows": "stock forward, completion logits in full",
 }
-MEGA = 1e6
 
 
 def measure_updates(bench: Bench) -> list[Measurement]:
@@ -40,31 +38,18 @@ def measure_updates(bench: Bench) -> list[Measurement]:
         sides = variants(bench, prompt, completion)
         runs = by_turns(sides, bench.options.repeats, bench.device)
         peaks = {name: Spread((peak_mb(bench, work),)) for name, work in sides.items()}
+        what = f"update {prompt}/{completion}"
+        resting = f"{resting_mb(bench):,.0f} MB of it at rest"
+        ours = rates(runs["ours"])
         for against, note in SIDES.items():
-            what = f"update {prompt}/{completion}"
-            found.append(
-                Measurement(
-                    "update",
-                    what,
-                    "tokens/s",
-                    rates(runs["ours"]),
-                    rates(runs[against]),
-                    against,
-                    note,
-                )
-            )
-            resting = f"{resting_mb(bench):,.0f} MB of it at rest"
-            found.append(
-                Measurement(
-                    "update",
-                    f"{what}, peak memory",
-                    "MB",
-                    peaks["ours"],
-                    peaks[against],
-                    against,
-                    resting,
-                )
-            )
+            figures = {
+                what: ("tokens/s", ours, rates(runs[against]), note),
+                f"{what}, peak memory": ("MB", peaks["ours"], peaks[against], resting),
+            }
+            found += [
+                Measurement("update", name, unit, mine, theirs, against, note)
+                for name, (unit, mine, theirs, note) in figures.items()
+            ]
     return found
 
 
@@ -92,56 +77,45 @@ def variants(bench: Bench, prompt: int, completion: int) -> dict[str, Callable[[
 def group_of(bench: Bench, prompt: int, completion: int) -> Group:
     """One group of random tokens, scored by the policy as a sampler would have, so that every ratio
     is 1."""
-    rng, vocabulary = (
-        Random(f"{prompt}/{completion}"),
-        bench.policy.model.get_base_model().config.get_text_config().vocab_size,
-    )
-    shared = tuple(rng.randrange(vocabulary) for _ in range(prompt))
+    vocabulary = bench.policy.model.get_base_model().config.get_text_config().vocab_size
+    rng = Random(f"{prompt}/{completion}")
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(vocabulary) for _ in range(count))
+
+    opening = Turn("prompt", tokens(prompt))
     problem = Problem(f"bench/{prompt}/{completion}", "", None)
+    replies = [tokens(completion) for _ in range(bench.sizes.group)]
 
-    def episode(number: int, logprobs: tuple[float, ...], tokens: tuple[int, ...]) -> Episode:
-        return Episode(
-            problem,
-            (Turn("prompt", shared), Turn("attempt", tokens, logprobs, trained=True)),
-            float(number % 2),
-        )
+    def group(logprobs: Sequence[Sequence[float]]) -> Group:
+        turns = [
+            (opening, Turn("attempt", reply, tuple(of_reply), trained=True))
+            for reply, of_reply in zip(replies, logprobs, strict=True)
+        ]
+        rewarded = (Episode(problem, pair, float(i % 2)) for i, pair in enumerate(turns))
+        return Group(problem, tuple(rewarded))
 
-    replies = [
-        tuple(rng.randrange(vocabulary) for _ in range(completion))
-        for _ in range(bench.sizes.group)
-    ]
-    rows = rows_of(
-        Group(
-            problem,
-            tuple(episode(i, (0.0,) * completion, tokens) for i, tokens in enumerate(replies)),
-        ),
-        [0.0] * len(replies),
-    )
+    rows = rows_of(group([[0.0] * completion] * len(replies)), [0.0] * len(replies))
     scores: dict[int, list[float]] = defaultdict(list)
+    pad, most = bench.chat.tokenizer.pad_token_id, len(replies) * (prompt + completion)
     with torch.no_grad():
-        for batch in bench.policy.batches(
-            rows, len(replies) * (prompt + completion), pad=bench.chat.tokenizer.pad_token_id
-        ):
+        for batch in bench.policy.batches(rows, most, pad=pad):
             logprobs, _ = bench.policy.logprobs(batch, temperature=1.0)
             for number, value in zip(batch.episode.tolist(), logprobs.tolist(), strict=True):
                 scores[number].append(value)
-    return Group(
-        problem, tuple(episode(i, tuple(scores[i]), tokens) for i, tokens in enumerate(replies))
-    )
+    return group([scores[i] for i in range(len(replies))])
 
 
 def rows_of(group: Group, credit: Sequence[Credit | None]) -> list[Row]:
     """The group's rows under GRPO's weights: a mean over each episode's tokens, then over
     episodes."""
     episodes = group.episodes
+    weights = [1.0 / (len(episodes) * episode.trained_tokens) for episode in episodes]
     return [
-        row(
-            episode,
-            advantage=a or 0.0,
-            weight=1.0 / (len(episodes) * episode.trained_tokens),
-            number=i,
+        row(episode, advantage=advantage or 0.0, weight=weight, number=number)
+        for number, (episode, advantage, weight) in enumerate(
+            zip(episodes, credit, weights, strict=True)
         )
-        for i, (episode, a) in enumerate(zip(episodes, credit, strict=True))
     ]
 
 
@@ -162,20 +136,12 @@ class StockRows:
 
     def __call__(self) -> float:
         policy = self.bench.policy
-        half = policy.dtype != torch.float32
         with stock(policy, self.bench.stock_attention):
             policy.model.train()
             while True:
                 self.optimizer.zero_grad(set_to_none=False)
                 try:
-                    for start in range(0, len(self.rows), self.at_once):
-                        with (
-                            torch.autocast(policy.device.type, dtype=policy.dtype)
-                            if half
-                            else nullcontext()
-                        ):
-                            loss = self._loss(self.rows[start : start + self.at_once])
-                        self.scaler.scale(loss).backward()
+                    self._backward()
                     break
                 except torch.OutOfMemoryError:
                     if self.at_once == 1:
@@ -187,11 +153,16 @@ class StockRows:
             policy.model.eval()
         return float(sum(sum(r.mask) for r in self.rows))
 
+    def _backward(self) -> None:
+        dtype, device = self.bench.policy.dtype, self.bench.device.type
+        for start in range(0, len(self.rows), self.at_once):
+            with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+                loss = self._loss(self.rows[start : start + self.at_once])
+            self.scaler.scale(loss).backward()
+
     def _loss(self, rows: list[Row]) -> Tensor:
-        device, trained = (
-            self.bench.device,
-            sum(rows[0].mask),
-        )  # all rows of a group are of one shape here
+        device = self.bench.device
+        trained = sum(rows[0].mask)  # all rows of a group are of one shape here
         tokens = torch.tensor([r.tokens for r in rows], device=device)
         out = self.bench.policy.model(
             input_ids=tokens,
@@ -199,20 +170,16 @@ class StockRows:
             logits_to_keep=trained + 1,
             use_cache=False,
         )
-        logits = out.logits[:, :-1].float()  # (B, R, V)
-        logprobs = (
-            torch.log_softmax(logits, dim=-1).gather(-1, tokens[:, -trained:, None]).squeeze(-1)
-        )
+        targets = tokens[:, -trained:]
+        logprobs = torch.log_softmax(out.logits[:, :-1].float(), dim=-1)  # (B, R, V)
+        logprobs = logprobs.gather(-1, targets[:, :, None]).squeeze(-1)
         old = torch.tensor([r.old[-trained:] for r in rows], device=device)
-        advantage = torch.tensor([r.advantage for r in rows], device=device)[:, None].expand_as(old)
-        weight = torch.tensor([r.weight for r in rows], device=device)[:, None].expand_as(old)
+        advantage, weight = (
+            torch.tensor(column, device=device)[:, None].expand_as(old).flatten()
+            for column in ([r.advantage for r in rows], [r.weight for r in rows])
+        )
         loss, _ = losses.policy_loss(
-            logprobs.flatten(),
-            old.flatten(),
-            advantage.flatten(),
-            weight.flatten(),
-            clip_low=0.2,
-            clip_high=0.2,
+            logprobs.flatten(), old.flatten(), advantage, weight, clip_low=0.2, clip_high=0.2
         )
         return loss
 

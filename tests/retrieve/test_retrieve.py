@@ -24,7 +24,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from minirl.bench import retrieval_cost as cost
 from minirl.errors import UserError
 from minirl.recipe import retriever as nodes
 from minirl.recipe.retriever import Bm25Retriever, RemoteRetriever
@@ -990,29 +989,3 @@ def test_an_answer_that_breaks_off_is_asked_again(serve: Serve) -> None:
     )
     assert ask(url, ["a"], retries=1) == [[]]
     assert len(asked) == 2
-
-
-def test_the_cost_of_an_index_is_that_of_a_corpus_under_zipfs_law() -> None:
-    """Catches: words drawn evenly, queries of frequent words (slow) or of none that stand anywhere
-    (free), figures of nothing."""
-    made = list(cost.paragraphs(2000))
-    assert made[:50] == list(cost.paragraphs(50))
-    counts = Counter(word for passage in made for word in passage.text.split())
-    harmonic = sum(1 / rank for rank in range(1, cost.VOCABULARY + 1))
-    for rank in (1, 2, 10):  # 160,000 words: w0 is expected 12,500 times
-        expected = 2000 * cost.WORDS / rank / harmonic
-        assert abs(counts[f"w{rank - 1}"] - expected) < 5 * math.sqrt(expected)
-    asked = list(cost.queries(2000))
-    assert len(asked) == cost.QUERIES
-    assert min(int(word[1:]) for query in asked for word in query.split()) >= cost.STOP_WORDS
-    found = Bm25.build(made, NODE).search(asked, 1)
-    assert sum(best == [passage] for best, passage in zip(found, made, strict=False)) > 0.95 * len(
-        asked
-    )
-    held = np.ones(2**26)  # 512 MB: a child that inherited its parent's peak would measure nothing
-    built, searched = cost.one_round(2000)
-    del held
-    assert min(built.seconds, searched.open_seconds, searched.queries_per_s) > 0
-    # Each posting is two numbers of four bytes, and most words stand once in a paragraph.
-    assert built.disk_mb * 1e6 > 8 * sum(len(set(passage.text.split())) for passage in made)
-    assert searched.mb > 1
