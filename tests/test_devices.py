@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minirl import recipe
 from minirl.chat import Chat
-from minirl.engine.learn.objective import Sums, objective
+from minirl.engine.learn.objective import objective
 from minirl.engine.model import load as models
 from minirl.engine.model.attention import Cached
 from minirl.engine.model.batch import Row, collate, pack
@@ -148,15 +148,10 @@ def test_learning_stays_on_its_device(loss: str, tmp_path: Path) -> None:
     policy.freeze_reference()
     policy.model.train()
     batch = collate(bundles, META)
-    objective(
-        policy,
-        node,
-        batch,
-        Sums.zero(META),
-        temperature=0.9,
-        experience=None,
-        measure_mismatch=True,
-    ).backward()
+    loss, _ = objective(
+        policy, node, batch, temperature=0.9, experience=None, measure_mismatch=True
+    )
+    loss.backward()
     assert {
         (p.grad.device, p.grad.dtype) for p in policy.trainable.values() if p.grad is not None
     } == {(META, torch.float32)}

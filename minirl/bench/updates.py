@@ -130,8 +130,8 @@ class StockRows:
     def __init__(self, bench: Bench, group: Group) -> None:
         self.bench = bench
         learner = bench.learner()
-        self.optimizer, self.scaler = learner.optimizer, learner.scaler
-        self.rows = rows_of(group, advantages(group, learner.node))
+        self.optimizer, self.scaler = learner.optimizer.adapter, learner.optimizer.scaler
+        self.rows = rows_of(group, advantages(group, learner.settings))
         self.at_once = len(self.rows)
 
     def __call__(self) -> float:

@@ -93,13 +93,14 @@ def update(model: Path, out: Path) -> None:
         )
         # Plain descent, so that weights differ as gradients do; Adam makes a whole step of what
         # rounding leaves of a zero.
-        learner.optimizer = torch.optim.SGD(learner.parameters)
-        if learner.value_optimizer is not None:
-            learner.value_optimizer = torch.optim.SGD(learner.value_parameters, lr=0.1)
+        optimizer = learner.optimizer
+        optimizer.adapter = torch.optim.SGD(optimizer.parameters)
+        if optimizer.value_head is not None:
+            optimizer.value_head = torch.optim.SGD(optimizer.value_parameters, lr=0.1)
         means[name] = [learner.update(share) for _ in range(2)]
         if accelerator.is_main_process:
             heads = dict(
-                zip(["value"], learner.value_parameters, strict=False)
+                zip(["value"], optimizer.value_parameters, strict=False)
             )  # its weight; the bias comes second
             save_file(
                 {key: p.detach().clone() for key, p in (policy.trainable | heads).items()},

@@ -1,13 +1,13 @@
-"""Objective: the loss of one micro-batch, and what is logged of it.
+"""Objective: the loss of one micro-batch, and the sums that a step logs of it.
 
-Invariant: everything is a sum over trained tokens with weights that are fixed over the whole
-optimizer step, so the micro-batches of a step add up to the same gradient and the same means
-however they are cut.
+Invariant: both are sums over trained tokens, with weights that are fixed over the whole optimizer
+step, so the micro-batches of a step add up to the same gradient and the same means however they are
+cut.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -18,51 +18,40 @@ from minirl.engine.model.batch import Batch
 from minirl.engine.model.policy import Policy
 from minirl.recipe import Learner
 
+Sums = dict[str, Tensor | float]
+"""Sums over the trained tokens of a batch or a step, by name; float64. `tokens` counts them."""
+SUMS = (
+    "tokens",
+    "loss",
+    "kl",
+    "entropy",
+    "clipped",
+    "mismatch",
+    "compared",  # the tokens that `mismatch` is summed over
+    "moved",  # PPO: k3 of KL(policy that sampled || policy now)
+    "value_loss",
+    "value_clipped",
+)
 
-@dataclass(slots=True)
-class Sums:
-    """Totals over the trained tokens of a step: what the logged means are made of."""
 
-    tokens: Tensor
-    loss: Tensor
-    kl: Tensor
-    entropy: Tensor
-    clipped: Tensor
-    mismatch: Tensor
-    compared: Tensor  # the tokens that `mismatch` is summed over
-    moved: Tensor  # PPO: k3 of KL(policy that sampled || policy now)
-    value_loss: Tensor
-    value_clipped: Tensor
-
-    @classmethod
-    def zero(cls, device: torch.device) -> Sums:
-        """Nothing summed yet."""
-        return cls(*(torch.zeros((), dtype=torch.float64, device=device) for _ in cls.__slots__))
-
-    def vector(self) -> Tensor:
-        """The sums as one tensor, to be added over processes."""
-        return torch.stack([getattr(self, name) for name in self.__slots__])
-
-    def add(self, other: Sums) -> None:
-        """Add another micro-batch's."""
-        for name in self.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+def add(sums: Sums, more: Mapping[str, Tensor | float]) -> None:
+    """Add another batch's sums to `sums`."""
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0.0) + value
 
 
 def objective(
     policy: Policy,
-    node: Learner,
+    learner: Learner,
     batch: Batch,
-    sums: Sums,
     *,
     temperature: float,
     experience: Experience | None,
     measure_mismatch: bool,
-) -> Tensor:
-    """The loss of a micro-batch, (); what is logged of it is added to `sums`. experience: PPO's,
-    None for every other loss."""
+) -> tuple[Tensor, Sums]:
+    """The loss of a micro-batch, (), and its sums. experience: PPO's, None for other losses."""
     reference = None
-    if node.penalises_loss:
+    if learner.penalises_loss:
         # Before the policy's own forward: the swap must not touch weights that a backward pass
         # still needs.
         with policy.reference():
@@ -72,58 +61,65 @@ def objective(
         logprobs, entropy = policy.logprobs(
             batch,
             temperature=temperature,
-            entropy=node.loss != "nll",
-            entropy_grad=node.entropy != 0,
+            entropy=learner.loss != "nll",
+            entropy_grad=learner.entropy != 0,
             states=states,
         )
-    if node.loss == "nll":
+    sums: Sums = {"tokens": float(batch.old.numel())}
+    if learner.loss == "nll":
         loss = losses.nll(logprobs, batch.weights)
     else:
-        loss, clipped = losses.policy_loss(
-            logprobs,
-            batch.old,
-            (
-                batch.advantages
-                if experience is None
-                else experience.advantages[experience.where(batch)]
-            ),
-            batch.weights,
-            clip_low=node.clip_low,
-            clip_high=node.clip_high,
-            episode=batch.episode if node.ratio == "sequence" else None,
-        )
-        sums.clipped += clipped.double().sum()
+        loss, sums["clipped"] = _policy_term(learner, batch, logprobs, experience)
         if measure_mismatch:
-            sums.compared += batch.old.numel()
-            sums.mismatch += losses.kl_k3(batch.old, logprobs.detach()).double().sum()
+            sums["mismatch"] = _sum(losses.kl_k3(batch.old, logprobs.detach()))
+            sums["compared"] = sums["tokens"]
     if reference is not None:
         kl = losses.kl_k3(logprobs, reference)
-        loss = loss + node.beta * (batch.weights * kl).sum()
-        sums.kl += kl.detach().double().sum()
+        loss = loss + learner.beta * (batch.weights * kl).sum()
+        sums["kl"] = _sum(kl)
     if entropy is not None:
-        sums.entropy += entropy.detach().double().sum()
-        if node.entropy:
-            loss = loss - node.entropy * (batch.weights * entropy).sum()
+        sums["entropy"] = _sum(entropy)
+        if learner.entropy:
+            loss = loss - learner.entropy * (batch.weights * entropy).sum()
     if experience is not None:
-        loss = loss + _value_term(policy, node, batch, sums, states, experience)
-        sums.moved += losses.kl_k3(batch.old, logprobs.detach()).double().sum()
-    sums.loss += loss.detach().double()
-    sums.tokens += batch.old.numel()
-    return loss
+        term, more = _value_term(policy, learner, batch, states, experience)
+        loss = loss + term
+        sums |= {"moved": _sum(losses.kl_k3(batch.old, logprobs.detach())), **more}
+    return loss, sums | {"loss": _sum(loss)}
+
+
+def _policy_term(
+    learner: Learner, batch: Batch, logprobs: Tensor, experience: Experience | None
+) -> tuple[Tensor, Tensor]:
+    advantages = batch.advantages
+    if experience is not None:
+        advantages = experience.advantages[experience.index.of(batch)]
+    loss, clipped = losses.policy_loss(
+        logprobs,
+        batch.old,
+        advantages,
+        batch.weights,
+        clip_low=learner.clip_low,
+        clip_high=learner.clip_high,
+        episode=batch.episode if learner.ratio == "sequence" else None,
+    )
+    return loss, _sum(clipped)
 
 
 def _value_term(
-    policy: Policy, node: Learner, batch: Batch, sums: Sums, states: Tensor, experience: Experience
-) -> Tensor:
-    where = experience.where(batch)
-    values = policy.values(batch, states=states.detach() if node.value_detach else states)
-    value_loss, clipped = losses.value_loss(
+    policy: Policy, learner: Learner, batch: Batch, states: Tensor, experience: Experience
+) -> tuple[Tensor, Sums]:
+    where = experience.index.of(batch)
+    values = policy.values(batch, states=states.detach() if learner.value_detach else states)
+    loss, clipped = losses.value_loss(
         values,
         experience.values[where],
         experience.returns[where],
         batch.weights,
-        clip=node.value_clip,
+        clip=learner.value_clip,
     )
-    sums.value_loss += value_loss.detach().double()
-    sums.value_clipped += clipped.double().sum()
-    return node.value_coef * value_loss
+    return learner.value_coef * loss, {"value_loss": _sum(loss), "value_clipped": _sum(clipped)}
+
+
+def _sum(values: Tensor) -> Tensor:
+    return values.detach().double().sum()

@@ -1,5 +1,8 @@
-"""Optimizers: torch's AdamW or bitsandbytes' smaller ones, their rate, and their state as flat
-tensors that safetensors can hold."""
+"""The optimizer of a stage, its learning rate, and its state as flat tensors that safetensors can
+hold.
+
+Invariant: a gradient that is not finite moves no weight and no moment; it is counted.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,134 @@ import math
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from minirl.errors import UserError
 from minirl.recipe import Learner
 
+VALUE = "value."  # prefix of the names of the value optimizer's tensors
+
+
+class Optimizer:
+    """The adapter's optimizer, the value head's under PPO, and the float16 loss scaler of both.
+
+    half: whether the model computes in float16. skipped: steps whose gradient was not finite.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        parameters: list[torch.nn.Parameter],
+        value_parameters: list[torch.nn.Parameter],
+        device: torch.device,
+        *,
+        half: bool,
+    ) -> None:
+        self.grad_clip = learner.grad_clip
+        self.parameters = parameters
+        self.value_parameters = value_parameters
+        self.adapter = build(learner, parameters, device)
+        self.value_head = build_value(learner, value_parameters) if value_parameters else None
+        self.skipped = 0
+        self.scaler = torch.amp.GradScaler(device.type, enabled=half)
+        # The scaler starts to exist with its first loss; a process with only dead groups has none.
+        self.scaler.scale(torch.zeros((), device=device))
+
+    def set_rate(self, rate: float) -> None:
+        """Set the adapter's learning rate; the value head's is constant."""
+        for group in self.adapter.param_groups:
+            group["lr"] = rate
+
+    def zero_gradients(self) -> None:
+        """Start a new gradient."""
+        for optimizer in self._optimizers():
+            optimizer.zero_grad(set_to_none=False)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradient."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, accelerator: Accelerator, *, value_only: bool = False) -> float:
+        """Sum the gradient over processes, clip it and step; the adapter's norm before clipping,
+        0.0 if the step was skipped.
+
+        The adapter's and the value head's gradients are clipped apart, so that a bad value does not
+        shrink the policy's step; neither steps if one of the two is not finite. With value_only the
+        adapter stays as it is, moments and weight decay included.
+        """
+        self._reduce_gradients(accelerator)
+        optimizers = self._optimizers()
+        for optimizer in optimizers:
+            self.scaler.unscale_(optimizer)
+        parts = [self.parameters, self.value_parameters][: len(optimizers)]
+        norms = [torch.nn.utils.clip_grad_norm_(part, self.grad_clip).item() for part in parts]
+        is_finite = all(map(math.isfinite, norms))
+        if is_finite:
+            for optimizer in optimizers[value_only:]:
+                self.scaler.step(optimizer)
+        else:
+            self.skipped += 1
+            self.zero_gradients()
+        self.scaler.update()
+        return norms[0] if is_finite else 0.0
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain values that a resumed run needs."""
+        tensors, plain = flatten(self.adapter)
+        if self.value_head is not None:  # torch's AdamW: its state is tensors alone
+            tensors |= {VALUE + name: value for name, value in flatten(self.value_head)[0].items()}
+        return tensors, {
+            "optimizer": plain,
+            "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped,
+        }
+
+    def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+        """Load tensors and values that `state` gave."""
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(VALUE)}
+        unflatten(self.adapter, own, plain["optimizer"])
+        if self.value_head is not None:
+            theirs = {
+                name.removeprefix(VALUE): tensor
+                for name, tensor in tensors.items()
+                if name not in own
+            }
+            unflatten(self.value_head, theirs, {})
+        self.scaler.load_state_dict(plain["scaler"])
+        self.skipped = plain["skipped"]
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.adapter] if self.value_head is None else [self.adapter, self.value_head]
+
+    def _reduce_gradients(self, accelerator: Accelerator) -> None:
+        parameters = [*self.parameters, *self.value_parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        if accelerator.num_processes > 1:
+            flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+            pieces = flat.split([p.numel() for p in parameters])
+            gradients = [
+                piece.view_as(p).clone() for p, piece in zip(parameters, pieces, strict=True)
+            ]
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+
 
 def build(
-    node: Learner, parameters: list[torch.nn.Parameter], device: torch.device
+    learner: Learner, parameters: list[torch.nn.Parameter], device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer a recipe names. Raises UserError for one that this device cannot run."""
-    common: dict[str, Any] = {"lr": node.lr, "betas": node.betas, "weight_decay": node.weight_decay}
-    if node.optimizer == "adamw":
+    """The optimizer that a recipe names. Raises UserError for one that this device cannot run."""
+    common: dict[str, Any] = {
+        "lr": learner.lr,
+        "betas": learner.betas,
+        "weight_decay": learner.weight_decay,
+    }
+    if learner.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **common)
     if device.type != "cuda":
         raise UserError(
-            f"learner.optimizer: got {node.optimizer!r}, which needs a CUDA GPU; on {device.type}"
-            " expected 'adamw'"
+            f"learner.optimizer: got {learner.optimizer!r}, which needs a CUDA GPU; on"
+            f" {device.type} expected 'adamw'"
         )
     import bitsandbytes as bnb
 
@@ -32,30 +146,30 @@ def build(
         "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
         "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
     }
-    optimizer: torch.optim.Optimizer = kinds[node.optimizer](parameters, **common)
+    optimizer: torch.optim.Optimizer = kinds[learner.optimizer](parameters, **common)
     return optimizer
 
 
-def build_value(node: Learner, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW of the value head, whose few numbers are worth float32 whatever the adapter's optimizer
+def build_value(learner: Learner, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The value head's AdamW. Its few numbers are worth float32, whatever the adapter's optimizer
     is."""
-    return torch.optim.AdamW(parameters, lr=node.value_lr, betas=node.betas, weight_decay=0.0)
+    return torch.optim.AdamW(parameters, lr=learner.value_lr, betas=learner.betas, weight_decay=0.0)
 
 
-def learning_rate(node: Learner, update: int, planned: int) -> float:
-    """The adapter's rate at an update, counted from 0, of so many planned; 0.0 before the first,
-    while only a value head learns."""
-    rising = math.ceil(round(node.warmup * planned, 9))  # 0.07 * 100 is a little more than 7
+def learning_rate(learner: Learner, update: int, planned: int) -> float:
+    """The adapter's rate at an update, counted from 0, of `planned` ones; 0.0 at negative updates,
+    in which only a value head learns."""
+    rising = math.ceil(round(learner.warmup * planned, 9))  # 0.07 * 100 is a little more than 7
     if update < 0:
         return 0.0
     if update < rising:
-        return node.lr * (update + 1) / rising
+        return learner.lr * (update + 1) / rising
     progress = (update - rising) / max(1, planned - rising)
-    if node.schedule == "constant":
-        return node.lr
-    if node.schedule == "linear":
-        return node.lr * (1.0 - progress)
-    return node.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+    if learner.schedule == "constant":
+        return learner.lr
+    if learner.schedule == "linear":
+        return learner.lr * (1.0 - progress)
+    return learner.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -483,7 +483,7 @@ def test_a_process_with_only_dead_groups_can_take_its_first_float16_step(policy:
     learner = open_learner(policy)
     before = weights(policy)
     assert (
-        learner._apply(True) == 0.0
+        learner.optimizer.step(learner.accelerator) == 0.0
     )  # another process had something to learn; here no backward pass was made
     assert same_bits(weights(policy), before)
 
@@ -513,11 +513,11 @@ def test_dead_groups_alone_change_nothing_but_the_schedule(policy: Policy) -> No
     policy.freeze_reference()
     learner.update(step_groups())
     sizes.clear()
-    before, state = weights(policy), optim.flatten(learner.optimizer)[0]
+    before, state = weights(policy), optim.flatten(learner.optimizer.adapter)[0]
     stats = learner.update([group(6, 0.0, 0.0), group(7, 1.0, None, 1.0), group(8, None, None)])
     assert sizes == []
     assert same_bits(weights(policy), before)
-    assert same_bits(optim.flatten(learner.optimizer)[0], state)
+    assert same_bits(optim.flatten(learner.optimizer.adapter)[0], state)
     assert learner.updates == 2
     assert stats["lr"] == pytest.approx(0.009)  # 1e-2 * (1 - 1/10)
     assert (
@@ -555,7 +555,7 @@ def test_adapters_are_float32_and_small_steps_move_them(folder: str, dtype: str)
     learner = open_learner(policy, lr=1e-6)
     before = weights(policy)
     learner.update(step_groups())
-    state = optim.flatten(learner.optimizer)[0]
+    state = optim.flatten(learner.optimizer.adapter)[0]
     assert {
         t.dtype for t in (*weights(policy).values(), *gradient(policy).values(), *state.values())
     } == {torch.float32}
@@ -588,10 +588,10 @@ def test_a_gradient_that_is_not_finite_skips_the_step(
                     torch.zeros(len(logprobs)).bool(),
                 ),
             )
-        before, state = weights(policy), optim.flatten(learner.optimizer)[0]
+        before, state = weights(policy), optim.flatten(learner.optimizer.adapter)[0]
         stats = learner.update(bad)
     assert same_bits(weights(policy), before)
-    assert same_bits(optim.flatten(learner.optimizer)[0], state)
+    assert same_bits(optim.flatten(learner.optimizer.adapter)[0], state)
     assert (stats["skipped"], learner.updates) == (1.0, 2)
     for name, p in policy.trainable.items():
         p.data.copy_(good[name])
@@ -612,7 +612,7 @@ def test_float16_scales_its_loss_and_not_its_gradient(folder: str) -> None:
         torch.float16
     )  # turns on the scaler alone; the model goes on computing in float32
     learner = open_learner(policy, grad_clip=0.001)
-    scale = learner.scaler.get_scale()
+    scale = learner.optimizer.scaler.get_scale()
     assert scale > 1.0
     assert learner.update(step_groups()) == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert distance(gradient(policy), plain) < 1e-5
@@ -621,7 +621,7 @@ def test_float16_scales_its_loss_and_not_its_gradient(folder: str) -> None:
     reinforce = open_learner(policy, loss="reinforce")
     assert reinforce.update([group(1, math.inf, 0.0)])["skipped"] == 1.0
     assert same_bits(weights(policy), before)
-    assert reinforce.scaler.get_scale() == scale / 2
+    assert reinforce.optimizer.scaler.get_scale() == scale / 2
 
 
 # --- the reference
@@ -784,7 +784,7 @@ def test_a_restored_learner_goes_on_bitwise(folder: str, tmp_path: Path) -> None
     for i, groups in enumerate(batches):
         learner.update(groups)
         if i == 1:
-            learner.skipped, learner.micro_tokens = 3, 512
+            learner.optimizer.skipped, learner.micro_tokens = 3, 512
             straight.save(tmp_path)
             tensors, plain = learner.state()
             save_file(tensors, tmp_path / "learner.safetensors")
@@ -799,7 +799,7 @@ def test_a_restored_learner_goes_on_bitwise(folder: str, tmp_path: Path) -> None
         load_file(tmp_path / "learner.safetensors"),
         json.loads((tmp_path / "learner.json").read_text()),
     )
-    assert (restored.skipped, restored.micro_tokens, restored.updates) == (3, 512, 4)
+    assert (restored.optimizer.skipped, restored.micro_tokens, restored.updates) == (3, 512, 4)
     for groups in batches[2:]:
         stats = restored.update(groups)
     assert same_bits(weights(killed), weights(straight))
@@ -841,7 +841,7 @@ def test_the_schedule_counts_updates_and_reaches_the_optimizer(policy: Policy) -
     before = weights(policy)
     stats = learner.update([group(1, 1.0, 0.0)])
     assert stats["lr"] == pytest.approx(0.009)  # of the second update
-    assert learner.optimizer.param_groups[0]["lr"] == stats["lr"]
+    assert learner.optimizer.adapter.param_groups[0]["lr"] == stats["lr"]
     # AdamW's first update moves a weight by lr (0.01), its second by at most about as much again.
     moved = max(
         float((p.detach() - before[name]).abs().max()) for name, p in policy.trainable.items()
@@ -877,7 +877,7 @@ def test_two_passes_of_two_minibatches_are_four_updates(
     monkeypatch.setattr(losses, "policy_loss", spy)
     learner = open_learner(policy, loss=name, passes=2, minibatches=2, lr=0.02)
     stepped: list[int] = []
-    learner.optimizer.register_step_post_hook(lambda *_: stepped.append(learner.updates))
+    learner.optimizer.adapter.register_step_post_hook(lambda *_: stepped.append(learner.updates))
     stats = learner.update(groups)
     assert stepped == [0, 1, 2, 3]
     assert learner.updates == 4

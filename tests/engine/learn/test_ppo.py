@@ -39,7 +39,7 @@ from minirl import recipe
 from minirl.chat import Chat
 from minirl.engine.learn import optim
 from minirl.engine.learn.learner import Learner
-from minirl.engine.learn.ppo import Places, Seen, experience
+from minirl.engine.learn.ppo import Estimates, TokenIndex, build_experience
 from minirl.engine.model import load as models
 from minirl.engine.model.batch import row
 from minirl.engine.model.policy import Policy
@@ -236,7 +236,7 @@ def test_gradient_and_means_are_those_of_the_written_out_formula(
     groups = on_policy(step_groups(), plain, by_token)
     learner = open_learner(policy, beta=0.3, **extras)
     total, logged = plain.step(
-        groups, plain, reference, learner.node, detach=extras.get("value_detach", False)
+        groups, plain, reference, learner.settings, detach=extras.get("value_detach", False)
     )
     stats = learner.update(groups)
     assert distance(gradient(policy), plain.gradient(total)) < 1e-5
@@ -269,12 +269,11 @@ def test_advantages_and_returns_have_lambdas_of_their_own(
         (Turn("prompt", (1, 2)), Turn("attempt", (3, 4, 5), (-1.0, -1.0, -1.0), trained=True)),
         1.0,
     )
-    places = Places([row(episode, advantage=1.0, weight=1.0, number=0, group=0)])
-    seen = Seen(
-        places, torch.tensor([0.2, 0.5, 0.8]), torch.full((3,), -1.0), torch.full((3,), -1.0)
-    )
-    node = recipe.Learner(loss="ppo", gamma=0.9, gae_lambda=0.5, value_lambda=value_lambda)
-    found = experience(seen, {0: 1.0}, node, list, value_only=False)
+    index = TokenIndex([row(episode, advantage=1.0, weight=1.0, number=0, group=0)])
+    old = torch.full((3,), -1.0)
+    estimates = Estimates(index, torch.tensor([0.2, 0.5, 0.8]), old, old)
+    settings = recipe.Learner(loss="ppo", gamma=0.9, gae_lambda=0.5, value_lambda=value_lambda)
+    found = build_experience(estimates, {0: 1.0}, settings, list, value_only=False)
     assert found.returns.tolist() == pytest.approx(returns)
     assert found.advantages.tolist() == pytest.approx([1.154, 0.131, -1.285], abs=1e-3)
     assert found.stats["return"] == pytest.approx(sum(returns) / 3)
@@ -294,12 +293,12 @@ def test_a_later_pass_keeps_the_first_ones_targets_and_clips_both(
     groups = on_policy(step_groups(), old)
     learner = open_learner(policy, beta=0.3, passes=2, lr=0.02, value_lr=0.5)
     halfway: list[PlainPPO] = []
-    assert learner.value_optimizer is not None
-    learner.value_optimizer.register_step_post_hook(
+    assert learner.optimizer.value_head is not None
+    learner.optimizer.value_head.register_step_post_hook(
         lambda *_: halfway.append(PlainPPO(folder, policy))
     )
     stats = learner.update(groups)
-    total, logged = halfway[0].step(groups, old, reference, learner.node)
+    total, logged = halfway[0].step(groups, old, reference, learner.settings)
     assert distance(gradient(policy), halfway[0].gradient(total)) < 1e-4
     assert logged["value_clip"] > 0.05
     assert stats["value_clip"] == pytest.approx(
@@ -584,7 +583,7 @@ def test_in_the_warm_up_only_the_value_head_learns(policy: Policy) -> None:
         assert (stats["grad_norm"], stats["lr"]) == (0.0, 0.0)
         assert stats["entropy"] > 1.0
     assert same_bits(weights(policy), before)
-    assert optim.flatten(learner.optimizer) == ({}, {})
+    assert optim.flatten(learner.optimizer.adapter) == ({}, {})
     assert all(not torch.equal(a["weight"], b["weight"]) for a, b in itertools.pairwise(heads))
     assert learner.update(step_groups())["grad_norm"] > 0.0
     assert not same_bits(weights(policy), before)
