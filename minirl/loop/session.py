@@ -24,7 +24,7 @@ from minirl import recipe
 from minirl.chat import Chat
 from minirl.engine.model import load as models
 from minirl.engine.model.policy import Policy
-from minirl.engine.sample.agreement import agreement
+from minirl.engine.sample.agreement import measure_agreement
 from minirl.engine.sample.live import LiveSampler, open_sampler
 from minirl.engine.sample.plain import PlainSampler
 from minirl.episode import Episode, Group, Problem
@@ -106,7 +106,7 @@ class Session:
 
         True where the sampler had to be given up: what it sampled must be sampled again.
         """
-        found = agreement(
+        found = measure_agreement(
             self.policy, groups, temperature=temperature, pad=self.chat.tokenizer.pad_token_id
         )
         # All processes of a run go the same way, or their updates would differ.

@@ -1,4 +1,4 @@
-"""Credit: rewards become advantages. Pure functions on plain numbers.
+"""Credit: from rewards to advantages, by pure functions on plain numbers.
 
 Invariant: a reward of None is "not scored" and gets the advantage None; a group whose scored
 rewards are all equal gets exactly 0.0, unless it has no baseline.
@@ -23,30 +23,25 @@ def advantages(group: Group, learner: Learner) -> Sequence[Credit | None]:
     """One advantage an episode, shared by all its trained tokens; None for an episode that no loss
     may touch.
 
-    Credit by step (episodes with `step_rewards`): one advantage a trained turn. A turn's reward is
-    the judge's opinion of that action alone, given all before it: nothing flows back from later
-    turns or from the outcome (SWiRL's objective, arXiv 2504.04736, on line). Its baseline and scale
-    are taken over all scored turns of all the group's episodes together, whichever step they are:
-    turns after the first stand in states of their own, of which there is but one sample. A turn
-    that was not scored must not be trained.
-
     baseline `mean` and scale `std` are GRPO (arXiv 2402.03300, eq. 3), `leave_one_out` is RLOO
     (arXiv 2402.14740, eq. 8). The standard deviation is the sample's (n - 1). Under loss `nll`
-    every episode counts 1: its likelihood is raised whatever its reward. Under `ppo` every scored
-    episode counts 1, which says no more than that it takes part: each of its tokens gets its own
-    advantage (see ppo.py).
+    every episode counts 1, whatever its reward. Under `ppo` every scored episode counts 1 too: it
+    takes part, and each of its tokens gets an advantage of its own (see ppo.py).
+
+    Credit by step (episodes with `step_rewards`) gives one advantage a trained turn. A turn's
+    reward is the judge's opinion of that action alone, given all before it: nothing flows back from
+    later turns or from the outcome (SWiRL's objective, arXiv 2504.04736, on line). Baseline and
+    scale are taken over all scored turns of the group, whichever step they are: turns after the
+    first stand in states of their own, of which there is but one sample.
     """
     usable = [
-        e.trained_tokens > 0 and not (learner.drop_overlong and e.finish == "length")
+        e.trained_tokens > 0
+        and not (learner.drop_overlong and e.finish == "length")
+        and not (learner.loss == "ppo" and e.reward is None)
         for e in group.episodes
     ]
-    if learner.loss == "nll":
+    if learner.loss in ("nll", "ppo"):
         return [1.0 if use else None for use in usable]
-    if learner.loss == "ppo":
-        return [
-            1.0 if use and reward is not None else None
-            for use, reward in zip(usable, group.rewards, strict=True)
-        ]
     if any(e.step_rewards is not None for e in group.episodes):
         return _by_step(group, learner, usable)
     scored = [reward for reward in group.rewards if reward is not None]
@@ -56,14 +51,12 @@ def advantages(group: Group, learner: Learner) -> Sequence[Credit | None]:
 
 
 def is_dead(values: Sequence[Credit | None]) -> bool:
-    """Whether a group teaches nothing: no advantage differs from zero. Such groups cost no forward
-    pass."""
+    """Whether a group teaches nothing: no advantage differs from zero."""
     return not any(any(value) if isinstance(value, tuple) else value for value in values)
 
 
 def _by_step(group: Group, learner: Learner, usable: Sequence[bool]) -> list[Credit | None]:
-    """One advantage for each trained turn of each episode; None for an episode of which nothing was
-    scored."""
+    """One advantage for each trained turn of each episode; None if none of them was scored."""
     rewards = [[r for r in e.step_rewards or () if r is not None] for e in group.episodes]
     for episode, scored in zip(group.episodes, rewards, strict=True):
         if len(scored) != sum(turn.trained for turn in episode.turns):
@@ -82,12 +75,11 @@ def token_rewards(
     """The reward of each trained token of one episode: the penalty -beta * (logprob - reference),
     and at the last token the score too.
 
-    logprobs: the sampler's, of the trained tokens alone; reference: those of the reference policy.
-    ReFT (arXiv 2401.08967, section 3.2).
+    logprobs and reference: the sampler's and the reference policy's, of the trained tokens alone
+    (ReFT, arXiv 2401.08967, section 3.2).
     """
-    penalties = [
-        -beta * (logprob - anchor) for logprob, anchor in zip(logprobs, reference, strict=True)
-    ]
+    pairs = zip(logprobs, reference, strict=True)
+    penalties = [-beta * (logprob - anchor) for logprob, anchor in pairs]
     return [*penalties[:-1], penalties[-1] + score]
 
 
@@ -97,25 +89,20 @@ def gae(
     """Advantages and returns of one episode's trained tokens (generalised advantage estimation,
     arXiv 1506.02438, eq. 16).
 
-    What stands between two trained turns is skipped: the token after the last one of a turn is the
-    first one of the next. After the last of all the episode is over and worth 0. A return is an
-    advantage plus the value: with lambda 1 what the episode paid from there on, below it in part
-    what the values foretold. Advantages and the value head's targets have lambdas of their own (see
-    ppo.experience).
+    Tokens between two trained turns are skipped: the last token of a turn is followed by the first
+    of the next. After the last of all the episode is over and worth 0. A return is an advantage
+    plus the value; with lambda 1 it is the sum of the rewards from there on.
     """
     advantages = [0.0] * len(rewards)
     following, after = 0.0, 0.0  # the next token's advantage and value
     for t in reversed(range(len(rewards))):
         following = rewards[t] + gamma * after - values[t] + gamma * lam * following
         advantages[t], after = following, values[t]
-    return advantages, [
-        advantage + value for advantage, value in zip(advantages, values, strict=True)
-    ]
+    return advantages, [a + value for a, value in zip(advantages, values, strict=True)]
 
 
 def moments(values: Sequence[float], total: Total = list) -> tuple[float, float]:
-    """Mean and population variance of the values of all processes together; zeros where nobody has
-    any."""
+    """Mean and population variance of all processes' values; zeros if there are none."""
     count, added = total([float(len(values)), sum(values)])
     mean = added / count if count else 0.0
     (squares,) = total([sum((value - mean) * (value - mean) for value in values)])
@@ -123,8 +110,7 @@ def moments(values: Sequence[float], total: Total = list) -> tuple[float, float]
 
 
 def whiten(values: Sequence[float], total: Total = list) -> list[float]:
-    """Values less their mean, over their population standard deviation; both are those of all
-    processes together."""
+    """Values less their mean, over their population standard deviation, both of all processes."""
     mean, variance = moments(values, total)
     return [(value - mean) / (sqrt(variance) + EPSILON) for value in values]
 
@@ -132,11 +118,8 @@ def whiten(values: Sequence[float], total: Total = list) -> list[float]:
 def explained_variance(
     values: Sequence[float], returns: Sequence[float], total: Total = list
 ) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 where values foretell every return, 0 where they
-    are no better than one constant.
-
-    0 too where all returns are equal: there is nothing to explain.
-    """
+    """1 - Var(returns - values) / Var(returns): 1 if the values foretell every return, 0 if a
+    constant would do as well or all returns are equal."""
     left = moments([r - v for r, v in zip(returns, values, strict=True)], total)[1]
     whole = moments(returns, total)[1]
     return 1.0 - left / whole if whole else 0.0

@@ -1,9 +1,9 @@
-"""The reward model: how likely a sample is right, by a sequence classifier with LoRA on samples
-that a verifier has judged.
+"""The reward model: how likely a sample is right, by a sequence classifier with LoRA that was
+trained on verified samples. It picks one of k samples (ReFT, arXiv 2401.08967, section 4).
 
-(ReFT, arXiv 2401.08967, section 4: it picks one of k samples.) Invariant: it reads the ids of
-prompt and attempt as they were sampled, and what it says of a sample does not depend on the others.
-Its folder is plain peft with reward_model.json beside it; no pickle is read.
+Invariant: it reads the ids of prompt and attempt as they were sampled, and its opinion of a sample
+does not depend on the others. Its folder is plain peft with reward_model.json beside it; no pickle
+is read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from minirl.record.statistics import auc
 
 CONFIG, WEIGHTS = "reward_model.json", "adapter_model.safetensors"
 LABELS = ("wrong", "right")
-# of the loss where activations are float16: their gradients would vanish. AdamW does not feel it
+# Scales the loss where activations are float16: gradients would vanish. AdamW does not feel it.
 HALF_SCALE = 1024.0
 SCORED_TOKENS = 8192  # padded tokens in one forward pass when samples are scored
 
@@ -42,7 +42,7 @@ class Sample(NamedTuple):
 
 
 class RewardModel:
-    """A classifier of LABELS; see `fresh` and `open`."""
+    """A classifier of LABELS; open it by `fresh` or `open`."""
 
     def __init__(self, loaded: models.LoadedModel) -> None:
         self.loaded = loaded
@@ -50,101 +50,86 @@ class RewardModel:
 
     @classmethod
     def fresh(
-        cls, node: recipe.Model, adapter: Mapping[str, Tensor], seed: int, device: torch.device
+        cls, model: recipe.Model, adapter: Mapping[str, Tensor], seed: int, device: torch.device
     ) -> Self:
-        """One whose trunk starts from a policy's adapter, as `adapter_state` gives it, and whose
-        head starts at zero."""
-        model = cls(models.load_classifier(node, len(LABELS), seed, device))
-        load_adapter_state(model.loaded.model, adapter_state(model.loaded.model) | dict(adapter))
-        return model
+        """A new one. Its trunk starts from a policy's adapter, as `adapter_state` gives it, and its
+        head at zero."""
+        made = cls(models.load_classifier(model, len(LABELS), seed, device))
+        load_adapter_state(made.loaded.model, adapter_state(made.loaded.model) | dict(adapter))
+        return made
 
     @classmethod
-    def open(cls, folder: Path, node: recipe.Model) -> Self:
-        """The one that a run has left in `folder`; `node` is that run's model. Raises UserError
-        where there is none, or another model's."""
+    def open(cls, folder: Path, model: recipe.Model) -> Self:
+        """The one that a run has left in `folder`; `model` is that run's. Raises UserError if there
+        is none, or another model's."""
         try:
             described = json.loads((folder / CONFIG).read_text())
             stored = load_file(folder / WEIGHTS)
-            if (
-                described.get("base") != public_name(node.name)
-                or tuple(described.get("labels", ())) != LABELS
-            ):
-                raise ValueError(f"{CONFIG} speaks of {str(described.get('base'))[:80]!r}")
-            model = cls(models.load_classifier(node, len(LABELS)))
-            load_adapter_state(model.loaded.model, stored)
+            base, labels = described.get("base"), tuple(described.get("labels", ()))
+            if (base, labels) != (public_name(model.name), LABELS):
+                raise ValueError(f"{CONFIG} speaks of {str(base)[:80]!r}")
+            made = cls(models.load_classifier(model, len(LABELS)))
+            load_adapter_state(made.loaded.model, stored)
         except (OSError, ValueError, AttributeError, SafetensorError) as error:
             raise UserError(
-                f"{folder}: no reward model of {node.name} that can be read"
+                f"{folder}: no reward model of {model.name} that can be read"
                 f" ({' '.join(str(error).split())[:200]}); name a finished run of a recipe with a"
                 " reward_model stage, e.g. recipes/reft_reward_model.yaml"
             ) from error
-        return model
+        return made
 
     def save(self, folder: Path, facts: Mapping[str, float]) -> None:
-        """Write the adapter with its head as plain peft, and what it is of, with `facts` about its
-        training."""
+        """Write the adapter with its head as plain peft, and beside it the base model's name and
+        `facts` about the training."""
         save_adapter(self.loaded.model, folder)
         described = {"base": public_name(self.loaded.node.name), "labels": LABELS, **facts}
         (folder / CONFIG).write_text(json.dumps(described, indent=1) + "\n")
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """The probability that each row of token ids is right; rows of like length are computed
-        together."""
+        """The probability that each row of token ids is right."""
         self.loaded.model.eval()
-        found = [0.0] * len(rows)
+        chances = [0.0] * len(rows)
         chunk: list[int] = []
-        for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-            if chunk and (len(chunk) + 1) * len(rows[i]) > SCORED_TOKENS:
-                self._score(rows, chunk, found)
-                chunk = []
+        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for i, following in zip(by_length, [*by_length[1:], None], strict=True):
             chunk.append(i)
-        if chunk:
-            self._score(rows, chunk, found)
-        return found
-
-    def _score(
-        self, rows: Sequence[Sequence[int]], chunk: Sequence[int], found: list[float]
-    ) -> None:
-        padded = self._collate([{"tokens": rows[i]} for i in chunk])
-        logits = self.loaded.model(
-            **{name: tensor.to(self.loaded.device) for name, tensor in padded.items()}
-        ).logits
-        for i, (wrong, right) in zip(chunk, logits.double().tolist(), strict=True):
-            found[i] = float(torch.sigmoid(torch.tensor(right - wrong, dtype=torch.float64)))
+            if following is None or (len(chunk) + 1) * len(rows[following]) > SCORED_TOKENS:
+                batch = self._collate([{"tokens": rows[i]} for i in chunk])
+                batch = {name: tensor.to(self.loaded.device) for name, tensor in batch.items()}
+                wrong, right = self.loaded.model(**batch).logits.double().cpu().unbind(1)
+                for i, chance in zip(chunk, torch.sigmoid(right - wrong).tolist(), strict=True):
+                    chances[i] = chance
+                chunk = []
+        return chances
 
     def _collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Padded on the right: (B, T) ids and mask, and (B,) labels where there are any."""
+        """Padded on the right: (B, T) ids and mask, and (B,) labels if the samples have them."""
         width = max(len(sample["tokens"]) for sample in samples)
-        ids, mask = (
-            torch.full((len(samples), width), self._pad),
-            torch.zeros((len(samples), width), dtype=torch.int64),
-        )
+        ids = torch.full((len(samples), width), self._pad)
+        mask = torch.zeros_like(ids)
         for i, sample in enumerate(samples):
             ids[i, : len(sample["tokens"])] = torch.tensor(sample["tokens"])
             mask[i, : len(sample["tokens"])] = 1
-        labels = (
-            {"labels": torch.tensor([int(sample["right"]) for sample in samples])}
-            if "right" in samples[0]
-            else {}
-        )
-        return {"input_ids": ids, "attention_mask": mask, **labels}
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if "right" in samples[0]:
+            batch["labels"] = torch.tensor([int(sample["right"]) for sample in samples])
+        return batch
 
     def fit(
         self,
         train: Sequence[Sample],
         held_out: Sequence[Sample],
-        node: recipe.RewardModel,
+        settings: recipe.RewardModel,
         seed: int,
         log: Callable[[dict[str, float]], None],
         stop: Callable[[], bool],
     ) -> dict[str, float] | None:
-        """Train on samples by transformers' Trainer; the last epoch's numbers, None where it was
+        """Train on samples by transformers' Trainer; the last epoch's numbers, None if it was
         stopped before its end.
 
         log: gets each epoch's number as `step` (from 0), its loss, and `assess` of `held_out`.
-        stop: asked after every update. Raises UserError where all of `train` are right, or all
-        wrong.
+        stop: asked after every update. Raises UserError if all of `train` are right, or all wrong.
         """
         counts = [sum(not s.right for s in train), sum(s.right for s in train)]
         if not all(counts):
@@ -153,36 +138,23 @@ class RewardModel:
                 " expected some of each; collect more"
             )
         scale = HALF_SCALE if self.loaded.dtype == torch.float16 else 1.0
-        weights = torch.tensor(
-            [len(train) / (2 * count) if node.balance else 1.0 for count in counts],
-            device=self.loaded.device,
-        )
+        balance = [len(train) / (2 * count) if settings.balance else 1.0 for count in counts]
+        weights = torch.tensor(balance, device=self.loaded.device)
 
         def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
             # Over the whole update, however it is cut; the weights are 1 on the mean sample.
             each = torch.nn.functional.cross_entropy(
                 outputs.logits.float(), labels, weights, reduction="sum"
             )
-            return (
-                scale
-                * each
-                / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
-            )
+            count = labels.numel() if num_items_in_batch is None else num_items_in_batch
+            return scale * each / count
 
         watch = _Watch(self, held_out, log, stop, scale)
-        with (
-            tempfile.TemporaryDirectory() as scratch
-        ):  # the Trainer's own notes: the run folder holds what is worth keeping
+        # The Trainer writes notes of its own, which are not worth keeping.
+        with tempfile.TemporaryDirectory() as scratch:
             trainer = Trainer(
                 self.loaded.model,
-                _arguments(
-                    node,
-                    seed,
-                    scratch,
-                    len(train),
-                    clip=scale,
-                    on_cpu=self.loaded.device.type == "cpu",
-                ),
+                _arguments(settings, seed, scratch, len(train), scale, self.loaded.device),
                 data_collator=self._collate,
                 train_dataset=[sample._asdict() for sample in train],  # type: ignore[arg-type]
                 compute_loss_func=loss,
@@ -194,20 +166,18 @@ class RewardModel:
         return None if watch.stopped else watch.last
 
     def assess(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Accuracy at P(right) = 1/2, the share of right samples, and AUC where there are both
-        kinds; nothing for no samples."""
+        """Accuracy at P(right) = 1/2, the share of right samples, and AUC if there are both kinds;
+        nothing for no samples."""
         if not samples:
             return {}
         chances, right = self([s.tokens for s in samples]), [s.right for s in samples]
-        accuracy = sum(
-            (chance > 0.5) == label for chance, label in zip(chances, right, strict=True)
-        ) / len(right)
-        found = {"accuracy": accuracy, "right": sum(right) / len(right)}
-        return found | ({"auc": auc(chances, right)} if 0 < sum(right) < len(right) else {})
+        hits = sum((chance > 0.5) == label for chance, label in zip(chances, right, strict=True))
+        facts = {"accuracy": hits / len(right), "right": sum(right) / len(right)}
+        return facts | ({"auc": auc(chances, right)} if 0 < sum(right) < len(right) else {})
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Measures and reports at the end of each epoch, and stops where it is told to."""
+    """Measures and reports at the end of each epoch, and stops the training when asked to."""
 
     def __init__(
         self,
@@ -219,17 +189,12 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.last: dict[str, float] = {}
         self.stopped = False
-        self._model, self._held_out, self._log, self._stop, self._scale = (
-            model,
-            held_out,
-            log,
-            stop,
-            scale,
-        )
+        self._model, self._held_out = model, held_out
+        self._log, self._stop, self._scale = log, stop, scale
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Drop a gradient that is not finite (float16 overflows): clipped it would be NaN, and
-        after a step the weights for good."""
+        """Drop a gradient that is not finite (float16 overflows): clipped it would be NaN, and so
+        would the weights be from then on."""
         gradients = [p.grad for p in self._model.loaded.model.parameters() if p.grad is not None]
         if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
             for gradient in gradients:
@@ -244,25 +209,28 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if self.stopped or not logs or "loss" not in logs:
             return
-        self.last = {
-            "loss": float(logs["loss"]) / self._scale,
-            **self._model.assess(self._held_out),
-        }
+        loss = float(logs["loss"]) / self._scale
+        self.last = {"loss": loss, **self._model.assess(self._held_out)}
         self._log({"step": round(state.epoch) - 1, **self.last})
         self._model.loaded.model.train()
 
 
 def _arguments(
-    node: recipe.RewardModel, seed: int, scratch: str, samples: int, *, clip: float, on_cpu: bool
+    settings: recipe.RewardModel,
+    seed: int,
+    scratch: str,
+    samples: int,
+    clip: float,
+    device: torch.device,
 ) -> TrainingArguments:
-    micro = min(node.micro_batch, node.batch)
-    updates = node.epochs * -(-samples // node.batch)
+    micro = min(settings.micro_batch, settings.batch)
+    updates = settings.epochs * -(-samples // settings.batch)
     arguments = TrainingArguments(
         output_dir=scratch,
-        num_train_epochs=node.epochs,
+        num_train_epochs=settings.epochs,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=-(-node.batch // micro),
-        learning_rate=node.lr,
+        gradient_accumulation_steps=-(-settings.batch // micro),
+        learning_rate=settings.lr,
         lr_scheduler_type="linear",
         warmup_steps=updates // 20,
         weight_decay=0.0,
@@ -271,16 +239,13 @@ def _arguments(
         data_seed=seed,
         logging_strategy="epoch",
         eval_strategy="no",
-        # a killed stage begins again: it is short, and half a checkpoint would be worse than none
-        save_strategy="no",
+        save_strategy="no",  # a killed stage begins again: it is short
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
-        use_cpu=on_cpu,
+        use_cpu=device.type == "cpu",
         dataloader_pin_memory=False,
     )
     if arguments.n_gpu > 1:
-        arguments._n_gpu = (
-            1  # else a second GPU in sight would get half of each batch by DataParallel
-        )
+        arguments._n_gpu = 1  # else DataParallel would take half of each batch to a second GPU
     return arguments

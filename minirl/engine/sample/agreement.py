@@ -1,9 +1,9 @@
-"""The safety net: do the sampler and the shared-prefix layout give the log-probabilities that plain
-rows give?
+"""Agreement: the distance of the sampler's and the shared-prefix layout's log-probabilities from
+those of plain rows.
 
-Asked on a few episodes at the first step of every stage and after every resume. Invariant: what is
-compared are the same tokens of the same episodes, and the plain side is padded rows through the
-library's own attention, with none of ours.
+Measured on a few episodes at the first step of every stage and after every resume. Invariant: both
+sides are of the same tokens of the same episodes, and the plain side is padded rows through the
+library's own attention. It only measures; its caller acts.
 """
 
 from __future__ import annotations
@@ -18,34 +18,31 @@ from minirl.engine.model.batch import Row, collate, collate_plain, pack, row
 from minirl.engine.model.policy import Policy
 from minirl.episode import Group
 
-GROUPS, EPISODES = (
-    2,
-    2,
-)  # how many are compared, of how many groups: two of one group share their prefix
-# Mean distance of two log-probabilities that rounding explains, in nats. A wrong mask, position or
-# weight is ten times as far off.
+GROUPS = 2  # that are compared
+EPISODES = 2  # of each group: two share their prefix
+# Largest mean distance that rounding explains, in nats a token. A wrong mask, position or weight is
+# ten times as far off.
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Mean distance from plain rows in nats a token; None where there was nothing to compare."""
+    """Mean distances from plain rows in nats a token; None if there was nothing to compare."""
 
     sampler: float | None
     layout: float | None
     limit: float
 
     def holds(self, value: float | None) -> bool:
-        """NaN does not."""
+        """Whether rounding explains a distance; it never explains NaN."""
         return value is None or value <= self.limit
 
 
 @torch.no_grad()
-def agreement(
+def measure_agreement(
     policy: Policy, groups: Sequence[Group], *, temperature: float, pad: int
 ) -> Agreement:
-    """The sampler's and the layout's log-probabilities of trained tokens against those of plain
-    rows; `temperature` is that of sampling."""
+    """Compare log-probabilities of trained tokens; `temperature` is that of sampling."""
     rows, sampled = _some_rows(groups)
     limit = LIMITS[policy.dtype]
     if not rows:
@@ -63,7 +60,7 @@ def agreement(
 
 
 def _some_rows(groups: Sequence[Group]) -> tuple[list[Row], bool]:
-    """A few rows in the order of their numbers, and whether their trained tokens were sampled."""
+    """A few rows, numbered in order, and whether all their trained tokens were sampled."""
     rows: list[Row] = []
     sampled = True
     for number, group in enumerate(groups[:GROUPS]):
@@ -74,13 +71,9 @@ def _some_rows(groups: Sequence[Group]) -> tuple[list[Row], bool]:
 
 
 def _by_episode(values: Tensor, rows: Sequence[Row]) -> Tensor:
-    """One value a trained token of `rows`, put in the order of their numbers."""
-    parts = dict(
-        zip(
-            (r.episode for r in rows), torch.split(values, [sum(r.mask) for r in rows]), strict=True
-        )
-    )
-    return torch.cat([parts[number] for number in sorted(parts)])
+    """One value a trained token of `rows`, put in the order of the rows' numbers."""
+    parts = zip(rows, torch.split(values, [sum(r.mask) for r in rows]), strict=True)
+    return torch.cat([part for _, part in sorted(parts, key=lambda pair: pair[0].episode)])
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

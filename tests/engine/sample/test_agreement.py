@@ -17,7 +17,7 @@ from minirl.engine.model import attention
 from minirl.engine.model import load as models
 from minirl.engine.model.attention import Cached, Layout
 from minirl.engine.model.policy import Policy
-from minirl.engine.sample import agreement
+from minirl.engine.sample.agreement import Agreement, measure_agreement
 from minirl.engine.sample.live import LiveSampler
 from minirl.engine.sample.plain import PlainSampler
 from minirl.episode import Ask, Episode, Group, Problem, Turn
@@ -86,7 +86,7 @@ def groups(policy: Policy, *, shift: float = 0.0) -> list[Group]:
 
 
 def test_rounding_passes(policy: Policy) -> None:
-    found = agreement.agreement(policy, groups(policy), temperature=0.7, pad=tiny.PAD)
+    found = measure_agreement(policy, groups(policy), temperature=0.7, pad=tiny.PAD)
     assert found.sampler is not None
     assert found.layout is not None
     assert found.sampler < 2e-5
@@ -103,24 +103,24 @@ def test_every_family_is_compared_with_the_attention_it_came_with(
     folder = tiny.save_tiny(tmp_path, arch)
     loaded = models.load_model(recipe.Model(name=str(folder), dtype="fp32"), 0, CPU)
     policy = Policy(loaded.model, loaded.device, loaded.dtype)
-    found = agreement.agreement(policy, groups(policy), temperature=0.7, pad=tiny.PAD)
+    found = measure_agreement(policy, groups(policy), temperature=0.7, pad=tiny.PAD)
     assert found.sampler is not None
     assert found.layout is not None
     assert max(found.sampler, found.layout) < 1e-4
     policy.give_up_sharing()
-    again = agreement.agreement(policy, groups(policy), temperature=0.7, pad=tiny.PAD)
+    again = measure_agreement(policy, groups(policy), temperature=0.7, pad=tiny.PAD)
     assert again.layout is None
 
 
 def test_the_distance_is_the_mean_over_tokens(policy: Policy) -> None:
-    found = agreement.agreement(policy, groups(policy, shift=0.25), temperature=0.7, pad=tiny.PAD)
+    found = measure_agreement(policy, groups(policy, shift=0.25), temperature=0.7, pad=tiny.PAD)
     assert found.sampler == pytest.approx(0.25, abs=1e-4)
     assert not found.holds(found.sampler)
     assert found.holds(found.layout)
 
 
 def test_another_temperature_is_seen(policy: Policy) -> None:
-    found = agreement.agreement(policy, groups(policy), temperature=1.0, pad=tiny.PAD)
+    found = measure_agreement(policy, groups(policy), temperature=1.0, pad=tiny.PAD)
     assert found.sampler is not None
     assert found.sampler > 0.05
 
@@ -135,7 +135,7 @@ def test_a_mask_that_shows_the_future_is_seen(
             shared * width, prefix + width
         ),
     )
-    found = agreement.agreement(policy, groups(policy), temperature=0.7, pad=tiny.PAD)
+    found = measure_agreement(policy, groups(policy), temperature=0.7, pad=tiny.PAD)
     assert found.layout is not None
     assert found.layout > 0.05
     assert found.holds(found.sampler)
@@ -151,14 +151,14 @@ def test_nothing_sampled_nothing_compared(policy: Policy) -> None:
         ),
     )
     untrained = Episode(problem, (Turn("prompt", tuple(b"a prompt")),))
-    found = agreement.agreement(
+    found = measure_agreement(
         policy, [Group(problem, (shown, shown))], temperature=1.0, pad=tiny.PAD
     )
     assert found.sampler is None
     assert found.layout is not None
     assert found.layout < 2e-5
     assert (
-        agreement.agreement(
+        measure_agreement(
             policy, [Group(problem, (untrained,))], temperature=1.0, pad=tiny.PAD
         ).layout
         is None
@@ -166,7 +166,7 @@ def test_nothing_sampled_nothing_compared(policy: Policy) -> None:
 
 
 def test_nan_does_not_hold() -> None:
-    assert not agreement.Agreement(None, None, 0.1).holds(float("nan"))
+    assert not Agreement(None, None, 0.1).holds(float("nan"))
 
 
 def run(
