@@ -59,7 +59,9 @@ def run(
     cpu: Annotated[
         bool | None,
         typer.Option(
-            "--cpu/--gpu", help="The recipe's part for a CPU, or for a GPU, whatever is here"
+            "--cpu/--gpu",
+            help="Take the recipe's small form (cpu/ beside it), or the recipe itself, on any"
+            " machine; default: the small form where there is no GPU",
         ),
     ] = None,
 ) -> None:
@@ -70,10 +72,15 @@ def run(
         main = os.environ.get("RANK", "0") == "0"  # under `accelerate launch` the others keep quiet
         found = _has_accelerator()
         on_cpu = not found if cpu is None else cpu
-        node = recipes.load(recipe, set_ or (), on_cpu=on_cpu)
-        if on_cpu and main:
-            why = "--cpu" if cpu else "no accelerator found"
-            typer.echo(f"# {why}: the recipe's on_cpu part, if it has one, is laid over it")
+        chosen = recipes.cpu_form(recipe) if on_cpu else recipe
+        node = recipes.load(chosen, set_ or ())
+        if on_cpu and main and recipe.parent.name != "cpu":
+            why = "--cpu" if cpu else "no GPU found"
+            typer.echo(
+                f"# {why}: taking {chosen}"
+                if chosen != recipe
+                else f"# {why}: {recipe} runs as it is, there is no cpu/{recipe.name} beside it"
+            )
         if not found and main and (hidden := _unseen_gpu()):
             typer.echo(f"# WARNING: {hidden}", err=True)
         if dry:

@@ -76,7 +76,7 @@ def finished(cli: Cli, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         ({"stages": [SINGLE | {"method": "demonstrate"}]}, "learner.loss: got 'grpo'"),
         ({"stages": [SINGLE | {"group": 1}]}, "expected at least 2"),
         ({"track": ["clearml"]}, "track[0]"),
-        ({"on_cpu": 3}, "on_cpu: got int"),
+        ({"on_cpu": {"seed": 3}}, "got the key on_cpu, expected a file of its own"),
     ],
 )
 def test_faulty_recipes(cli: Cli, tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -327,7 +327,7 @@ def test_dry_run_prints_and_touches_nothing(start: Start, tmp_path: Path) -> Non
         tmp_path / "r.yaml",
         Path("some/model"),
         [COLLECT, SINGLE],
-        on_cpu={"model": {"name": "tiny"}, "seed": 3},
+        seed=3,
     )
     outcome = start(
         within, tmp_path, "run", str(path), "--dry", "--set", "model.lora.rank=7"
@@ -335,11 +335,11 @@ def test_dry_run_prints_and_touches_nothing(start: Start, tmp_path: Path) -> Non
     assert (outcome.code, outcome.err) == (0, "")
     resolved, plan = outcome.out.split("\nplan: ")
     node = recipes.parse(yaml.safe_load(resolved), "printed")
-    assert (node.model.name, node.seed, node.model.lora.rank) == ("tiny", 3, 7)
-    assert node == recipes.load(path, ["model.lora.rank=7"], on_cpu=True)
-    assert "on_cpu part" in resolved  # said so
+    assert (node.model.name, node.seed, node.model.lora.rank) == ("some/model", 3, 7)
+    assert node == recipes.load(path, ["model.lora.rank=7"])
+    assert f"{path} runs as it is, there is no cpu/r.yaml beside it" in resolved
     assert plan.startswith(
-        "tiny on countdown, seed 3\n  0  collect  single: 4 problems x 1 attempts"
+        "some/model on countdown, seed 3\n  0  collect  single: 4 problems x 1 attempts"
     )
     assert "\n  1  train    single: 1 steps of 2 groups x 2 episodes, loss grpo" in plan
     assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
@@ -372,16 +372,22 @@ def test_python_dash_m(start: Start, tmp_path: Path) -> None:
     refused(start(as_module, "report", str(tmp_path)).wait(), "no recipe.yaml")
 
 
-def test_either_part_of_a_recipe_can_be_had_anywhere(
+def test_either_form_of_a_recipe_can_be_had_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = recipe(tmp_path / "r.yaml", Path("some/model"), [SINGLE], on_cpu={"seed": 3})
+    path = recipe(tmp_path / "r.yaml", Path("some/model"), [SINGLE])
+    (tmp_path / "cpu").mkdir()
+    small = recipe(tmp_path / "cpu" / "r.yaml", Path("some/model"), [SINGLE], seed=3)
     for has_gpu in (False, True):
         monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
         for flags, seed in ((["--cpu"], 3), (["--gpu"], 0), ([], 0 if has_gpu else 3)):
             found = CliRunner().invoke(app, ["run", str(path), "--dry", *flags])
             assert found.exit_code == 0
             assert f"\nplan: some/model on countdown, seed {seed}\n" in found.stdout
+            why = "--cpu" if flags else "no GPU found"
+            assert found.stdout.startswith(f"# {why}: taking {small}\n") == (seed == 3)
+        found = CliRunner().invoke(app, ["run", str(small), "--dry"])
+        assert found.stdout.startswith("seed: 3\n")
 
 
 @pytest.mark.parametrize(

@@ -260,11 +260,8 @@ def _transferred(
 ) -> recipe.Recipe:
     """Another recipe with the run's model; laid out for the machine that this is, like any
     recipe."""
-    other = recipe.load(
-        task,
-        [*overrides, *([f"eval.method={method}"] if method else [])],
-        on_cpu=not torch.cuda.is_available(),
-    )
+    path = task if torch.cuda.is_available() else recipe.cpu_form(task)
+    other = recipe.load(path, [*overrides, *([f"eval.method={method}"] if method else [])])
     return other.model_copy(update={"model": _recipe(folder, (), None).model})
 
 

@@ -10,7 +10,7 @@ from minirl.recipe.learner import PRESETS, Learner
 from minirl.recipe.maths import Gsm8k, Mathqa, Maths, MathsCredit, ProgramLimits, Svamp
 from minirl.recipe.methods import METHODS, MethodFacts
 from minirl.recipe.qa import QA, Bamboogle, HotpotQA, MuSiQue, TwoWikiMultiHopQA
-from minirl.recipe.read import load, overlay, override, parse
+from minirl.recipe.read import cpu_form, load, override, parse
 from minirl.recipe.retriever import Bm25Retriever, RemoteRetriever, Retriever
 from minirl.recipe.sampling import Sampling, Stepwise
 from minirl.recipe.stages import Collect, Filter, RewardModel, Stage, Train
@@ -64,8 +64,8 @@ __all__ = [
     "Task",
     "Train",
     "TwoWikiMultiHopQA",
+    "cpu_form",
     "load",
-    "overlay",
     "override",
     "parse",
 ]

@@ -1,5 +1,4 @@
-"""Reading a recipe: YAML, the `on_cpu` part, `--set` overrides, and errors that name the path as
-the user wrote it."""
+"""Reads a recipe: YAML, then `--set` overrides. Errors name the path as the user wrote it."""
 
 from __future__ import annotations
 
@@ -23,11 +22,19 @@ EXPECTED = {
 }
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), *, on_cpu: bool = False) -> Recipe:
-    """Read a recipe, lay `on_cpu` over it where asked, then the `a.b=value` overrides.
+def cpu_form(path: Path) -> Path:
+    """The embedded form of a recipe: `cpu/x.yaml` beside `x.yaml`. The path itself if there is
+    none."""
+    small = path.parent / "cpu" / path.name
+    return small if small.is_file() else path
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and lay the `a.b=value` overrides over it; `stages.0=null` takes a stage out
+    once all are laid.
 
     Raises UserError for a file that cannot be read, YAML that does not parse, an unknown key or a
-    wrong value, in the `on_cpu` part too.
+    wrong value.
     """
     try:
         data = _read_yaml(Path(path).read_text(encoding="utf-8"))
@@ -42,17 +49,16 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, on_cpu: bool = Fals
             f"{path}: got {type(data).__name__}, expected a mapping with the keys model, task,"
             " stages"
         )
-    cpu_part = data.pop("on_cpu", None)
-    if cpu_part is not None and not isinstance(cpu_part, dict):
-        raise UserError(f"{path}: on_cpu: got {type(cpu_part).__name__}, expected a mapping")
-    if cpu_part:
-        laid_over = overlay(data, cpu_part)
-        # Also where it is not used: a mistake in it would else come out on another machine.
-        parse(laid_over, f"{path} with on_cpu")
-        data = laid_over if on_cpu else data
+    if "on_cpu" in data:
+        raise UserError(
+            f"{path}: got the key on_cpu, expected a file of its own: write the whole recipe for a"
+            f" CPU to {Path(path).parent / 'cpu' / Path(path).name}"
+        )
     changed: Mapping[str, Any] = data
     for text in overrides:
         changed = override(changed, text)
+    if overrides and isinstance(stages := changed.get("stages"), list):
+        changed = {**changed, "stages": [stage for stage in stages if stage is not None]}
     named = {text.partition("=")[0].strip() for text in overrides}
     hint = None if "task" in named else _renamed(data.get("task"), changed.get("task"), named)
     try:
@@ -67,19 +73,6 @@ def parse(data: Mapping[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error, data)}") from error
-
-
-def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`top` laid over `base`: mappings merge key by key, anything else (lists too) is replaced."""
-    merged = dict(base)
-    for key, value in top.items():
-        below = merged.get(key)
-        merged[key] = (
-            overlay(below, value)
-            if isinstance(value, Mapping) and isinstance(below, Mapping)
-            else value
-        )
-    return merged
 
 
 def override(data: Mapping[str, Any], text: str) -> dict[str, Any]:

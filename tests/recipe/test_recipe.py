@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from minirl import recipe
 from minirl.errors import UserError
-from minirl.recipe import Recipe, load, overlay, override, parse
+from minirl.recipe import Recipe, cpu_form, load, override, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = {"kind": "train", "method": "single", "steps": 1}
@@ -24,7 +24,16 @@ COLLECT = {"kind": "collect"}
 def data(**changes: Any) -> dict[str, Any]:
     """The smallest recipe, with changes laid over it."""
     smallest = {"model": {"name": "m"}, "task": {"name": "countdown"}, "stages": [TRAIN]}
-    return overlay(smallest, changes)
+    return laid_over(smallest, changes)
+
+
+def laid_over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: laid_over(base[key], value)
+        for key, value in top.items()
+        if isinstance(base.get(key), dict) and isinstance(value, dict)
+    }
+    return base | top | both
 
 
 def refused(**changes: Any) -> str:
@@ -290,18 +299,6 @@ def test_presets_are_numbers_that_can_be_overridden() -> None:
     assert set(recipe.PRESETS) == set(recipe.Learner.model_fields["loss"].annotation.__args__)  # type: ignore[union-attr]
 
 
-def test_overlay_merges_mappings_and_replaces_the_rest() -> None:
-    base = {"a": {"x": 1, "y": [1, 2]}, "b": [1, 2, 3], "c": {"d": 1}}
-    top = {"a": {"y": [9]}, "b": [4], "c": 5, "e": {"f": 6}}
-    assert overlay(base, top) == {"a": {"x": 1, "y": [9]}, "b": [4], "c": 5, "e": {"f": 6}}
-    assert base == {
-        "a": {"x": 1, "y": [1, 2]},
-        "b": [1, 2, 3],
-        "c": {"d": 1},
-    }, "the base must not change"
-    assert overlay({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
-
-
 @pytest.mark.parametrize(
     ("text", "path", "value"),
     [
@@ -363,30 +360,29 @@ def test_an_override_that_cannot_be_laid_on(text: str, said: str) -> None:
     assert said in str(caught.value)
 
 
-def test_on_cpu_is_laid_over_only_where_asked(tmp_path: Path) -> None:
-    path = saved(
-        tmp_path,
-        yaml.safe_dump(
-            data(
-                model={"quantize": "nf4", "lora": {"rank": 64}},
-                on_cpu={"model": {"quantize": "none"}, "seed": 7},
-            )
-        ),
-    )
-    with_gpu, without = load(path), load(path, on_cpu=True)
-    assert (with_gpu.model.quantize, with_gpu.seed) == ("nf4", 0)
-    assert (without.model.quantize, without.seed, without.model.lora.rank) == ("none", 7, 64)
-    assert load(path, ["seed=9"], on_cpu=True).seed == 9, "--set goes over on_cpu"
+def test_a_stage_is_taken_out_once_all_overrides_are_laid(tmp_path: Path) -> None:
+    path = saved(tmp_path, yaml.safe_dump(data(stages=[COLLECT, TRAIN, TRAIN])))
+    stages = load(path, ["stages.0=null", "stages.1.steps=7", "stages.2=null"]).stages
+    assert stages == parse(data(stages=[TRAIN | {"steps": 7}]), "r").stages
+    with pytest.raises(UserError, match="stages: "):
+        load(path, ["stages.0=null", "stages.1=null", "stages.2=null"])
+    with pytest.raises(UserError, match=r"stages\[0\]"):  # in a file it is a slip
+        load(saved(tmp_path, yaml.safe_dump(data(stages=[None, TRAIN]))))
 
 
-@pytest.mark.parametrize("on_cpu", [False, True])
-def test_a_mistake_in_on_cpu_is_found_on_every_machine(tmp_path: Path, on_cpu: bool) -> None:
-    path = saved(tmp_path, yaml.safe_dump(data(on_cpu={"model": {"lora": {"rnk": 1}}})))
-    with pytest.raises(UserError, match=r"r.yaml with on_cpu: model.lora: unknown key 'rnk'"):
-        load(path, on_cpu=on_cpu)
-    path = saved(tmp_path, yaml.safe_dump(data(on_cpu=["model"])))
-    with pytest.raises(UserError, match="on_cpu: got list, expected a mapping"):
-        load(path, on_cpu=on_cpu)
+def test_the_key_on_cpu_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, yaml.safe_dump(data(on_cpu={"seed": 7})))
+    with pytest.raises(UserError, match="got the key on_cpu, expected a file of its own") as caught:
+        load(path)
+    assert str(caught.value).endswith(f"to {tmp_path / 'cpu' / 'r.yaml'}")
+
+
+def test_the_form_for_a_cpu_is_beside_the_recipe(tmp_path: Path) -> None:
+    path = saved(tmp_path, "")
+    assert cpu_form(path) == path
+    (tmp_path / "cpu").mkdir()
+    small = saved(tmp_path / "cpu", "")
+    assert cpu_form(path) == cpu_form(small) == small
 
 
 @pytest.mark.parametrize(
@@ -438,17 +434,24 @@ def test_frozen() -> None:
     assert isinstance(node.stages, tuple)
 
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
 
 
-@pytest.mark.parametrize("on_cpu", [False, True])
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_loads_and_says_its_plan(path: Path, on_cpu: bool) -> None:
-    node = load(path, on_cpu=on_cpu)
+def test_every_recipe_has_both_forms() -> None:
+    names = [[p.name for p in RECIPES if (p.parent.name == "cpu") == cpu] for cpu in (False, True)]
+    assert names[0] == names[1] != []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_recipe_loads_and_says_its_plan(path: Path) -> None:
+    node = load(path)
     plan = node.plan().splitlines()
     assert plan[0] == f"plan: {node.model.name} on {node.task.name}, seed {node.seed}"
     assert len(plan) == 2 + len(node.stages)
-    assert path.read_text(encoding="utf-8").startswith("# "), "a recipe says at its head what it is"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert "  minirl run recipes/" in "".join(lines[:3]), "a recipe says at its head what it is"
+    assert sum(line.startswith("#") for line in lines) <= 6
+    assert max(map(len, lines)) <= 100
 
 
 @pytest.mark.parametrize("loss", list(recipe.PRESETS))
@@ -574,9 +577,9 @@ def test_another_loss_by_its_name_alone_is_that_loss(loss: str) -> None:
     """Catches: a number of one loss written out in a recipe, which stays when another is asked
     for."""
     path = ROOT / "recipes/grpo_countdown.yaml"
-    for stage, on_cpu in ((0, False), (1, True)):
+    for stage, form in ((0, path), (1, cpu_form(path))):
         before, after = (
-            load(path, change, on_cpu=on_cpu).stages[stage]
+            load(form, change).stages[stage]
             for change in ([], [f"stages.{stage}.learner.loss={loss}"])
         )
         assert isinstance(before, recipe.Train)

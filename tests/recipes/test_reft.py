@@ -1,5 +1,5 @@
-"""ReFT's recipes: each runs through all its stages, CPU part and data as they are, with a tiny
-model and few steps."""
+"""ReFT's recipes: each runs through all its stages, in its form for a CPU, with a tiny model and
+few steps."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def run_with_luck(*argv: str) -> None:
 
 def smaller(path: Path, model: Path) -> list[str]:
     """Overrides that leave every stage in, with little to do."""
-    node = recipes.load(path, on_cpu=True)
+    node = recipes.load(recipes.cpu_form(path))
     train, test = SOURCES.get(path.stem, SOURCES[node.task.name])
     sets = {
         "model.name": model,
@@ -166,34 +166,17 @@ def test_every_command_of_a_header_can_be_run(path: Path) -> None:
             for option, value in zip(words[3::2], words[4::2], strict=True)
             if option == "--set"
         ]
-        for on_cpu in (False, True):
-            assert recipes.load(path, overrides, on_cpu=on_cpu).stages
-
-
-def test_prose_on_svamp() -> None:
-    (words,) = [
-        words for words in commands(ROOT / "recipes/reft_svamp.yaml") if "task.chain=prose" in words
-    ]
-    for on_cpu in (False, True):
-        node = recipes.load(
-            ROOT / "recipes/reft_svamp.yaml", [word for word in words if "=" in word], on_cpu=on_cpu
-        )
-        assert isinstance(node.task, recipes.Svamp)
-        assert isinstance(node.stages[1], recipes.Train)
-        assert (node.task.chain, node.stages[1].learner.beta, node.sampling.attempt_tokens) == (
-            "prose",
-            0.05,
-            200,
-        )
+        for form in (path, recipes.cpu_form(path)):
+            assert recipes.load(form, overrides).stages
 
 
 def test_the_baselines_share_their_warm_up() -> None:
     """What differs between the recipes for SVAMP stands in the stages after the first, on a GPU and
     on a CPU."""
-    for on_cpu in (False, True):
+    for form in (Path, recipes.cpu_form):
         found = {}
         for path in RECIPES:
-            node = json.loads(json.dumps(recipes.load(path, on_cpu=on_cpu).model_dump(mode="json")))
+            node = json.loads(json.dumps(recipes.load(form(path)).model_dump(mode="json")))
             if path.stem.startswith("reft_svamp"):
                 found[path.stem] = node | {"stages": node["stages"][:1]}
         assert len(found) == 5

@@ -1,5 +1,5 @@
-"""The search recipes: each runs through all its stages, CPU part and data as they are, with a tiny
-model that writes by a script.
+"""The search recipes: each runs through all its stages, in its form for a CPU, with a tiny model
+that writes by a script.
 
 The sampler, its log-probabilities, the searches, the rewards and the updates are real: only which
 token is drawn is not left to chance.

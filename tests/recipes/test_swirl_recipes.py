@@ -1,5 +1,5 @@
-"""SWiRL's recipes: each runs through all its stages, CPU part and data as they are, with a tiny
-model and few steps."""
+"""SWiRL's recipes: each runs through all its stages, in its form for a CPU, with a tiny model and
+few steps; the runs that compare filters are overrides of them (docs/methods.md)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,28 @@ SOURCES = {
     "hotpotqa": ("hotpotqa/train_100.json", "hotpotqa/dev_distractor_100.jsonl"),
 }
 VARIANTS = ("none", "process", "outcome", "both", "sft")
+IMITATE = "{kind: train, method: imitate, group: 1, batch: 64, steps: 30, states: 150"
+IMITATE += ", learner: {loss: nll, lr: 1.0e-4, schedule: constant}}"
+
+
+def collected(first: int) -> list[str]:
+    """Overrides of a run that collects and judges, without RL; `first`: the collect stage."""
+    return [f"stages.{first + 1}.keep=none", f"stages.{first + 2}=null"]
+
+
+def compared(variant: str, first: int, source: Path, states: int) -> list[str]:
+    """Overrides of a run that takes its trajectories from another one."""
+    keep = "process" if variant == "sft" else variant
+    judged, trained = f"stages.{first + 1}", f"stages.{first + 2}"
+    return [
+        *(f"stages.{number}=null" for number in range(first + 1)),
+        f"{judged}.source={source}",
+        f"{judged}.keep={keep}",
+        *([] if keep in ("process", "both") else [f"{judged}.judge=null"]),
+        f"{trained}={IMITATE}" if variant == "sft" else f"{trained}.states={states}",
+        f"model.adapter={source / 'adapter'}",
+        "eval.start=true",
+    ]
 
 
 def run_with_luck(*argv: str) -> None:
@@ -35,40 +57,34 @@ def run_with_luck(*argv: str) -> None:
     minirl(*argv)
 
 
-def smaller(path: Path, task: str, model: Path) -> list[str]:
+def smaller(task: str, model: Path, path: Path, overrides: list[str]) -> list[str]:
     """Overrides that leave every stage in, with little to do."""
-    node = recipes.load(path, on_cpu=True)
     train, test = SOURCES[task]
-    sets = {
+    sets: dict[str, object] = {
         "model.name": model,
         "model.dtype": "fp32",
         "task.source": DATA / train,
         "task.test_source": DATA / test,
-    }
-    sets |= {
         "task.train": 20,
         "task.held_out": 2,
         "eval.problems": 2,
         "sampling.attempt_tokens": 20,
         "sampling.result_tokens": 40,
-    }
-    sets |= {
         "sampling.stepwise.answer": "end",
         "sampling.stepwise.query" if task == "hotpotqa" else "sampling.stepwise.expression": "do",
     }
-    for number, stage in enumerate(node.stages):
+    left_out = sum(text in ("stages.0=null", "stages.1=null") for text in overrides)
+    for number, stage in enumerate(recipes.load(path, overrides).stages, start=left_out):
         if isinstance(stage, recipes.Collect):
             sets |= {f"stages.{number}.problems": 6, f"stages.{number}.batch": 3}
         elif isinstance(stage, recipes.Filter):
             sets |= {f"stages.{number}.parts": 2}
         elif isinstance(stage, recipes.Train):
-            sets |= {
-                f"stages.{number}.steps": 1,
-                f"stages.{number}.batch": 2,
-                f"stages.{number}.group": min(stage.group, 3),
-            }
-            sets |= {f"stages.{number}.states": 3} if stage.states is not None else {}
-    return [word for name, value in sets.items() for word in ("--set", f"{name}={value}")]
+            few = {"steps": 1, "batch": 2, "group": min(stage.group, 3)}
+            few |= {"states": 3} if stage.states is not None else {}
+            sets |= {f"stages.{number}.{name}": value for name, value in few.items()}
+    changed = [*overrides, *(f"{name}={value}" for name, value in sets.items())]
+    return [word for text in changed for word in ("--set", text)]
 
 
 @pytest.fixture(scope="module")
@@ -79,62 +95,42 @@ def tiny(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.exists(), reason="no ../shared/data")
 @pytest.mark.parametrize("task", SOURCES)
 def test_every_recipe_runs(task: str, start: Start, tiny: Path, tmp_path: Path) -> None:
-    def ran(variant: str, *more: str) -> Path:
-        path, folder = ROOT / "recipes" / f"swirl_{task}{variant}.yaml", tmp_path / f"run{variant}"
-        outcome = start(
-            run_with_luck, "run", str(path), *smaller(path, task, tiny), *more, "--out", str(folder)
-        ).wait()
+    def ran(name: str, overrides: list[str]) -> Path:
+        path, folder = ROOT / "recipes" / "cpu" / f"swirl_{task}.yaml", tmp_path / name
+        options = smaller(task, tiny, path, overrides)
+        outcome = start(run_with_luck, "run", str(path), *options, "--out", str(folder)).wait()
         assert outcome.code == 0, outcome.err
         node, metrics = recipes.load(folder / "recipe.yaml"), read_rows(folder / "metrics.jsonl")
-        assert {row["stage"] for row in metrics} == set(range(len(node.stages))), variant
+        assert {row["stage"] for row in metrics} == set(range(len(node.stages))), name
         assert (folder / "adapter" / "adapter_model.safetensors").exists()
         return folder
 
-    ran("")
-    collected = ran("_collect")
+    ran("whole", [])
+    source = ran("collect", collected(1))
     for variant in VARIANTS:
-        ran(
-            f"_{variant}",
-            "--set",
-            f"stages.0.source={collected}",
-            "--set",
-            f"model.adapter={collected / 'adapter'}",
-        )
+        ran(variant, compared(variant, 1, source, 150))
 
 
-@pytest.mark.parametrize("on_cpu", [False, True])
+@pytest.mark.parametrize("first", [0, 1], ids=["gpu", "cpu"])
 @pytest.mark.parametrize("task", SOURCES)
-def test_the_ablation_differs_in_its_filter_alone(task: str, on_cpu: bool) -> None:
-    """Equal states, equal numbers of trained actions, one set of trajectories; a judge only where
-    the filter needs one."""
-    found = {
-        v: recipes.load(ROOT / "recipes" / f"swirl_{task}_{v}.yaml", on_cpu=on_cpu)
-        for v in VARIANTS
-    }
-    whole = recipes.load(ROOT / "recipes" / f"swirl_{task}.yaml", on_cpu=on_cpu)
-    collect = recipes.load(ROOT / "recipes" / f"swirl_{task}_collect.yaml", on_cpu=on_cpu)
-    counts = set()
-    for variant, node in found.items():
+def test_the_ablation_differs_in_its_filter_alone(task: str, first: int) -> None:
+    """One set of trajectories, equal numbers of states; a judge only where the filter needs one."""
+    path = ROOT / "recipes" / ("cpu" if first else "") / f"swirl_{task}.yaml"
+    whole, collect = recipes.load(path), recipes.load(path, collected(first))
+    assert [stage.kind for stage in collect.stages] == ["train"] * first + ["collect", "filter"]
+    assert collect.stages[first] == whole.stages[first]
+    for variant in VARIANTS[:-1]:
+        node = recipes.load(path, compared(variant, first, Path("runs/c"), 9))
         filtered, trained = node.stages
         assert isinstance(filtered, recipes.Filter)
-        assert isinstance(trained, recipes.Train)
-        assert filtered.keep == ("process" if variant == "sft" else variant)
-        assert (filtered.judge is None) == (variant in ("none", "outcome"))
-        counts.add((trained.states, trained.group * trained.batch * trained.steps))
-        assert (
-            (node.task, node.sampling)
-            == (whole.task, whole.sampling)
-            == (collect.task, collect.sampling)
-        )
-    assert len(counts) == 1
-    judged = {
-        node.stages[0].judge
-        for node in (found["process"], found["both"], found["sft"])
-        if isinstance(node.stages[0], recipes.Filter)
-    }
-    assert judged == {s.judge for s in collect.stages if isinstance(s, recipes.Filter)}, (
-        "verdicts are found again"
-    )
+        assert (filtered.keep, filtered.source) == (variant, "runs/c")
+        last = collect.stages[-1]
+        assert isinstance(last, recipes.Filter)
+        judge = None if variant in ("none", "outcome") else last.judge
+        assert filtered.judge == judge, "verdicts are found again"
+        assert trained == whole.stages[-1].model_copy(update={"states": 9})
+        assert (node.task, node.sampling) == (whole.task, whole.sampling)

@@ -184,7 +184,7 @@ def run(
         },
     ]
     path = write_recipe(tmp_path / f"{name}.yaml", Path(folder), stages)
-    train(recipe.load(path, on_cpu=True), tmp_path / name, Progress())
+    train(recipe.load(path), tmp_path / name, Progress())
     return read_rows(tmp_path / name / "metrics.jsonl"), capsys.readouterr().out
 
 
