@@ -12,7 +12,7 @@ from minirl.loop.problems import played, problems_of
 from minirl.loop.session import Interrupted, Session, length
 from minirl.loop.trajectories import described, with_provenance
 from minirl.methods import method_of
-from minirl.record.metrics import Facts, means
+from minirl.record.metrics import EpisodeStats, average
 from minirl.record.state import Position
 from minirl.tasks import draw
 
@@ -40,8 +40,8 @@ def collect_stage(s: Session, index: int, stage: recipe.Collect) -> None:
         groups = s.gather([group.episodes for group in own])
         kept = [episode for group in groups for episode in keep(group, stage)]
         s.run.keep(index, kept)
-        row = {"stage": index, "step": chunk, "kept": len(kept)} | means(
-            [Facts.of(e) for group in groups for e in group]
+        row = {"stage": index, "step": chunk, "kept": len(kept)} | average(
+            [EpisodeStats.of(e) for group in groups for e in group]
         )
         s.log(
             row,

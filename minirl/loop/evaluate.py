@@ -16,7 +16,7 @@ from minirl.chat import Chat
 from minirl.episode import Episode, Part, Problem, regroup
 from minirl.judge.judge import Case, Judge
 from minirl.methods import evaluated_by
-from minirl.record.metrics import SCORES
+from minirl.record.measures import SCORES
 from minirl.record.statistics import majority
 from minirl.rollout import Sampler, Talk, play
 from minirl.tasks import Task
@@ -38,7 +38,7 @@ def evaluate(
     judge: Judge | None = None,
     rank: Rank | None = None,
 ) -> tuple[list[dict[str, Any]], list[Episode]]:
-    """One row a problem for `Run.log_eval` (see `statistics.summarise`), and the first episode of
+    """One row a problem for `Run.log_eval` (see `evals.summarise`), and the first episode of
     each.
 
     judge: asked about every answer of a question-answering task, once all are there (part

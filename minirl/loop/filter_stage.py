@@ -24,7 +24,7 @@ from minirl.loop.session import Interrupted, Session
 from minirl.loop.step_scores import StepScorer
 from minirl.methods.swirl.filters import Judged, approved, marked, passes, tally
 from minirl.methods.swirl.states import actions
-from minirl.record.closed_run import standing, weights_of
+from minirl.record.closed_run import read_position, weights_digest
 from minirl.record.report.filter_counts import summary
 from minirl.record.state import Position
 
@@ -127,7 +127,7 @@ def source_of(source: str, where: str) -> tuple[recipe.Recipe, int]:
         for n, old in enumerate(other.stages)
         if isinstance(old, recipe.Collect) and recipe.METHODS[old.method].makes_states
     ]
-    if not found or standing(folder)[0].stage <= found[-1]:
+    if not found or read_position(folder)[0].stage <= found[-1]:
         raise UserError(
             f"{where} has no finished stepwise collect stage; run its recipe to the end of one"
         )
@@ -184,7 +184,7 @@ def _check_source(s: Session, other: recipe.Recipe, folder: Path, where: str) ->
                 f"{where} has trajectories made with {name} {got!r}, expected {expected!r}; take"
                 f" another run, or set {name}"
             )
-    got, expected = weights_of(folder), models.fingerprint(s.policy.model)
+    got, expected = weights_digest(folder), models.fingerprint(s.policy.model)
     if got != expected:
         raise UserError(
             f"{where} has trajectories of other base weights (got {str(got)[:8]}, expected"

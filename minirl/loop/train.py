@@ -30,7 +30,7 @@ from minirl.loop.session import Interrupted, Session, interruptible, open_sessio
 from minirl.loop.step_scores import StepScorer, rewarded
 from minirl.methods import method_of
 from minirl.methods.demonstrate import demonstrate
-from minirl.record.metrics import Facts, means
+from minirl.record.metrics import EpisodeStats, average
 from minirl.record.progress import Progress
 from minirl.record.report import write_report
 from minirl.record.run import Run
@@ -177,11 +177,11 @@ def _train(s: Session, index: int, stage: recipe.Train) -> None:
         stats = learner.update(groups)
         learned = time.monotonic()
         facts = s.gather(
-            [[Facts.of(e) for e in group.episodes] for group in groups[:tries]]
+            [[EpisodeStats.of(e) for e in group.episodes] for group in groups[:tries]]
         )  # not of what was only shown
         row = (
             {"stage": index, "step": step}
-            | means([f for group in facts for f in group])
+            | average([f for group in facts for f in group])
             | tried
             | stats
         )

@@ -26,8 +26,9 @@ from minirl.judge.judge import Judge
 from minirl.loop.evaluate import evaluate
 from minirl.loop.judges import Voices, answer_judge, verdicts_of
 from minirl.loop.session import eval_settings, texts
-from minirl.record.closed_run import add_later_eval, problems_of
-from minirl.record.evals import COUNTS, pool, summarise
+from minirl.record.closed_run import add_later_eval, problems_digest
+from minirl.record.evals import pool, summarise
+from minirl.record.measures import SCORES
 from minirl.record.progress import Progress
 from minirl.record.statistics import Interval
 from minirl.tasks import Task, fingerprint, open_task
@@ -38,7 +39,7 @@ BASELINES = ("no_rag", "naive_rag", "iter_retgen", "ircot")
 
 
 class Evaluation(NamedTuple):
-    """What `statistics.summarise` says, the first episode of each problem as a row of
+    """What `evals.summarise` says, the first episode of each problem as a row of
     episodes.jsonl, texts included, and what was kept."""
 
     summary: dict[str, Any]
@@ -214,7 +215,7 @@ def compare_runs(
     progress: Progress | None = None,
 ) -> list[Evaluation]:
     """`compare_methods` over runs of one recipe with several seeds, each line pooled over them (see
-    `statistics.pool`)."""
+    `evals.pool`)."""
     nodes = [_recipe(folder, (), None) for folder in folders]
     bare = [
         node.model_copy(
@@ -302,7 +303,7 @@ def _open(
 def _other_problems(folder: Path, node: recipe.Recipe, task: Task) -> str:
     """A warning where the run's own task has other problems now than when it was trained: it may be
     tried on what it was trained on."""
-    own, known = _recipe(folder, (), None), problems_of(folder)
+    own, known = _recipe(folder, (), None), problems_digest(folder)
     if (node.task, node.seed) != (own.task, own.seed) or known in (None, now := fingerprint(task)):
         return ""
     return (
@@ -402,7 +403,7 @@ def _cell(name: str, said: dict[str, Any]) -> str:
     found: Interval | None = said["scores"].get(name)
     if found is None:
         return "-"
-    if name in COUNTS:
+    if SCORES[name].kind == "count":
         return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
     share = f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
     return (

@@ -1,5 +1,5 @@
-"""A run's folder as others see it, without opening the run (rundir.py): where it stands, what it
-began with, and what may be put beside it.
+"""A run's folder read without opening the run (run.py): its position, what it began with, and the
+evaluations made afterwards.
 
 Invariant: nothing here changes what the run itself wrote, or waits for its lock.
 """
@@ -15,60 +15,53 @@ import filelock
 
 from minirl.errors import UserError
 from minirl.io.files import read_rows, write_rows
+from minirl.record.evals import settings
 from minirl.record.state import Position, read_state
 
-LATER = "later_evals.jsonl"  # what `minirl eval` found
+LATER = "later_evals.jsonl"  # the evaluations of `minirl eval`
 
 
-def standing(folder: Path) -> tuple[Position, bool]:
-    """Where a run folder stands, and whether the run is finished, without opening it."""
+def read_position(folder: Path) -> tuple[Position, bool]:
+    """The position of a run, and whether it is finished."""
     state = read_state(folder)
     return state.position, state.finished
 
 
-def weights_of(folder: Path) -> str | None:
-    """The fingerprint of the base weights of a run; None where it began with none."""
-    found = noted(folder / "model.json", "weights").get("weights")
-    return None if found is None else str(found)
+def weights_digest(folder: Path) -> str | None:
+    """The fingerprint of the base weights that a run began with; None if none was noted."""
+    return read_note(folder / "model.json", "weights").get("weights")
 
 
-def problems_of(folder: Path) -> str | None:
-    """The digest of a run's problems; None where it began before any was noted."""
-    found = noted(folder / "task.json", "problems").get("problems")
-    return None if found is None else str(found)
+def problems_digest(folder: Path) -> str | None:
+    """The digest of the problems that a run began with; None if none was noted."""
+    return read_note(folder / "task.json", "problems").get("problems")
 
 
-def noted(path: Path, key: str) -> dict[str, Any]:
-    """What a file checked on resume says; nothing where a run has none yet. Raises UserError for
-    one that holds something else."""
+def read_note(path: Path, key: str) -> dict[str, Any]:
+    """The JSON object of a file that is checked on resume, with text under `key`; empty if there is
+    no file yet. Raises UserError for a damaged one."""
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        note = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{path}: cannot be read ({error}); bring it back, or delete it to go on unchecked"
+            f"{path}: cannot be read ({error}); restore it, or delete it to resume unchecked"
         ) from error
-    if not isinstance(found, dict) or not isinstance(found.get(key), str):
+    if not isinstance(note, dict) or not isinstance(note.get(key), str):
         raise UserError(
-            f"{path}: got {str(found)[:60]!r}, expected an object with {key!r}; bring it back, or"
-            " delete it to go on unchecked"
+            f"{path}: got {str(note)[:60]!r}, expected an object with {key!r}; restore it, or"
+            " delete it to resume unchecked"
         )
-    return found
+    return note
 
 
 def add_later_eval(folder: Path, row: Mapping[str, Any]) -> None:
     """Put an evaluation that `minirl eval` made beside the run's own, in place of one of the same
-    kind. Needs no open run.
-
-    row: as for `Run.log_eval`. Its kind is its `label`, `tries`, `samples`, `temperature`,
-    `changed` and number of problems.
-    """
+    label, settings and number of problems. Needs no open run. row: as for `Run.log_eval`."""
 
     def kind(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return len(row["problems"]), *(
-            row.get(key) for key in ("label", "tries", "samples", "temperature", "changed")
-        )
+        return row.get("label"), len(row["problems"]), settings(row)
 
     try:
         with filelock.FileLock(folder / ".evals.lock"):
@@ -76,6 +69,6 @@ def add_later_eval(folder: Path, row: Mapping[str, Any]) -> None:
             write_rows(folder / LATER, [*others, row])
     except OSError as error:
         raise UserError(
-            f"{folder / LATER}: cannot be written ({error}); the evaluation was made but not kept,"
-            " mend that and repeat"
+            f"{folder / LATER}: cannot be written ({error}), so this evaluation is lost; make the"
+            " folder writable and evaluate again"
         ) from error

@@ -1,16 +1,17 @@
-"""What rows of evals.jsonl say: one summarised, several seeds pooled, two compared.
+"""Statistics of evals.jsonl: one row summarised, rows of several seeds pooled, two rows compared.
 
-Invariant: the unit of evidence is the problem, never the sample. A row that is none is refused by
-its label.
+Invariant: the unit of evidence is the problem, never the sample. A malformed row is rejected,
+naming its label.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from minirl.errors import UserError
+from minirl.record.measures import OUTCOMES, measure
 from minirl.record.statistics import (
     Difference,
     Interval,
@@ -21,206 +22,178 @@ from minirl.record.statistics import (
     ratio_interval,
 )
 
-COUNTS = ("searches", "response", "steps", "calls", "errors", "malformed")
-"""The scores that are no shares."""
-MOST_COUNTED = 1e9
-"""A count beyond it is none."""
+Row = Mapping[str, Any]
 
 
 class _Tries(NamedTuple):
-    """One problem of an evaluation: how many samples, passed on the first try, passed within two,
-    the errors of each try, its scores."""
+    """One problem of an evaluation."""
 
     samples: int
-    first: int
-    second: int
+    first: int  # samples that pass at once
+    second: int  # samples that pass within two tries
     first_errors: list[str]
     second_errors: list[str]
     scores: dict[str, list[float]]
 
-
-def _tries(row: Mapping[str, Any]) -> dict[str, _Tries]:
-    """An evaluation by problem id. A failed first try without a second one counts as failed."""
-    found: dict[str, _Tries] = {}
-    try:
-        for problem in row["problems"]:
-            first = [bool(x) for x in problem["first"]]
-            second = [bool(x) for x in problem.get("second") or [None] * len(first)]
-            errors = [
-                [str(e) for e in problem.get(key) or () if e is not None]
-                for key in ("first_error", "second_error")
-            ]
-            scores = {
-                str(name): [float(x) for x in values if x is not None]
-                for name, values in problem.get("scores", {}).items()
-            }
-            within = sum(a or b for a, b in zip(first, second, strict=True))
-            if wrong := [
-                name
-                for name, values in scores.items()
-                for x in values
-                if not 0 <= x <= (MOST_COUNTED if name in COUNTS else 1)
-            ]:
-                raise ValueError(f"score {wrong[0]!r} is not in its range")
-            found[str(problem["id"])] = _Tries(
-                len(first), sum(first), within, errors[0], errors[1], scores
-            )
-        if (
-            len(found) != len(row["problems"])
-            or not found
-            or any(t.samples == 0 for t in found.values())
-        ):
-            raise ValueError(
-                "expected problems with an id of their own and at least one sample each"
-            )
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        label = row.get("label")
-        raise UserError(
-            f"evaluation {label!r}: not a row of evals.jsonl ({type(error).__name__}: {error});"
-            " evaluate again"
-        ) from error
-    return found
+    def ratio(self, key: str) -> tuple[float, int]:
+        """Successes (or the sum of a score) and trials; no trials where the problem has none."""
+        if key == "first":
+            return self.first, self.samples
+        if key == "second":
+            return self.second, self.samples
+        if key == "fixed":
+            return self.second - self.first, self.samples - self.first
+        values = self.scores.get(key, [])
+        return sum(values), len(values)
 
 
-def summarise(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row of evals.jsonl says, every share as an Interval.
+def settings(row: Row) -> tuple[Any, ...]:
+    """How an evaluation was made: tries, samples, temperature, and the overrides that `minirl eval`
+    was given. Only rows of equal settings are compared."""
+    changed = tuple(row.get("changed") or ())
+    return row.get("tries", 1), row.get("samples", 1), row.get("temperature"), changed
+
+
+def summarise(row: Row) -> dict[str, Any]:
+    """The shares and means of one row of evals.jsonl, each an Interval.
 
     first: passed at once. second: passed within two tries. fixed: share of the failed first tries
-    that the retry mends; second and fixed are None for a single try, fixed also where nothing
+    that the retry solves; second and fixed are None for a single try, fixed also where nothing
     failed. pass_at_k: {k: Interval} over first tries, k = 1 .. samples. first_errors,
-    second_errors: {kind: count}, commonest first. scores: {name: Interval} of the metrics.SCORES
-    that the row has, over the problems that have them; counted: {name: how many of the problems x
-    samples have it}. UserError for a row that is none.
+    second_errors: {kind: count}, commonest first. scores: {key: Interval} over the problems that
+    have the score; counted: {key: number of its values}. Raises UserError for a malformed row.
     """
-    problems = list(_tries(row).values())
+    problems = list(_read(row).values())
     samples = min(t.samples for t in problems)
-    two = row.get("tries", 1) == 2
-    failed = [t for t in problems if t.first < t.samples]
-    names = dict.fromkeys(name for t in problems for name in t.scores)
+    scores = dict.fromkeys(key for t in problems for key in t.scores if t.scores[key])
     by_k = {k: [pass_at_k(t.samples, t.first, k) for t in problems] for k in range(1, samples + 1)}
     return {
         **{key: row.get(key) for key in ("label", "stage", "step", "tries", "temperature")},
         "samples": samples,
         "problems": len(problems),
-        "first": ratio_interval([t.first for t in problems], [t.samples for t in problems]),
-        "second": (
-            ratio_interval([t.second for t in problems], [t.samples for t in problems])
-            if two
-            else None
-        ),
-        "fixed": (
-            ratio_interval(
-                [t.second - t.first for t in failed], [t.samples - t.first for t in failed]
-            )
-            if two and failed
-            else None
-        ),
+        **{m.key: None for m in OUTCOMES},
+        **{key: _interval(key, problems) for key in _outcomes(row)},
         # k samples make one trial of pass@k.
         "pass_at_k": {k: cluster_interval(values, samples // k) for k, values in by_k.items()},
-        "first_errors": dict(Counter(e for t in problems for e in t.first_errors).most_common()),
-        "second_errors": dict(Counter(e for t in problems for e in t.second_errors).most_common()),
-        "scores": {name: _score(name, problems) for name in names},
-        "counted": {name: sum(len(t.scores.get(name, ())) for t in problems) for name in names},
+        "first_errors": _count(error for t in problems for error in t.first_errors),
+        "second_errors": _count(error for t in problems for error in t.second_errors),
+        "scores": {key: _interval(key, problems) for key in scores},
+        "counted": {key: sum(t.ratio(key)[1] for t in problems) for key in scores},
     }
 
 
-def _score(name: str, problems: Sequence[_Tries]) -> Interval:
-    values = [found for t in problems if (found := t.scores.get(name))]
-    if name in COUNTS:
-        return mean_interval([sum(found) / len(found) for found in values])
-    return ratio_interval([sum(found) for found in values], [len(found) for found in values])
+def pool(rows: Sequence[Row]) -> dict[str, Any]:
+    """Evaluations of the same problems in runs of several seeds as one row: a problem's samples are
+    those of all runs, and `runs` says how many.
 
-
-def pool(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Evaluations made alike in runs of several seeds as one row, `runs` of them: a problem's
-    samples are those of all runs.
-
-    So intervals go over problems and keep the draws of all seeds together. UserError where the
-    problems or the settings differ.
+    So intervals go over problems and keep the draws of all seeds together. Raises UserError where
+    the problems or the settings differ.
     """
 
-    def way(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    def kind(row: Row) -> tuple[Any, ...]:
         ids = sorted(str(problem["id"]) for problem in row["problems"])
-        return ids, row.get("tries", 1), row.get("temperature"), row.get("changed")
+        return ids, settings({**row, "samples": 1})
 
     first, *others = rows
-    if any(way(row) != way(first) for row in others):
+    if any(kind(row) != kind(first) for row in others):
         raise UserError(
             f"evaluation {first.get('label')!r}: the runs' rows differ in problems or settings,"
             " expected equal ones to pool"
         )
-    problems = []
-    for problem in first["problems"]:
-        same = [next(p for p in row["problems"] if p["id"] == problem["id"]) for row in rows]
-        pooled = {
-            key: [x for p in same for x in p[key]]
-            for key, value in problem.items()
-            if isinstance(value, list)
-        }
-        names = dict.fromkeys(name for p in same for name in p.get("scores", {}))
-        scores = {
-            name: [x for p in same for x in p.get("scores", {}).get(name, [None] * len(p["first"]))]
-            for name in names
-        }
-        problems.append({"id": problem["id"], **pooled} | ({"scores": scores} if scores else {}))
+    by_id = [{str(problem["id"]): problem for problem in row["problems"]} for row in rows]
+    ids = [str(problem["id"]) for problem in first["problems"]]
     return {
         **first,
         "samples": sum(row.get("samples", 1) for row in rows),
         "runs": len(rows),
-        "problems": problems,
+        "problems": [_pool_problem([run[name] for run in by_id]) for name in ids],
     }
 
 
-def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Difference | None]:
-    """Two rows of evals.jsonl, paired over the problems they share: first, second, fixed over the
-    problems that failed in both, and every share among their scores (f1, em, ...; see COUNTS for
-    those that are none) over the problems that have it in both.
+def compare(before: Row, after: Row) -> dict[str, Difference | None]:
+    """Two rows of evals.jsonl, paired over the problems that both have: the outcomes (fixed over
+    the problems that failed in both) and each score that is a fraction.
 
-    None where the two have nothing to compare.
+    None where there is nothing to compare.
     """
-    left, right = _tries(before), _tries(after)
+    left, right = _read(before), _read(after)
     common = [(left[name], right[name]) for name in left if name in right]
-    failed = [(a, b) for a, b in common if a.first < a.samples and b.first < b.samples]
-    two = before.get("tries", 1) == after.get("tries", 1) == 2
-
-    def fixed(t: _Tries) -> float:
-        return (t.second - t.first) / (t.samples - t.first)
-
-    return {
-        "first": (
-            paired(
-                [a.first / a.samples for a, _ in common], [b.first / b.samples for _, b in common]
-            )
-            if common
-            else None
-        ),
-        "second": (
-            paired(
-                [a.second / a.samples for a, _ in common], [b.second / b.samples for _, b in common]
-            )
-            if common and two
-            else None
-        ),
-        "fixed": (
-            paired([fixed(a) for a, _ in failed], [fixed(b) for _, b in failed])
-            if failed and two
-            else None
-        ),
-    } | {
-        name: _compare_scores(name, common)
-        for name in dict.fromkeys(name for a, _ in common for name in a.scores)
-        if name not in COUNTS
-    }
+    both = [key for key in _outcomes(before) if key in _outcomes(after)]
+    scores = dict.fromkeys(name for t, _ in common for name in t.scores)
+    keys = both + [key for key in scores if measure(key).kind == "fraction"]
+    return {m.key: None for m in OUTCOMES} | {key: _difference(key, common) for key in keys}
 
 
-def _compare_scores(name: str, pairs: Sequence[tuple[_Tries, _Tries]]) -> Difference | None:
-    both = [
-        (a.scores[name], b.scores[name])
-        for a, b in pairs
-        if a.scores.get(name) and b.scores.get(name)
-    ]
-    return (
-        paired([sum(a) / len(a) for a, _ in both], [sum(b) / len(b) for _, b in both])
-        if both
-        else None
+def _read(row: Row) -> dict[str, _Tries]:
+    """The problems of a row by their id."""
+    try:
+        problems = {str(problem["id"]): _read_problem(problem) for problem in row["problems"]}
+        if not problems or len(problems) != len(row["problems"]):
+            raise ValueError("expected problems, each with an id of its own")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"evaluation {row.get('label')!r}: not a row of evals.jsonl"
+            f" ({type(error).__name__}: {error}); evaluate again"
+        ) from error
+    return problems
+
+
+def _read_problem(problem: Row) -> _Tries:
+    """A failed first try without a second one counts as failed."""
+    first = [bool(x) for x in problem["first"]]
+    second = [bool(x) for x in problem.get("second") or [None] * len(first)]
+    within = sum(a or b for a, b in zip(first, second, strict=True))
+    if not first:
+        raise ValueError("expected at least one sample of each problem")
+    first_errors, second_errors = (
+        [str(error) for error in problem.get(key) or () if error is not None]
+        for key in ("first_error", "second_error")
     )
+    scores = {
+        str(name): [float(x) for x in values if x is not None]
+        for name, values in problem.get("scores", {}).items()
+    }
+    for name, values in scores.items():
+        if not all(map(measure(name).accepts, values)):
+            raise ValueError(f"score {name!r} is not in its range")
+    return _Tries(len(first), sum(first), within, first_errors, second_errors, scores)
+
+
+def _outcomes(row: Row) -> list[str]:
+    """The keys of the outcomes that an evaluation has: a single try can only be first."""
+    return [m.key for m in OUTCOMES if m.key == "first" or row.get("tries", 1) == 2]
+
+
+def _count(errors: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(errors).most_common())
+
+
+def _interval(key: str, problems: Sequence[_Tries]) -> Interval | None:
+    ratios = [(total, n) for total, n in (t.ratio(key) for t in problems) if n]
+    if not ratios:
+        return None
+    if measure(key).kind == "count":
+        return mean_interval([total / n for total, n in ratios])
+    return ratio_interval([total for total, _ in ratios], [n for _, n in ratios])
+
+
+def _difference(key: str, pairs: Sequence[tuple[_Tries, _Tries]]) -> Difference | None:
+    ratios = [(a.ratio(key), b.ratio(key)) for a, b in pairs]
+    both = [(a / n, b / m) for (a, n), (b, m) in ratios if n and m]
+    return paired([a for a, _ in both], [b for _, b in both]) if both else None
+
+
+def _pool_problem(same: Sequence[Row]) -> dict[str, Any]:
+    """One problem's rows from several runs, their lists joined; a score that a run lacks is None in
+    each of its samples."""
+    joined = {
+        key: [x for p in same for x in p[key]]
+        for key, value in same[0].items()
+        if isinstance(value, list)
+    }
+    names = dict.fromkeys(name for p in same for name in p.get("scores", {}))
+    scores = {
+        name: [x for p in same for x in p.get("scores", {}).get(name, [None] * len(p["first"]))]
+        for name in names
+    }
+    return {"id": same[0]["id"], **joined} | ({"scores": scores} if scores else {})

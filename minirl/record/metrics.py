@@ -1,4 +1,4 @@
-"""What a step's episodes say in numbers: the means that metrics.jsonl holds.
+"""The means over a step's episodes that metrics.jsonl holds.
 
 Invariant: a mean is over the episodes that have the number; one that no episode has is left out,
 never zero.
@@ -10,27 +10,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from minirl.episode import Episode, Part
-
-SCORES: tuple[str, ...] = (
-    "em",
-    "f1",
-    "format",
-    "recall",
-    "searches",
-    "response",
-    "judged",
-    "lucky",
-)
-SCORES += ("steps", "calls", "errors", "malformed", "answered")
-"""What an episode of question answering is counted by: exact match, F1, good form, the share of
-gold paragraphs whose title a search has shown (what `result_tokens` cut away is not), searches,
-tokens of the whole answer with the results, and a judge's verdict. Of multiple
-choice: whether a right letter stands below another value. One of method stepwise: actions, the
-tool's replies, its errors, actions that could not be read, and whether an answer was given."""
+from minirl.record.measures import OUTCOMES, SCORES
 
 
-class Facts(NamedTuple):
-    """What is counted of an episode; light enough to send between processes."""
+class EpisodeStats(NamedTuple):
+    """The numbers of an episode without its tokens: light enough to send between processes."""
 
     reward: float | None
     parts: dict[str, Part]
@@ -39,8 +23,8 @@ class Facts(NamedTuple):
     sampled_tokens: int
 
     @classmethod
-    def of(cls, episode: Episode) -> Facts:
-        """What is counted of this episode."""
+    def of(cls, episode: Episode) -> EpisodeStats:
+        """Take the numbers of this episode."""
         return cls(
             episode.reward,
             episode.parts,
@@ -50,18 +34,19 @@ class Facts(NamedTuple):
         )
 
 
-def means(facts: Sequence[Facts]) -> dict[str, float]:
-    """reward, first and second (shares that passed), overlong (share cut by the token limit),
-    length (trained tokens); sampled is a sum.
-
-    Beside them the SCORES that the episodes have.
-    """
-    columns: dict[str, list[float]] = {"reward": [f.reward for f in facts if f.reward is not None]}
-    for name in ("first", "second"):
-        columns[name] = [float(bool(f.parts[name])) for f in facts if name in f.parts]
-    for name in SCORES:
-        columns[name] = [float(value) for f in facts if (value := f.parts.get(name)) is not None]
-    columns["overlong"] = [float(f.finish == "length") for f in facts]
-    columns["length"] = [float(f.trained_tokens) for f in facts]
-    found = {name: sum(values) / len(values) for name, values in columns.items() if values}
-    return found | {"sampled": float(sum(f.sampled_tokens for f in facts))}
+def average(episodes: Sequence[EpisodeStats]) -> dict[str, float]:
+    """Means over episodes: the reward, outcomes (share that passed), scores, overlong (share cut by
+    the token limit), length (trained tokens); and the sum `sampled` (tokens)."""
+    columns: dict[str, list[float]] = {
+        "reward": [e.reward for e in episodes if e.reward is not None]
+    }
+    for measure in OUTCOMES:
+        columns[measure.key] = [
+            float(bool(e.parts[measure.key])) for e in episodes if measure.key in e.parts
+        ]
+    for key in SCORES:
+        columns[key] = [float(x) for e in episodes if (x := e.parts.get(key)) is not None]
+    columns["overlong"] = [float(e.finish == "length") for e in episodes]
+    columns["length"] = [float(e.trained_tokens) for e in episodes]
+    means = {key: sum(values) / len(values) for key, values in columns.items() if values}
+    return means | {"sampled": float(sum(e.sampled_tokens for e in episodes))}

@@ -21,37 +21,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from minirl.record.measures import MEASURES, OUTCOMES
+
 QUIET_S = 20.0
 """Without a terminal, sampling is reported when nothing was printed for this long."""
 RECENT_STEPS = 20
 """The time left is reckoned from the mean of this many last steps."""
-
-FIELDS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("reward", "reward", lambda x: f"{x:.3f}"),
-    ("first", "first", lambda x: f"{x:.3f}"),
-    ("second", "second", lambda x: f"{x:.3f}"),
-    ("kept", "kept", lambda x: f"{x:,.0f}"),
-    ("steps", "actions", lambda x: f"{x:.2f}"),
-    ("calls", "calls", lambda x: f"{x:.2f}"),
-    ("approved", "approved", lambda x: f"{x:.1%}"),
-    ("unscored", "unscored", lambda x: f"{x:.0f}"),
-    ("dead", "dead", lambda x: f"{x:.0f}"),
-    ("length", "length", lambda x: f"{x:.0f}"),
-    ("accuracy", "accuracy", lambda x: f"{x:.3f}"),
-    ("auc", "AUC", lambda x: f"{x:.3f}"),
-    ("loss", "loss", lambda x: f"{x:.4f}"),
-    ("kl", "KL", lambda x: f"{x:.2g}"),
-    ("entropy", "entropy", lambda x: f"{x:.3f}"),
-    ("clip", "clipped", lambda x: f"{x:.1%}"),
-    ("explained_variance", "explained", lambda x: f"{x:.2f}"),
-    ("grad_norm", "grad", lambda x: f"{x:.3g}"),
-    ("lr", "lr", lambda x: f"{x:.2g}"),
-    ("mismatch_kl", "mismatch", lambda x: f"{x:.1g}"),
-    ("sample_tps", "sampling tok/s", lambda x: f"{x:,.0f}"),
-    ("learn_tps", "learning tok/s", lambda x: f"{x:,.0f}"),
-    ("skipped", "skipped steps", lambda x: f"{x:.0f}"),
-)
-"""What is shown of a step, in this order: key of a metrics or timings row, label, format."""
 
 
 class Progress:
@@ -144,16 +119,15 @@ class Progress:
             self._console.print(Text(text))
 
     def evaluation(self, label: str, summary: Mapping[str, Any]) -> None:
-        """A line with the shares of an evaluation, as `statistics.summarise` gives them."""
-        names = (("first", "1st try"), ("second", "within 2 tries"), ("fixed", "failures fixed"))
+        """A line with the shares of an evaluation, as `evals.summarise` gives them."""
         shares = [
-            f"{name} {i.value:.1%} [{i.low:.1%}, {i.high:.1%}]"
-            for key, name in names
-            if (i := summary.get(key)) is not None
+            f"{measure.label} {i.value:.1%} [{i.low:.1%}, {i.high:.1%}]"
+            for measure in OUTCOMES
+            if (i := summary.get(measure.key)) is not None
         ]
         shares += [
-            f"{name} {i.value:.3g} [{i.low:.3g}, {i.high:.3g}]"
-            for name, i in summary.get("scores", {}).items()
+            f"{key} {i.value:.3g} [{i.low:.3g}, {i.high:.3g}]"
+            for key, i in summary.get("scores", {}).items()
         ]
         self.say(f"evaluation {label} on {summary.get('problems')} problems: {', '.join(shares)}")
 
@@ -217,10 +191,10 @@ class Progress:
 def _format(values: Mapping[str, Any]) -> dict[str, str]:
     """{label: text} of what can be shown; booleans, text, None and NaN are left out."""
     shown = {}
-    for key, label, text in FIELDS:
-        value = values.get(key)
-        if _is_number(value):
-            shown[label] = text(value)
+    for measure in MEASURES:
+        value = values.get(measure.key)
+        if measure.format and _is_number(value):
+            shown[measure.short or measure.label] = format(value, measure.format)
     return shown
 
 

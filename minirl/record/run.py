@@ -41,7 +41,7 @@ from minirl.io.files import (
     write_rows,
 )
 from minirl.recipe import Recipe
-from minirl.record.closed_run import noted
+from minirl.record.closed_run import read_note
 from minirl.record.state import (
     NAMES,
     Position,
@@ -135,7 +135,7 @@ class Run:
         taken up with others (the hub's, then a local copy; on an A100, then on a T4, which has no
         bf16)."""
         path = self.folder / "model.json"
-        known = {} if self._state == State() else noted(path, "weights")
+        known = {} if self._state == State() else read_note(path, "weights")
         if known.get("dtype", dtype) != dtype:
             raise UserError(
                 f"{self.folder}: this machine computes in {dtype}, expected {known['dtype']}, in"
@@ -159,7 +159,7 @@ class Run:
             self.folder / "task.json",
             {"problems": fingerprint, "train": train, "held_out": held_out},
         )
-        known = {} if self._state == State() else noted(path, "problems")
+        known = {} if self._state == State() else read_note(path, "problems")
         if known.get("problems", fingerprint) != fingerprint:
             raise UserError(
                 f"{self.folder}: the task {self.recipe.task.name} has other problems here (got"
@@ -180,7 +180,7 @@ class Run:
         self._append("timings.jsonl", row)
 
     def log_eval(self, row: Mapping[str, Any]) -> None:
-        """A row of evals.jsonl: one evaluation, with every problem's tries (`statistics.summarise`
+        """A row of evals.jsonl: one evaluation, with every problem's tries (`evals.summarise`
         reads it)."""
         self._append("evals.jsonl", row)
 

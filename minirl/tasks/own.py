@@ -16,8 +16,7 @@ from math import isfinite
 
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
-from minirl.record.evals import COUNTS, MOST_COUNTED
-from minirl.record.metrics import SCORES
+from minirl.record.measures import SCORES
 from minirl.tasks.task import Task
 
 TAKEN = frozenset({"verdict", "first", "second", "first_error", "second_error"})
@@ -104,9 +103,7 @@ def _is_part(name: str, value: object) -> bool:
     if name in TAKEN:
         return False
     if name in SCORES:
-        return isinstance(value, bool | int | float) and 0 <= value <= (
-            MOST_COUNTED if name in COUNTS else 1
-        )
+        return isinstance(value, bool | int | float) and SCORES[name].accepts(value)
     return (
         value is None
         or isinstance(value, str | bool | int)

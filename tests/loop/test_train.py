@@ -25,8 +25,7 @@ from minirl.io.files import read_rows
 from minirl.loop.collect_stage import keep
 from minirl.recipe import Collect
 from minirl.record.evals import summarise
-from minirl.record.metrics import SCORES
-from minirl.record.report.chart import CURVES
+from minirl.record.measures import MEASURES
 from minirl.record.run import Run
 from minirl.record.state import Position
 
@@ -189,8 +188,8 @@ def test_metrics_of_every_stage(whole: Path) -> None:
         if row["stage"] != 1 and row.get("dead", 0) < 3
     )
     keys = {key for row in [*metrics, *rows(whole, "timings")] for key in row}
-    drawn = {key for _, _, columns in CURVES for key, _ in columns} - {"dead_share"}
-    assert drawn - set(SCORES) - {"accuracy", "auc", "approved"} <= keys, (
+    drawn = {m.key for m in MEASURES if m.curve and m.source != "score"}
+    assert drawn - {"dead_share", "fixed", "accuracy", "auc", "approved"} <= keys, (
         "every curve of the report has its numbers"
     )
     assert not any(key.endswith(("_s", "_tps")) for row in metrics for key in row)
@@ -608,7 +607,7 @@ def test_a_damaged_note_of_the_problems_is_named(
     (folder / "task.json").write_text(held)
     with (
         Run.open(folder, recipes.load(path)) as run,
-        pytest.raises(UserError, match=r"task\.json: .*delete it to go on unchecked"),
+        pytest.raises(UserError, match=r"task\.json: .*delete it to resume unchecked"),
     ):
         run.check_task("digest", 1, 1)
 

@@ -16,7 +16,7 @@ from typing import Any
 from minirl import recipe as recipes
 from minirl.errors import UserError
 from minirl.io.files import write_file
-from minirl.record.closed_run import LATER, standing
+from minirl.record.closed_run import LATER, read_position
 from minirl.record.report.chart import curves, is_number
 from minirl.record.report.episodes import episodes_html, one_episode_html
 from minirl.record.report.evaluations import evaluations_html, later_evaluations_html
@@ -34,7 +34,7 @@ def write_report(folder: str | Path) -> Path:
     if not (folder / "recipe.yaml").exists():
         raise UserError(f"{folder}: no recipe.yaml in it; expected the folder of a run")
     recipe = recipes.load(folder / "recipe.yaml")
-    position, finished = standing(folder)
+    position, finished = read_position(folder)
     rows = {name: rows_of(folder, name) for name in ("metrics", "timings", "evals", "episodes")}
     versions = rows_of(folder, "versions")
     done = finished or position.stage >= len(recipe.stages)

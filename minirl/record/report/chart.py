@@ -12,38 +12,11 @@ from math import ceil, floor, log10
 from typing import Any
 
 from minirl.record.evals import summarise
-from minirl.record.statistics import Interval
+from minirl.record.measures import MEASURES, Measure
 
 Rows = Sequence[Mapping[str, Any]]
 Point = tuple[float, float]
 
-CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
-    ("metrics", "Reward", (("reward", "mean"),)),
-    ("metrics", "Solved in training", (("first", "first try"), ("second", "second try"))),
-    (
-        "metrics",
-        "EM and F1 in training",
-        (("em", "exact match"), ("f1", "F1"), ("format", "good form")),
-    ),
-    ("metrics", "Searches an episode", (("searches", "searches"),)),
-    ("metrics", "Gold paragraphs shown", (("recall", "share"),)),
-    ("metrics", "Response with results", (("response", "tokens"),)),
-    ("metrics", "Right letters below another value", (("lucky", "share"),)),
-    ("metrics", "Actions that the judge approves", (("approved", "share"),)),
-    ("metrics", "KL to the reference", (("kl", "KL"),)),
-    ("metrics", "Entropy", (("entropy", "nats a token"),)),
-    ("metrics", "Groups without signal", (("dead_share", "share"),)),
-    ("metrics", "Trained tokens an episode", (("length", "tokens"),)),
-    ("metrics", "Loss", (("loss", "loss"),)),
-    ("metrics", "Reward model on held-out samples", (("accuracy", "accuracy"), ("auc", "AUC"))),
-    ("metrics", "Gradient norm", (("grad_norm", "before clipping"),)),
-    ("metrics", "Clipped tokens", (("clip", "share"),)),
-    ("metrics", "Sampler against learner", (("mismatch_kl", "KL"),)),
-    ("timings", "Tokens a second", (("sample_tps", "sampling"), ("learn_tps", "learning"))),
-    ("timings", "Seconds a step", (("sample_s", "sampling"), ("learn_s", "learning"))),
-)
-"""Which file, title, and up to three columns with their names; a chart without numbers is left out.
-"""
 LARGEST = 1e300  # an int may be larger than any float
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 44, 10, 12, 22
 
@@ -59,31 +32,19 @@ def curves(rows: Mapping[str, Rows]) -> str:
         for number, (a, b) in enumerate(pairwise(metrics), start=1)
         if a.get("stage") != b.get("stage")
     ]
-    charts = [
-        _held_out_chart(rows["evals"], metrics, borders),
-        *_score_charts(rows["evals"], metrics, borders),
-    ]
-    for source, title, columns in CURVES:
-        placed = [
-            (place.get((row.get("stage"), row.get("step"))), row)
-            for row in (metrics if source == "metrics" else rows["timings"])
-        ]
+    found = [{**said, **said["scores"]} for said in map(summarise, rows["evals"])]
+    charts = [_evals_chart(*chart, found, rows["evals"], metrics, borders) for chart in _charts()]
+    for title, measures in _charts():
         lines = []
-        for key, name in columns:
-            found = [
-                (row.get("stage"), (float(x), float(row[key])))
-                for x, row in placed
-                if x and is_number(row.get(key))
+        for measure in measures:
+            numbers = [
+                (row.get("stage"), (float(x), float(row[measure.key])))
+                for row in (rows["timings"] if measure.source == "timing" else metrics)
+                if (x := place.get((row.get("stage"), row.get("step"))))
+                and is_number(row.get(measure.key))
             ]
-            lines.append(
-                (
-                    name,
-                    [
-                        [point for _, point in run]
-                        for _, run in groupby(found, key=lambda pair: pair[0])
-                    ],
-                )
-            )
+            runs = groupby(numbers, key=lambda pair: pair[0])
+            lines.append((measure.label, [[point for _, point in run] for _, run in runs]))
         charts.append(_chart(title, lines, len(metrics), borders))
     drawn = "".join(charts)
     note = "Over all steps; dotted lines stand between stages, thick lines are running means."
@@ -105,53 +66,34 @@ def _dead_share(row: Mapping[str, Any]) -> dict[str, float]:
     return {"dead_share": dead / groups} if is_number(dead) and is_number(groups) and groups else {}
 
 
-def _held_out_chart(evals: Rows, metrics: Rows, borders: Sequence[int]) -> str:
-    """The evaluations over the steps that came before each, with their intervals."""
-    found = [
-        {key: said[key] for key in ("first", "second", "fixed")} for said in map(summarise, evals)
-    ]
-    names = (("first", "first try"), ("second", "two tries"), ("fixed", "fixed"))
-    return _evals_chart("Held-out", names, found, evals, metrics, borders, top=1.0)
-
-
-def _score_charts(evals: Rows, metrics: Rows, borders: Sequence[int]) -> list[str]:
-    """The paper's dynamics of search (arXiv 2503.19470, section 4), on held-out questions: empty
-    text where nothing searches."""
-    found = [summarise(row)["scores"] for row in evals]
-    shares = (("em", "exact match"), ("f1", "F1"), ("judged", "judged right"))
-    return [
-        _evals_chart("Held-out answers", shares, found, evals, metrics, borders, top=1.0),
-        _evals_chart(
-            "Held-out searches", (("searches", "an episode"),), found, evals, metrics, borders
-        ),
-        _evals_chart(
-            "Held-out response", (("response", "tokens"),), found, evals, metrics, borders
-        ),
-    ]
+def _charts() -> list[tuple[str, list[Measure]]]:
+    """The measures by their chart, in the order of the table."""
+    titles = dict.fromkeys(m.curve for m in MEASURES if m.curve)
+    return [(title, [m for m in MEASURES if m.curve == title]) for title in titles]
 
 
 def _evals_chart(
     title: str,
-    names: Sequence[tuple[str, str]],
-    found: Sequence[Mapping[str, Interval | None]],
+    measures: Sequence[Measure],
+    found: Sequence[Mapping[str, Any]],
     evals: Rows,
     metrics: Rows,
     borders: Sequence[int],
-    top: float | None = None,
 ) -> str:
     """A chart of some numbers of each evaluation over the steps that came before it."""
     lines, bands = [], []
-    for key, name in names:
+    for measure in measures:
         points, band = [], []
         for row, numbers in zip(evals, found, strict=True):
             done = (row.get("stage", 0), row.get("step", 0))
             x = float(sum((m.get("stage", 0), m.get("step", 0)) < done for m in metrics))
-            if (number := numbers.get(key)) is not None:
+            if (number := numbers.get(measure.key)) is not None:
                 points.append((x, number.value))
                 band.append((x, number.low, number.high))
-        lines.append((name, [points] if points else []))
+        lines.append((measure.label, [points] if points else []))
         bands.append(band)
-    return _chart(title, lines, len(metrics), borders, bands=bands, top=top)
+    top = 1.0 if all(m.kind == "fraction" for m in measures) else None
+    return _chart(f"{title}, held out", lines, len(metrics), borders, bands=bands, top=top)
 
 
 def _chart(

@@ -9,32 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minirl.record.evals import COUNTS, compare, summarise
+from minirl.record.evals import compare, summarise
+from minirl.record.measures import MEASURES, OUTCOMES, measure
 from minirl.record.report.html import Rows, table, text
 from minirl.record.statistics import Difference, Interval
 
-SHARES = (
-    ("first", "First try"),
-    ("second", "Within two tries"),
-    ("fixed", "Failures fixed by the retry"),
-)
-SCORES = {
-    "em": "Exact match",
-    "f1": "F1",
-    "judged": "Judged right",
-    "format": "Good form",
-    "recall": "Gold paragraphs shown",
-    "searches": "Searches",
-    "response": "Tokens, results included",
-    "majority": "Majority of the samples",
-    "reranked": "Best sample by reward model",
-    "lucky": "Right letters below another value",
-    "steps": "Actions",
-    "calls": "Tool calls",
-    "errors": "Tool errors",
-    "malformed": "Unreadable actions",
-    "answered": "Answered",
-}
+SHARES = tuple((m.key, m.title) for m in OUTCOMES)
+SCORES = {m.key: m.title for m in MEASURES if m.source in ("score", "pick")}
 
 
 def evaluations_html(evals: Rows) -> str:
@@ -202,7 +183,7 @@ def _scores(said: Sequence[dict[str, Any]]) -> str:
 
 def _score(name: str, said: Mapping[str, Any]) -> str:
     found: Interval | None = said["scores"].get(name)
-    if found is None or name not in COUNTS:
+    if found is None or measure(name).kind != "count":
         judged = (
             f" <small>{said['counted'].get(name, 0)} of {said['problems'] * said['samples']}"
             " judged</small>"

@@ -34,7 +34,7 @@ from minirl.methods.search.search import EMPTY, NO_MORE, called, instructions, s
 from minirl.recipe import Sampling
 from minirl.record.closed_run import LATER
 from minirl.record.evals import summarise
-from minirl.record.metrics import Facts, means
+from minirl.record.metrics import EpisodeStats, average
 from minirl.record.progress import Progress
 from minirl.retrieve import Passage
 from minirl.rollout import Lookup, Play, Talk, play
@@ -458,7 +458,7 @@ def test_what_is_counted() -> None:
         played(FIRST, LAST),
         played("<think></think><answer>\\boxed{Putney Hill}</answer>"),
     ]
-    found = means([Facts.of(e) for e in episodes])
+    found = average([EpisodeStats.of(e) for e in episodes])
     lengths = [len(e.tokens) - len(e.turns[0].tokens) for e in episodes]
     assert found["em"] == pytest.approx(2 / 3)
     assert found["f1"] == pytest.approx((1 + 1 + 2 / 3) / 3)

@@ -262,7 +262,7 @@ def test_curves_break_at_stages_and_skip_what_is_missing(page: tuple[str, Page])
     runs = re.findall(r'class="curve s1" points="([^"]+)"', reward)
     assert [len(run.split()) for run in runs] == [6, 60]
     assert reward.count('class="border"') == 1
-    norm = source.split('aria-label="Gradient norm"')[1].split("</svg>")[0]
+    norm = source.split('aria-label="Gradient norm before clipping"')[1].split("</svg>")[0]
     assert [len(run.split()) for run in re.findall(r'class="curve s1" points="([^"]+)"', norm)] == [
         59
     ]  # NaN was stored as null
@@ -291,7 +291,7 @@ def test_a_run_that_has_barely_begun(tmp_path: Path) -> None:
         with (tmp_path / "run/metrics.jsonl").open("a") as file:
             file.write('{"stage":0,"st')  # a row that is being written
         text = Page(write_report(tmp_path / "run").read_text()).text
-    assert "First try" in text
+    assert "1st try" in text
     assert "What changed" not in text
     assert "pass@k" not in text
 
