@@ -25,7 +25,7 @@ from minirl.loop.step_scores import StepScorer
 from minirl.methods.swirl.filters import Judged, approved, marked, passes, tally
 from minirl.methods.swirl.states import actions
 from minirl.record.closed_run import read_position, weights_digest
-from minirl.record.report.filter_counts import summary
+from minirl.record.report.filters import describe_filter
 from minirl.record.state import Position
 
 
@@ -49,7 +49,7 @@ def filter_stage(s: Session, index: int, stage: recipe.Filter) -> None:
         if s.asked_to_stop():
             raise Interrupted
     s.accelerator.wait_for_everyone()  # the next stage reads what the main process has just written
-    for line in summary(
+    for line in describe_filter(
         [row for row in s.run.rows("metrics") if row["stage"] == index],
         asked=stage.judge is not None,
     ):

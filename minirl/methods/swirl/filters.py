@@ -3,7 +3,7 @@ section 3).
 
 Invariant: pure. A step that was not scored is not approved, a trajectory without steps passes no
 process filter, and what is counted adds up over the parts that trajectories are judged in
-(filter_counts.py says what it comes to).
+(record/report/filters.py says what it comes to).
 """
 
 from __future__ import annotations

@@ -1,184 +1,189 @@
-"""The curves of a report: small charts as inline SVG, over all steps of all stages.
+"""The curves of a report: coordinates of small SVG charts over all steps of all stages.
 
-Invariant: a number that is missing or not finite leaves a gap, never a wrong point, and every title
-and name is this file's own text, so nothing here needs escaping.
+Invariant: a number that is missing or not finite leaves a gap, never a wrong point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby, pairwise
 from math import ceil, floor, log10
-from typing import Any
+from typing import Any, NamedTuple
 
-from minirl.record.evals import summarise
+from minirl.record.evals import Row, summarise
 from minirl.record.measures import MEASURES, Measure
+from minirl.record.report.rows import Rows, is_number
 
-Rows = Sequence[Mapping[str, Any]]
 Point = tuple[float, float]
+WIDTH, HEIGHT = 360, 190
+LEFT, RIGHT, TOP, BOTTOM = 44, 350, 12, 168  # of the plot inside the picture
+AREA = {
+    "width": WIDTH,
+    "height": HEIGHT,
+    "left": LEFT,
+    "right": RIGHT,
+    "top": TOP,
+    "bottom": BOTTOM,
+}
+SMOOTHED = 30
+"""A line of more points is drawn faintly under its running mean."""
 
-LARGEST = 1e300  # an int may be larger than any float
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 44, 10, 12, 22
+
+class Series(NamedTuple):
+    """One line of a chart in its own units."""
+
+    name: str
+    runs: list[list[Point]]  # without a break
+    band: Sequence[tuple[float, float, float]] = ()  # x, low, high
 
 
-def curves(rows: Mapping[str, Rows]) -> str:
-    """Small charts over all steps of all stages, in the order they were made."""
-    metrics = [{**row, **_dead_share(row)} for row in rows["metrics"]]
-    place = {
-        (row.get("stage"), row.get("step")): number for number, row in enumerate(metrics, start=1)
-    }
+class Line(NamedTuple):
+    """One line of a chart in the picture's units; a path is SVG's `points`."""
+
+    number: int  # of its colour
+    name: str
+    band: str
+    raw: list[str]
+    paths: list[str]
+    dots: list[tuple[str, str, str]]  # x, y, value
+
+
+class Chart(NamedTuple):
+    """One chart as the template writes it; numbers as text."""
+
+    title: str
+    ticks: list[tuple[str, str]]  # y, label
+    borders: list[str]  # x of each border between stages
+    steps: list[tuple[str, int]]  # x, label
+    lines: list[Line]
+
+
+def draw_charts(rows: Mapping[str, Rows]) -> list[Chart]:
+    """The charts that have any number: held-out ones first, steps in the order of the run. rows:
+    those of metrics, timings and evals."""
+    metrics, evals = [_with_dead_share(row) for row in rows["metrics"]], rows["evals"]
     borders = [
         number
         for number, (a, b) in enumerate(pairwise(metrics), start=1)
         if a.get("stage") != b.get("stage")
     ]
-    found = [{**said, **said["scores"]} for said in map(summarise, rows["evals"])]
-    charts = [_evals_chart(*chart, found, rows["evals"], metrics, borders) for chart in _charts()]
-    for title, measures in _charts():
-        lines = []
-        for measure in measures:
-            numbers = [
-                (row.get("stage"), (float(x), float(row[measure.key])))
-                for row in (rows["timings"] if measure.source == "timing" else metrics)
-                if (x := place.get((row.get("stage"), row.get("step"))))
-                and is_number(row.get(measure.key))
-            ]
-            runs = groupby(numbers, key=lambda pair: pair[0])
-            lines.append((measure.label, [[point for _, point in run] for _, run in runs]))
-        charts.append(_chart(title, lines, len(metrics), borders))
-    drawn = "".join(charts)
-    note = "Over all steps; dotted lines stand between stages, thick lines are running means."
-    return (
-        f'<section><h2>Curves</h2><div class="charts">{drawn}</div><p'
-        f' class="note">{note}</p></section>'
-        if drawn
-        else ""
-    )
-
-
-def is_number(value: Any) -> bool:
-    """Whether it can be drawn or added up."""
-    return isinstance(value, int | float) and abs(value) <= LARGEST
-
-
-def _dead_share(row: Mapping[str, Any]) -> dict[str, float]:
-    dead, groups = row.get("dead"), row.get("groups")
-    return {"dead_share": dead / groups} if is_number(dead) and is_number(groups) and groups else {}
-
-
-def _charts() -> list[tuple[str, list[Measure]]]:
-    """The measures by their chart, in the order of the table."""
+    place = {(row.get("stage"), row.get("step")): n for n, row in enumerate(metrics, start=1)}
     titles = dict.fromkeys(m.curve for m in MEASURES if m.curve)
-    return [(title, [m for m in MEASURES if m.curve == title]) for title in titles]
+    groups = [(title, [m for m in MEASURES if m.curve == title]) for title in titles]
+    steps = [_steps_before(row, metrics) for row in evals]
+    summaries = [{**summary, **summary["scores"]} for summary in map(summarise, evals)]
+    charts = []
+    for title, measures in groups:
+        series = [_held_out_series(m, steps, summaries) for m in measures]
+        top = 1.0 if all(m.kind == "fraction" for m in measures) else None
+        charts.append(_draw(f"{title}, held out", series, len(metrics), borders, top, dots=True))
+    for title, measures in groups:
+        series = [
+            _step_series(m, rows["timings"] if m.source == "timing" else metrics, place)
+            for m in measures
+        ]
+        charts.append(_draw(title, series, len(metrics), borders))
+    return [chart for chart in charts if chart is not None]
 
 
-def _evals_chart(
+def _with_dead_share(row: Row) -> Row:
+    dead, groups = row.get("dead"), row.get("groups")
+    if is_number(dead) and is_number(groups) and groups:
+        return {**row, "dead_share": dead / groups}
+    return row
+
+
+def _steps_before(evaluation: Row, metrics: Rows) -> float:
+    """How many steps the run had made when it was evaluated."""
+    done = (evaluation.get("stage", 0), evaluation.get("step", 0))
+    return float(sum((row.get("stage", 0), row.get("step", 0)) < done for row in metrics))
+
+
+def _held_out_series(measure: Measure, steps: Sequence[float], summaries: Rows) -> Series:
+    found = [
+        (x, interval)
+        for x, summary in zip(steps, summaries, strict=True)
+        if (interval := summary.get(measure.key)) is not None
+    ]
+    points = [(x, interval.value) for x, interval in found]
+    band = [(x, interval.low, interval.high) for x, interval in found]
+    return Series(measure.label, [points] if points else [], band)
+
+
+def _step_series(measure: Measure, rows: Rows, place: Mapping[tuple[Any, Any], int]) -> Series:
+    """A run of points for each stage."""
+    points = [
+        (row.get("stage"), (float(x), float(row[measure.key])))
+        for row in rows
+        if (x := place.get((row.get("stage"), row.get("step")))) and is_number(row.get(measure.key))
+    ]
+    runs = groupby(points, key=lambda pair: pair[0])
+    return Series(measure.label, [[point for _, point in run] for _, run in runs])
+
+
+def _draw(
     title: str,
-    measures: Sequence[Measure],
-    found: Sequence[Mapping[str, Any]],
-    evals: Rows,
-    metrics: Rows,
-    borders: Sequence[int],
-) -> str:
-    """A chart of some numbers of each evaluation over the steps that came before it."""
-    lines, bands = [], []
-    for measure in measures:
-        points, band = [], []
-        for row, numbers in zip(evals, found, strict=True):
-            done = (row.get("stage", 0), row.get("step", 0))
-            x = float(sum((m.get("stage", 0), m.get("step", 0)) < done for m in metrics))
-            if (number := numbers.get(measure.key)) is not None:
-                points.append((x, number.value))
-                band.append((x, number.low, number.high))
-        lines.append((measure.label, [points] if points else []))
-        bands.append(band)
-    top = 1.0 if all(m.kind == "fraction" for m in measures) else None
-    return _chart(f"{title}, held out", lines, len(metrics), borders, bands=bands, top=top)
-
-
-def _chart(
-    title: str,
-    lines: Sequence[tuple[str, list[list[Point]]]],
+    series: Sequence[Series],
     steps: int,
     borders: Sequence[int],
-    *,
-    bands: Sequence[Sequence[tuple[float, float, float]]] = (),
     top: float | None = None,
-) -> str:
-    """One chart as inline SVG; each line is a name and its unbroken runs of points. Empty text when
-    there is no point."""
-    values = [y for _, runs in lines for run in runs for _, y in run]
+    *,
+    dots: bool = False,
+) -> Chart | None:
+    """One chart; None when there is no point. top: the end of the axis; dots: mark each point."""
+    values = [y for line in series for run in line.runs for _, y in run]
     if not values:
-        return ""
-    marked = ticks(
-        min(0.0, *values),
-        max(*values, *(h for band in bands for *_, h in band), 0.0) if top is None else top,
-    )
+        return None
+    if top is None:
+        top = max(*values, *(high for line in series for *_, high in line.band), 0.0)
+    marked = ticks(min(0.0, *values), top)
     low, high = marked[0], marked[-1]
 
-    def at(x: float, y: float) -> str:
-        across = LEFT + (WIDTH - LEFT - RIGHT) * x / max(1, steps)
-        return f"{across:.1f},{HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - low) / (high - low):.1f}"
+    def place(x: float, y: float) -> tuple[str, str]:
+        across = LEFT + (RIGHT - LEFT) * x / max(1, steps)
+        return f"{across:.1f}", f"{BOTTOM - (BOTTOM - TOP) * (y - low) / (high - low):.1f}"
 
-    marks = []
-    for tick in marked:
-        x, y = at(0, tick).split(",")
-        marks.append(f'<line class="grid" x1="{x}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        marks.append(
-            f'<text x="{LEFT - 6}" y="{float(y) + 3.5:.1f}" text-anchor="end">{tick:.4g}</text>'
-        )
-    for border in borders:
-        x = at(border + 0.5, low).split(",")[0]
-        marks.append(f'<line class="border" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    for step in {0, steps // 2, steps} if steps > 1 else {0, steps}:
-        marks.append(
-            f'<text x="{at(step, low).split(",")[0]}" y="{HEIGHT - 6}"'
-            f' text-anchor="middle">{step}</text>'
-        )
-    for number, band in enumerate(bands, start=1):
-        outline = [at(x, h) for x, _, h in band] + [at(x, lo) for x, lo, _ in reversed(band)]
-        marks += (
-            [f'<polygon class="band s{number}" points="{" ".join(outline)}"/>']
-            if len(band) > 1
-            else []
-        )
-    for number, (_, runs) in enumerate(lines, start=1):
-        marks += [mark for run in runs for mark in _run(run, number, at, dots=bool(bands))]
-    key = "".join(
-        f'<i class="s{n}"></i>{name}' for n, (name, runs) in enumerate(lines, start=1) if runs
-    )
-    picture = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
-        f' aria-label="{title}">{"".join(marks)}</svg>'
-    )
-    return (
-        f'<figure class="chart"><figcaption>{title}<span'
-        f' class="key">{key}</span></figcaption>{picture}</figure>'
+    return Chart(
+        title,
+        ticks=[(place(0, tick)[1], f"{tick:.4g}") for tick in marked],
+        borders=[place(border + 0.5, low)[0] for border in borders],
+        steps=[(place(step, low)[0], step) for step in sorted({0, steps // 2, steps})],
+        lines=[
+            _draw_line(number, line, place, dots=dots)
+            for number, line in enumerate(series, start=1)
+            if line.runs
+        ],
     )
 
 
-def _run(points: Sequence[Point], number: int, at: Any, *, dots: bool) -> list[str]:
-    """A line; over 30 points a faint one under its running mean; points as dots where they are
-    few."""
-    marks = []
-    path = " ".join(at(x, y) for x, y in points)
-    if len(points) > 30 and not dots:
-        marks.append(f'<polyline class="curve raw s{number}" points="{path}"/>')
-        mean, keep, smooth = points[0][1], 1 - 20 / len(points), []
-        for x, y in points:
-            mean = keep * mean + (1 - keep) * y
-            smooth.append(at(x, mean))
-        path = " ".join(smooth)
-    if len(points) > 1:
-        marks.append(f'<polyline class="curve s{number}" points="{path}"/>')
-    if dots or len(points) == 1:
-        for x, y in points:
-            cx, cy = at(x, y).split(",")
-            marks.append(
-                f'<circle class="point s{number}" cx="{cx}" cy="{cy}"'
-                f' r="3"><title>{y:.4g}</title></circle>'
-            )
-    return marks
+def _draw_line(
+    number: int, line: Series, place: Callable[[float, float], tuple[str, str]], *, dots: bool
+) -> Line:
+    """A run of one point is a dot; a long one gets a running mean."""
+
+    def path(points: Sequence[Point]) -> str:
+        return " ".join(",".join(place(x, y)) for x, y in points)
+
+    most = float("inf") if dots else SMOOTHED
+    curves = [_running_mean(run) if len(run) > most else run for run in line.runs if len(run) > 1]
+    outline = [(x, high) for x, _, high in line.band] + [(x, low) for x, low, _ in line.band[::-1]]
+    marked = [point for run in line.runs if dots or len(run) == 1 for point in run]
+    return Line(
+        number,
+        line.name,
+        band=path(outline) if len(line.band) > 1 else "",
+        raw=[path(run) for run in line.runs if len(run) > most],
+        paths=[path(run) for run in curves],
+        dots=[(*place(x, y), f"{y:.4g}") for x, y in marked],
+    )
+
+
+def _running_mean(points: Sequence[Point]) -> list[Point]:
+    mean, keep, smooth = points[0][1], 1 - 20 / len(points), []
+    for x, y in points:
+        mean = keep * mean + (1 - keep) * y
+        smooth.append((x, mean))
+    return smooth
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -38,7 +38,7 @@ from minirl.loop.step_scores import rewarded
 from minirl.methods.swirl.filters import Judged, approved, marked, passes, process, tally
 from minirl.methods.swirl.rules import Rules, reader, search_reader
 from minirl.methods.swirl.states import actions
-from minirl.record.report.filter_counts import filter_agreement, summary
+from minirl.record.report.filters import describe_filter, filter_agreement
 from minirl.tasks import Task
 
 Q = "Ann has 48 clips and sold half. How many?"
@@ -466,7 +466,7 @@ def test_tally_and_agreement() -> None:
     assert filter_agreement({"pairs_11": 3}, "pairs") == (1.0, 1.0, 3)
     halves = [tally(ALL[:3], "process", 0.5), tally(ALL[3:], "process", 0.5)]
     assert {name: sum(h[name] for h in halves) for name in counts} == counts
-    assert summary(halves, asked=True) == [
+    assert describe_filter(halves, asked=True) == [
         "8 trajectories, 15 states; kept 3 (37.5%)",
         "outcome right 4 (50.0%), unknown 1 (12.5%); process 3 (37.5%); both 1 (12.5%)",
         "steps approved 73.3%; 1 verdicts unreadable, 1 unanswered: not approved",

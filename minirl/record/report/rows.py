@@ -1,10 +1,11 @@
-"""What the report relies on in the rows of a run, checked as they are read.
+"""The rows of a run that the report shows, checked as they are read.
 
-Invariant: a row whose shape no run writes is named by its file and line.
+Invariant: a malformed row is rejected, naming its file and line.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from minirl.errors import UserError
 from minirl.io.files import read_rows
 
+Rows = Sequence[Mapping[str, Any]]
+LARGEST = 1e300  # an int may be larger than any float
+
 
 class _Row(BaseModel):
-    """Any row; what is not named here is drawn where it is a number and left out where it is
-    none."""
+    """Any row; of the values not named here, numbers are drawn and others left out."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     stage: int = 0
@@ -52,9 +55,9 @@ _SHAPES: dict[str, type[_Row]] = {
 }
 
 
-def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The rows of `name`.jsonl in a run folder, none where it is absent. Raises UserError for one
-    that no run writes."""
+def read_checked(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of `name`.jsonl in a run folder, none if it is absent. Raises UserError for a
+    malformed row."""
     path, shape = folder / f"{name}.jsonl", _SHAPES.get(name, _Row)
     rows = read_rows(path)
     for number, row in enumerate(rows, start=1):
@@ -65,3 +68,8 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
             where = ".".join(map(str, first["loc"]))
             raise UserError(f"{path}:{number}: {where}: {first['msg']}; mend the line") from error
     return rows
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value can be drawn or added up."""
+    return isinstance(value, int | float) and abs(value) <= LARGEST
