@@ -126,7 +126,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Reply], Server]]:
-    monkeypatch.setattr("minirl.judge.endpoint.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("minirl.io.http.FIRST_PAUSE_S", 0.01)
     servers: list[Server] = []
 
     def start(reply: Reply) -> Server:

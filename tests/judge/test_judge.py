@@ -329,6 +329,7 @@ def test_a_missing_key_and_a_node_that_is_none() -> None:
             recipe.Judge.model_validate(wrong)
 
 
+@pytest.mark.slow
 def test_the_base_judges_without_the_adapter(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     loaded = models.load_model(

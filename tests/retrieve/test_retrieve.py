@@ -4,7 +4,6 @@ servers good and bad."""
 from __future__ import annotations
 
 import contextlib
-import http.server
 import json
 import math
 import os
@@ -15,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from minirl.errors import UserError
+from minirl.io import http
 from minirl.recipe import retriever as nodes
 from minirl.recipe.retriever import Bm25Retriever, RemoteRetriever
-from minirl.retrieve import Passage, bm25, cache, corpora, open_retriever, remote
+from minirl.retrieve import Passage, bm25, cache, corpora, open_retriever
 from minirl.retrieve.bm25 import Bm25, query_words, words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -763,6 +764,7 @@ print(index.search(["word77"], 5)[0][0].id, len(index.search(["common"], 9)[0]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_build_once(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     names = ["a", "b"]
@@ -817,7 +819,7 @@ def test_nodes_of_a_recipe() -> None:
 Reply = Callable[["_Handler", dict[str, Any]], None]
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(BaseHTTPRequestHandler):
     reply: Reply
     asked: list[dict[str, Any]]
 
@@ -848,13 +850,13 @@ Serve = Callable[[Reply], tuple[str, list[dict[str, Any]]]]
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
-    servers: list[http.server.ThreadingHTTPServer] = []
+    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.01)
+    servers: list[ThreadingHTTPServer] = []
 
     def start(reply: Reply) -> tuple[str, list[dict[str, Any]]]:
         asked: list[dict[str, Any]] = []
         handler = type("Handler", (_Handler,), {"reply": reply, "asked": asked})
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         server.daemon_threads = True
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -914,17 +916,15 @@ def test_a_passing_fault_is_asked_again(serve: Serve, status: int) -> None:
 
 def test_a_server_that_stays_down_is_given_up(serve: Serve) -> None:
     url, asked = serve(lambda handler, question: handler.send(b"", 503))
-    assert "no answer in 3 tries (HTTPError: HTTP Error 503" in fault(url, retries=2)
+    assert "no answer in 3 tries (HTTP 503" in fault(url, retries=2)
     assert len(asked) == 3
-    assert "no answer in 2 tries (URLError: <urlopen error [Errno " in fault(
-        "http://127.0.0.1:9/search", retries=1
-    )
+    assert "no answer in 2 tries (ConnectError: " in fault("http://127.0.0.1:9/search", retries=1)
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 301, 302, 307])
 def test_a_refusal_is_not_asked_again(serve: Serve, status: int) -> None:
     url, asked = serve(lambda handler, question: handler.send(b"no", status, Location="/other"))
-    assert f"the server refused (HTTPError: HTTP Error {status}" in fault(url)
+    assert f"the server refused (HTTP {status}" in fault(url)
     assert asked == [{"queries": ["a", "b"], "k": 2}]
 
 
@@ -952,7 +952,7 @@ def test_nonsense_is_refused_in_one_line(serve: Serve, body: bytes, said: str) -
 
 
 def test_an_endless_answer_is_bounded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "MAX_BYTES", 300_000)
+    monkeypatch.setattr(http, "MAX_BYTES", 300_000)
 
     def reply(handler: _Handler, question: dict[str, Any]) -> None:
         handler.send_response(200)
@@ -961,7 +961,7 @@ def test_an_endless_answer_is_bounded(serve: Serve, monkeypatch: pytest.MonkeyPa
             handler.wfile.write(b" " * 10_000)
 
     url, asked = serve(reply)
-    assert "got an answer of more than 300000 bytes" in fault(url)
+    assert "(more than 300000 bytes)" in fault(url)
     assert len(asked) == 1
 
 
@@ -976,7 +976,9 @@ def test_a_server_that_drips_is_not_waited_for(serve: Serve) -> None:
     for quiet in (True, False):
         url, asked = serve((lambda handler, question: time.sleep(5)) if quiet else reply)
         start = time.monotonic()
-        assert "no answer in 2 tries (TimeoutError" in fault(url, timeout_s=0.3, retries=1)
+        assert "no answer in 2 tries (no whole answer within 0.3 s)" in fault(
+            url, timeout_s=0.3, retries=1
+        )
         assert time.monotonic() - start < 2
         assert len(asked) == 2
 

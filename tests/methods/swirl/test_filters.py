@@ -316,7 +316,7 @@ def test_a_dead_judge_is_not_waited_for_at_every_ask(
 def test_a_hanging_judge_costs_one_time_out_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: retries and pauses paid again at every step, requests that are given up and go on
     beside the next."""
-    monkeypatch.setattr("minirl.judge.endpoint.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("minirl.io.http.FIRST_PAUSE_S", 0.01)
     cases = [StepCase(str(n), (), "m") for n in range(40)]
     with Hanging() as server:
         sampler = EndpointSampler(
