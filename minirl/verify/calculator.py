@@ -1,9 +1,9 @@
 """The calculator: exact arithmetic on what a model writes, units, currency, thousands commas and
 percent signs and all.
 
-Invariant: pure, total and bounded. The text is read into numbers, + - * / ^ and brackets or refused
-with words; nothing is ever executed, numbers are exact fractions of bounded size, and what could
-mean two things is refused rather than guessed.
+Invariant: pure, total and bounded. The text is read into numbers, + - * / ^ and brackets, or
+refused with a reason; nothing is ever executed, numbers are exact fractions of bounded size, and an
+ambiguous text is refused rather than guessed at.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ FRACTIONS = {
     )
 }
 """Fractions that are one character, and their values."""
+SCALES = {"hundred": 100, "thousand": 1000, "dozen": 12}
+SCALES |= {"million": 10**6, "billion": 10**9, "trillion": 10**12}
+"""Words that multiply the number before them."""
 _HALF = f"[{''.join(FRACTIONS)}]"
 _PLAIN = (
     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])|[0-9]+(?!,[0-9]))(?:\.[0-9]+|\.(?![0-9.]))?|\.[0-9]+"
@@ -37,7 +40,8 @@ _LETTER = "[^\\W\\d_²³¹⁰-ₜ¼-¾⅐-⅟↉]"
 _WORD = rf"{_LETTER}+(?:['’]{_LETTER}+)?"
 _TOKEN = re.compile(
     rf"\s*(?:(?P<mixed>[0-9]+\s+[0-9]+/[0-9]+(?![0-9.,])|[0-9]*\s*{_HALF})"
-    rf"|(?P<number>(?:{_PLAIN})(?:[eE][+-]?[0-9]{{1,2}}(?![\w.]))?)(?:\.\.\.|…)?|(?P<operator>\*\*|[-+*/^()])|(?P<percent>%)|(?P<currency>{_CURRENCY})|(?P<word>{_WORD}))"
+    rf"|(?P<number>(?:{_PLAIN})(?:[eE][+-]?[0-9]{{1,2}}(?![\w.]))?)(?:\.\.\.|…)?"
+    rf"|(?P<operator>\*\*|[-+*/^()])|(?P<percent>%)|(?P<currency>{_CURRENCY})|(?P<word>{_WORD}))"
 )
 # After a number a word is its unit, with a power of its own: 5 m^2, 3 apples.
 _UNIT_TAIL = re.compile(r"(?:\^[23](?![0-9.])|[²³])?")
@@ -46,63 +50,40 @@ _AMOUNT = rf"{_CURRENCY}\s*(?:{_PLAIN})"
 # $5/hour, 60 km/h.
 _RATE = re.compile(rf"(?:{_AMOUNT}|[^\W\d_](?:\^[23]|[²³])?)/\Z")
 _MONEY = re.compile(rf"{_AMOUNT}\s*\Z")
-_SCALES = {
-    "hundred": 100,
-    "thousand": 1000,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-    "dozen": 12,
-    "k": 1000,
-}
-_SCALES |= {"mn": 10**6, "bn": 10**9}
+_SCALES = SCALES | {"k": 1000, "mn": 10**6, "bn": 10**9}
 _OF_MONEY = {"m": 10**6, "b": 10**9}  # $5m; 5 m are metres
 _WORDED = {"plus": "+", "minus": "-", "times": "*", "x": "*", "of": "*", "over": "/"}
 _WORDED_BY = {"divided": "/", "multiplied": "*"}
 _NO_UNITS = frozenset(
     re.findall(
         r"\w+",
-        """a b c d e f i j n p q r t u v w y z pi and or not nor to than squared cubed half halves third thirds quarter quarters twice
-        fifths sixths sevenths eighths ninths tenths hundredths thousandths
-        double triple π sqrt sum mod modulo log ln sin cos tan abs round min max factorial equals is are was if then versus vs divided
-        multiplied by zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty
-        ninety point percentage mil bil tn""",
+        """a b c d e f i j n p q r t u v w y z pi and or not nor to than squared cubed
+        half halves third thirds quarter quarters twice fifths sixths sevenths eighths ninths tenths
+        hundredths thousandths double triple π sqrt sum mod modulo log ln sin cos tan abs round
+        min max factorial equals is are was if then versus vs divided multiplied by zero one two
+        three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty
+        seventy eighty ninety point percentage mil bil tn""",
     )
 )
 _PERCENT = ("percent", "pct")
-_PARTS = re.compile(
-    r"(?:fif|six|seven|eigh|nin|ten|hundred|thousand)th\Z"
-)  # 1 fifth of 10; but 20 fifth graders
+# 1 fifth of 10; but 20 fifth graders
+_PARTS = re.compile(r"(?:fif|six|seven|eigh|nin|ten|hundred|thousand)th\Z")
 _WORKED = re.compile(
     rf"(?:[0-9)]|{_HALF}).*?(?:[-+*/^%]|\b(?:plus|minus|times|x|of|over|by|percent|pct)\b)",
     re.IGNORECASE,
 )
 _OF_HUNDRED = "p"
-_SIGNS = str.maketrans(
-    {
-        "×": "*",
-        "·": "*",
-        "∙": "*",
-        "÷": "/",
-        "⁄": "/",
-        "∕": "/",
-        "−": "-",
-        "–": "-",
-        "—": "-",
-        "﹣": "-",
-        "－": "-",
-    }
-)
+_SIGNS = str.maketrans("×·∙÷⁄∕−–—﹣－", "***///-----")
 _BRACKETS = str.maketrans("[]{}", "()()")
 _PER_CENT = re.compile(r"\bper\s+cent\b", re.IGNORECASE)
 
 
 class CalculatorError(ValueError):
-    """Why an expression has no value, in words for the model that wrote it."""
+    """The reason why an expression has no value, in words for the model that wrote it."""
 
 
 def reply(expression: str) -> str:
-    """What the tool answers: the value as people write it, or "error: " and why there is none."""
+    """The tool's reply: the value as people write it, or "error: " and the reason."""
     try:
         return format_value(evaluate(expression))
     except CalculatorError as error:
@@ -110,23 +91,16 @@ def reply(expression: str) -> str:
 
 
 def evaluate(expression: str) -> Fraction:
-    """The exact value. "A = B" is valued by the side that is worked out: "48/2 = 24" and "x = 48/2"
-    both as 48/2.
+    """The exact value; a percent sign divides by 100 ("20% of 50" is 10). "48/2 = 24" and "x =
+    48/2" both have the value of 48/2.
 
-    A percent sign divides by 100 ("20% of 50" is 10). Raises CalculatorError for anything that is
-    not plainly one expression.
+    Raises CalculatorError for anything that is not plainly one expression.
     """
     if len(expression) > MAX_CHARS:
         raise CalculatorError(f"more than {MAX_CHARS} characters")
-    text = (
-        expression.translate(_SIGNS)
-        .translate(_BRACKETS)
-        .replace("\\$", "$")
-        .replace("\\%", "%")
-        .strip(" \t\r\n`")
-        .rstrip(".?;: ")
-    )
-    code, numbers = _read(pick_side(_PER_CENT.sub("percent", text)))
+    text = expression.translate(_SIGNS).translate(_BRACKETS)
+    text = text.replace("\\$", "$").replace("\\%", "%").strip(" \t\r\n`").rstrip(".?;: ")
+    code, numbers = _tokenise(pick_side(_PER_CENT.sub("percent", text)))
     try:
         tree = ast.parse(code, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -138,7 +112,7 @@ def evaluate(expression: str) -> Fraction:
 
 
 def format_value(value: Fraction) -> str:
-    """A value as people write it: 24, 0.2, -1.5, and 3.333333... where the decimals go on."""
+    """A value as people write it: 24, 0.2, -1.5, and 3.333333... if the decimals go on."""
     if value.denominator == 1:
         return str(value.numerator)
     places = DECIMALS
@@ -154,21 +128,20 @@ def format_value(value: Fraction) -> str:
 
 
 def pick_side(text: str) -> str:
-    """The first side of an equation that has an operator behind a number; where none has, the first
-    with a number."""
+    """The first side of an equation that has an operator behind a number, else the first with a
+    number."""
     sides = [side for side in text.split("=") if re.search(f"[0-9]|{_HALF}", side)]
     return next((side for side in sides if _WORKED.search(side)), sides[0] if sides else text)
 
 
-def _read(text: str) -> tuple[str, list[Fraction]]:
-    """An expression of names n0, n1, ... (p0, p1, ... for what a percent sign means) with their
-    numbers; units and currency are gone."""
+def _tokenise(text: str) -> tuple[str, list[Fraction]]:
+    """An expression of the names n0, n1, ... (p0, p1, ... for a percent sign's 1/100), and the
+    numbers that they stand for; units and currency are gone."""
     code: list[str] = []
     numbers: list[Fraction] = []
-    at, after = (
-        0,
-        "start",
-    )  # after: what stands before `at`: "start", "value" (a number, a bracket closed) or "operator"
+    # after: the kind of token before `at`: "start", "value" (a number, a closed bracket) or
+    # "operator"
+    at, after = 0, "start"
     while at < len(text.rstrip()):
         token = _TOKEN.match(text, at)
         if token is None:
@@ -183,7 +156,7 @@ def _read(text: str) -> tuple[str, list[Fraction]]:
             if after == "value":
                 raise CalculatorError(f"an operator is missing before {said!r}")
             code.append(f"n{len(numbers)}")
-            numbers.append(_number(said))
+            numbers.append(_read_number(said))
             after = "value"
         elif kind == "operator":
             if said == "(" and after == "value":
@@ -195,7 +168,7 @@ def _read(text: str) -> tuple[str, list[Fraction]]:
                 raise CalculatorError("a percent sign without a number before it")
             _scale(code, numbers, Fraction(1, 100), sign=_OF_HUNDRED)
         elif kind == "word":
-            at, after = _word(text, token.start(kind), said, after, code, numbers)
+            at, after = _read_word(text, token.start(kind), said, after, code, numbers)
     if not numbers:
         raise CalculatorError("no numbers to work with")
     return "".join(code), numbers
@@ -208,10 +181,9 @@ def _scale(
     name: str | None = None,
     sign: str = "n",
 ) -> None:
-    """Multiply the last value, a number or what stands in brackets, so that 1 / 50% is 2.
+    """Multiply the last value, a number or a bracket, so that 1 / 50% is 2.
 
-    name: of a scale in words, which is refused after a slash: 1/2 million is half a million to
-    most.
+    name: the scale's word, refused after a slash: 1/2 million is half a million to most.
     """
     start, depth = len(code), 0
     while start and (start == len(code) or depth > 0):
@@ -223,11 +195,11 @@ def _scale(
     numbers.append(factor)
 
 
-def _word(
+def _read_word(
     text: str, start: int, word: str, after: str, code: list[str], numbers: list[Fraction]
 ) -> tuple[int, str]:
-    """The word at `start` is an operator, a scale (million) or a unit; where the text goes on, and
-    what stands before it then."""
+    """Read the word at `start`, an operator, a scale (million) or a unit. Gives the position behind
+    it, and the kind of token that it is to what follows."""
     low, at = word.lower(), start + len(word)
     if low in _WORDED_BY and (by := re.compile(r"\s+by\b", re.IGNORECASE).match(text, at)):
         at, low = by.end(), {"/": "over", "*": "times"}[_WORDED_BY[low]]
@@ -240,18 +212,11 @@ def _word(
     scale = _SCALES.get(low.removesuffix("s") if low != "s" else low)
     if after == "value" and scale is None and low in _OF_MONEY and _MONEY.search(text[:start]):
         scale = _OF_MONEY[low]
-    rest = (
-        after != "value"
-        and scale is None
-        and len(code) > 1
-        and code[-1] == "/"
-        and _RATE.search(text[:start])
-    )  # of a unit: $5/hour
-    if (
-        low in _WORDED
-        or (scale is None and (low in _NO_UNITS or word == "M" or _is_part(low, text[at:])))
-        or (after != "value" and not rest)
-    ):
+    behind_slash = after != "value" and scale is None and len(code) > 1 and code[-1] == "/"
+    rest = behind_slash and _RATE.search(text[:start])  # of a unit: $5/hour
+    is_part = _PARTS.match(low) and re.match(r"\s+of\b", text[at:])
+    no_unit = scale is None and (low in _NO_UNITS or word == "M" or is_part)
+    if low in _WORDED or no_unit or (after != "value" and not rest):
         raise CalculatorError(f"cannot read {word!r}; use numbers, + - * / ^ and brackets")
     if rest:
         code.pop()
@@ -262,28 +227,23 @@ def _word(
     return (tail.end() if tail else at), "value"
 
 
-def _is_part(word: str, rest: str) -> bool:
-    return bool(_PARTS.match(word) and re.match(r"\s+of\b", rest))
-
-
 def _times(text: str, at: int) -> bool:
-    """Whether the x that ends before `at` multiplies: a number follows it, and it is not the one of
-    0x10."""
+    """Whether the x that ends before `at` multiplies: a number follows, and it is not 0x10's."""
     return bool(re.match(rf"\s*[$€£(.]*\s*(?:[0-9]|{_HALF})", text[at:])) and not re.search(
         r"(?<![0-9.,])0x\Z", text[:at]
     )
 
 
-def _number(said: str) -> Fraction:
+def _read_number(said: str) -> Fraction:
     if said[-1] in FRACTIONS:
-        return _bounded(FRACTIONS[said[-1]] + int(said[:-1] or 0))
+        return _check_size(FRACTIONS[said[-1]] + int(said[:-1] or 0))
     if "/" in said:
         whole, num, den = (int(part) for part in re.split(r"\s+|/", said))
         if num >= den:
             raise CalculatorError(f"an operator is missing in {said!r}")
-        return _bounded(Fraction(num, den) + whole)
+        return _check_size(Fraction(num, den) + whole)
     mantissa, _, exponent = said.lower().partition("e")
-    return _bounded(
+    return _check_size(
         Fraction(mantissa.replace(",", "").rstrip(".") or "0") * Fraction(10) ** int(exponent or 0)
     )
 
@@ -301,13 +261,12 @@ def _value(node: ast.expr, numbers: list[Fraction]) -> Fraction:
             sum_of = isinstance(node.op, ast.Add | ast.Sub) and left != 1
             if sum_of and _is_share(node.right) and not _is_share(node.left):
                 raise CalculatorError("a percentage of what? write 20% of 50, or 0.2")
-            return _bounded(_applied(node.op, left, _value(node.right, numbers)))
+            return _check_size(_apply(node.op, left, _value(node.right, numbers)))
     raise CalculatorError("not an expression: see to its operators and brackets")
 
 
 def _is_share(node: ast.expr) -> bool:
-    """Whether it is a percentage, or a sum of such: 100 - 20% means two things, 100% - 20% and 1 -
-    20% do not."""
+    """Whether it is a percentage or a sum of such: 100 - 20% is ambiguous, 100% - 20% is not."""
     match node:
         case ast.BinOp(op=ast.Mult(), right=ast.Name(id=name)):
             return name.startswith(_OF_HUNDRED)
@@ -316,7 +275,7 @@ def _is_share(node: ast.expr) -> bool:
     return False
 
 
-def _applied(operator: ast.operator, left: Fraction, right: Fraction) -> Fraction:
+def _apply(operator: ast.operator, left: Fraction, right: Fraction) -> Fraction:
     match operator:
         case ast.Add():
             return left + right
@@ -333,7 +292,7 @@ def _applied(operator: ast.operator, left: Fraction, right: Fraction) -> Fractio
     raise CalculatorError("use numbers, + - * / ^ and brackets")
 
 
-def _bounded(value: Fraction) -> Fraction:
+def _check_size(value: Fraction) -> Fraction:
     if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
         raise CalculatorError("a number with too many digits")
     return value

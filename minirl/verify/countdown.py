@@ -20,7 +20,7 @@ MAX_DIGITS = 9
 OPEN, CLOSE = "<answer>", "</answer>"
 _ALLOWED = re.compile(r"[0-9+\-*/() ]+")
 _WHOLE = re.compile(rf"[0-9]{{1,{MAX_DIGITS}}}")
-_SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
+_SIGNS = str.maketrans("×·÷−–", "**/--")
 
 
 class InvalidEquation(ValueError):  # noqa: N818 - the paper's name of an error kind
@@ -29,15 +29,15 @@ class InvalidEquation(ValueError):  # noqa: N818 - the paper's name of an error 
 
 
 def find_answer(text: str) -> str | None:
-    """The text inside the last complete <answer> pair, None where there is none."""
+    """The text inside the last complete <answer> pair, None if there is none."""
     end = text.rfind(CLOSE)
     start = text.rfind(OPEN, 0, end) if end >= 0 else -1
     return None if start < 0 else text[start + len(OPEN) : end].strip()
 
 
 def evaluate(expression: str, operators: str = "+-*/") -> tuple[Fraction, list[int]]:
-    """The exact value and the numbers used, left to right. Raises InvalidEquation for anything else
-    than such an expression."""
+    """The exact value and the numbers used, left to right. Raises InvalidEquation if it is not such
+    an expression."""
     expression = expression.translate(_SIGNS)
     if len(expression) > MAX_CHARS or not _ALLOWED.fullmatch(expression):
         raise InvalidEquation(f"not an expression of whole numbers, {operators} and brackets")

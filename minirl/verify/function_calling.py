@@ -31,8 +31,7 @@ def verify(
     text: str,
     credit: FunctionCallingCredit,
 ) -> Verdict:
-    """Score 1.0 when `text` makes exactly the calls of `answers`, else what `credit` gives for the
-    error kind.
+    """Score 1.0 if `text` makes exactly the calls of `answers`, else by `credit` of the error kind.
 
     answers: the gold calls, each {"name", "arguments"}. tools: the offered tools in the xLAM
     schema; only their defaults are read. parts["error_kind"]: "format" (no parsable call), "tool"
@@ -48,47 +47,52 @@ def verify(
 def error_kind(
     answers: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], text: str
 ) -> ErrorKind | None:
-    """What is wrong with `text`; None when it is right."""
+    """The first fault of `text`; None if it is right."""
     calls = parse_calls(text)
     if calls is None:
         return "format"
     if Counter(name for name, _ in calls) != Counter(answer["name"] for answer in answers):
         return "tool"
-    defaults = {tool["name"]: _defaults(tool) for tool in tools}
+    defaults = {tool["name"]: _read_defaults(tool) for tool in tools}
     # With every default filled in, `same` is an equivalence, so taking the first equal call left
     # over is an exact assignment.
     left = [(name, defaults.get(name, {}) | arguments) for name, arguments in calls]
     for answer in answers:
         name = answer["name"]
         gold = defaults.get(name, {}) | answer["arguments"]
-        found = next(
-            (i for i, call in enumerate(left) if call[0] == name and same(gold, call[1])), None
-        )
-        if found is None:
+        equal = (i for i, call in enumerate(left) if call[0] == name and same(gold, call[1]))
+        at = next(equal, None)
+        if at is None:
             return "parameter"
-        del left[found]
+        del left[at]
     return None
 
 
+def write_calls(calls: Sequence[Mapping[str, Any]]) -> str:
+    """Calls as a model is to write them: one tagged JSON object after another."""
+    objects = ({"name": call["name"], "arguments": call["arguments"]} for call in calls)
+    return "\n".join(f"{OPEN}\n{json.dumps(item, ensure_ascii=False)}\n{CLOSE}" for item in objects)
+
+
 def parse_calls(text: str) -> list[Call] | None:
-    """The (name, arguments) of each call in `text`; None when it holds no call, or anything that
+    """The (name, arguments) of each call in `text`; None if it holds no call, or anything that
     claims to be one and is not.
 
     Accepted: <tool_call> blocks, each with one call or a list of them, among any other text; else
     one JSON call or list of calls that is the whole text or the only ``` fence in it. A call has
-    the keys "name" and "arguments" (or "parameters"). What precedes </think> is thought, not a
-    call. An empty list is well formed: it declares that nothing is called.
+    the keys "name" and "arguments" (or "parameters"). Text before </think> is thought, not a call.
+    An empty list is well formed: it declares that nothing is called.
     """
     if len(text) > MAX_CHARS:
         return None
-    blocks = _blocks(text.rpartition("</think>")[2].strip())
+    blocks = _split_blocks(text.rpartition("</think>")[2].strip())
     if blocks is None:
         return None
     calls: list[Call] = []
     for block in blocks:
-        value = _parse(block)
+        value = _parse_json(block)
         for item in value if isinstance(value, list) else [value]:
-            call = _call(item)
+            call = _read_call(item)
             if call is None or len(calls) == MAX_CALLS:
                 return None
             calls.append(call)
@@ -107,8 +111,8 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _blocks(text: str) -> list[str] | None:
-    """The pieces of `text` that must each be JSON; None when its tags or fences do not pair up."""
+def _split_blocks(text: str) -> list[str] | None:
+    """The pieces of `text` that must each be JSON; None if its tags or fences do not pair up."""
     if OPEN in text:
         # Split, not searched with a pattern: linear even where thousands of tags are never closed.
         before, *pieces = text.split(OPEN)
@@ -125,65 +129,65 @@ class _NotStrictError(ValueError):
     """JSON that Python would read but that means different things to different readers."""
 
 
-def _parse(text: str) -> Any:
-    """The JSON value that `text` is; None, which is no call either, for anything else."""
+def _parse_json(text: str) -> Any:
+    """The JSON value of `text`; None, which is no call either, if it is no strict JSON."""
     try:
         value = _DECODER.decode(text.strip())
     except (ValueError, RecursionError):
         return None
     # Anything deep enough for a RecursionError is too deep anyway, so the verdict does not depend
     # on the caller's stack.
-    return value if _shallow(value, MAX_DEPTH) else None
+    return value if _is_shallow(value, MAX_DEPTH) else None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
         raise _NotStrictError("duplicate key")
     return members
 
 
-def _int(digits: str) -> int:
+def _read_int(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise _NotStrictError("huge integer")
     return int(digits)
 
 
-def _float(digits: str) -> float:
+def _read_float(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
         raise _NotStrictError("number too large for a float")
     return value
 
 
-def _constant(name: str) -> NoReturn:
+def _refuse_constant(name: str) -> NoReturn:
     raise _NotStrictError(name)
 
 
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_int=_int, parse_float=_float, parse_constant=_constant
+    object_pairs_hook=_read_object,
+    parse_int=_read_int,
+    parse_float=_read_float,
+    parse_constant=_refuse_constant,
 )
 
 
-def _shallow(value: Any, levels: int) -> bool:
+def _is_shallow(value: Any, levels: int) -> bool:
     if not isinstance(value, (dict, list)):
         return True
-    return levels > 0 and all(
-        _shallow(item, levels - 1)
-        for item in (value.values() if isinstance(value, dict) else value)
-    )
+    items = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_is_shallow(item, levels - 1) for item in items)
 
 
-def _call(value: Any) -> Call | None:
+def _read_call(value: Any) -> Call | None:
     if not isinstance(value, dict) or len(value) != 2:
         return None
     name, arguments = value.get("name"), value.get("arguments", value.get("parameters"))
     return (name, arguments) if isinstance(name, str) and isinstance(arguments, dict) else None
 
 
-def _defaults(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """The stated defaults of a tool in the xLAM schema; a parameter that is marked required has
-    none."""
+def _read_defaults(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a tool in the xLAM schema; a parameter that is marked required has none."""
     parameters = tool.get("parameters") or {}
     return {
         name: spec["default"]

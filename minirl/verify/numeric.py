@@ -1,8 +1,8 @@
 """Numbers: does a text state the gold number? (ReFT, arXiv 2401.08967, section 3: the number after
 the last "the answer is".)
 
-Invariant: pure, total and bounded. A statement counts when it is ONE number in a plain form, with
-or without a unit; a range, two numbers, a denial or a sum that is not worked out states none.
+Invariant: pure, total and bounded. A statement counts if it is ONE number in a plain form, with or
+without a unit; a range, two numbers, a denial or a sum that is not worked out is no number.
 Numbers are exact fractions: a tolerance of 0.01 is not a float near it.
 """
 
@@ -13,21 +13,28 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-from minirl.episode import Verdict
+from minirl.episode import Part, Verdict
 from minirl.recipe.maths import MathsCredit
-from minirl.verify.calculator import FRACTIONS
+from minirl.verify.calculator import FRACTIONS, SCALES
 from minirl.verify.statement import MAX_STATEMENT, find_statement
 
 Evaluate = Callable[[str], float | None]
 
 # A thousands separator stands before groups of exactly three digits; a decimal comma is not read,
 # as 1,234 would then mean two numbers.
-_PLAIN = r"(?:(?:[1-9][0-9]{0,2}(?:(?:,|\{,\}|\\,|[\u2009\u202f])[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++)"
+_PLAIN = (
+    r"(?:(?:[1-9][0-9]{0,2}(?:(?:,|\{,\}|\\,|[\u2009\u202f])[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?"
+    r"|\.[0-9]++)"
+)
 _EXPONENT = r"[+-]?[0-9]{1,3}(?![0-9])"
-_POWER = rf"(?:[eE](?P<e>{_EXPONENT})|\s*(?:[x×*·]|\\times|\\cdot)\s*10\s*(?:\^|\*\*)\s*[{{(]?(?P<power>{_EXPONENT})[)}}]?)"
+_POWER = (
+    rf"(?:[eE](?P<e>{_EXPONENT})"
+    rf"|\s*(?:[x×*·]|\\times|\\cdot)\s*10\s*(?:\^|\*\*)\s*[{{(]?(?P<power>{_EXPONENT})[)}}]?)"
+)
 _CURRENCY = r"(?:\\?\$|[€£¥₹]|(?:rs|usd|us)\b\s*\.?)"
 _LEAD = re.compile(
-    rf"(?:[\s:*_\"'“‘`(\[{{~≈]|\\[(\[]|\\(?:text|mathrm|mathbf)\b|{_CURRENCY}|(?:about|approximately|approx|around|roughly|exactly)\b\.?)*+",
+    rf"(?:[\s:*_\"'“‘`(\[{{~≈]|\\[(\[]|\\(?:text|mathrm|mathbf)\b|{_CURRENCY}"
+    r"|(?:about|approximately|approx|around|roughly|exactly)\b\.?)*+",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(
@@ -40,31 +47,27 @@ _NUMBER = re.compile(
 # Numbers in words, where they are not part of a longer one: "two-seaters" is a unit, "two" and
 # "three-quarters" are numbers.
 _IN_WORDS = (
-    r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen"
-    r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|million|billion|trillion)(?!-(?!quarters?\b))"
+    r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
+    r"|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
+    r"|hundred|thousand|million|billion|trillion)(?!-(?!quarters?\b))"
 )
 _PERCENT = re.compile(r"\s*(?:\\?%|(?:percent|per\s?cent|pct)\b)", re.IGNORECASE)
 _SCALE = re.compile(
-    rf"\s*(?:(?P<word>hundred|thousand|million|billion|trillion|dozen)s?|(?P<k>k))\b(?!\s*,\s*{_IN_WORDS}\b)",
+    rf"\s*(?:(?P<word>hundred|thousand|million|billion|trillion|dozen)s?|(?P<k>k))\b"
+    rf"(?!\s*,\s*{_IN_WORDS}\b)",
     re.IGNORECASE,
 )
-_SCALES = {
-    "hundred": 100,
-    "thousand": 1000,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-    "dozen": 12,
-}
 # A unit is words, which may carry a power (m^2, cm3), among closing marks. A digit or an operator
 # that is left over makes it no unit.
 _WORD = r"(?:[-/]?[^\W\d_\u00b2\u00b3\u00b9\u2070-\u209f]++(?:[²³]|\^?\{?[23]\}?(?![0-9]))?+)"
 _UNIT = re.compile(rf"(?:[\s*_\"'”’`)\]{{}}\\$€£¥₹¢°]|/(?=\s)|{_WORD})*+")
 _END = re.compile(r"\Z|[.!](?![0-9])|[;,(](?![\s*_\\(+$€£¥₹.~-]*+[0-9])")
 _NOT_A_UNIT = re.compile(
-    r"\s*and\b|.*(?<![^\W\d_])(?:or|nor|not|plus|minus|versus|vs|wrong|incorrect|squared|cubed|factorial|sqrt|frac|pi|π|[xyzni]"
-    r"|half|halves|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths|multiplied|divided|below|to\s+the\s+power"
-    r"|(?:less|more|fewer)\s+than|times\s+(?!(?:an?|per|each|every|in|as|more|daily|weekly)\b)[^\W\d_]+"
+    r"\s*and\b|.*(?<![^\W\d_])(?:or|nor|not|plus|minus|versus|vs|wrong|incorrect|squared|cubed"
+    r"|factorial|sqrt|frac|pi|π|[xyzni]|half|halves|thirds"
+    r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths|multiplied|divided|below"
+    r"|to\s+the\s+power|(?:less|more|fewer)\s+than"
+    r"|times\s+(?!(?:an?|per|each|every|in|as|more|daily|weekly)\b)[^\W\d_]+"
     rf"|{_IN_WORDS})\b",
     re.IGNORECASE,
 )
@@ -74,42 +77,35 @@ _FRAC = re.compile(rf"\\[dt]?frac\s*\{{\s*(-?{_PLAIN})\s*\}}\s*\{{\s*({_PLAIN})\
 # and "x = 5 and y = 6" do not.
 _EQUATION = re.compile(r"[\s*(\[$]*+(?:[A-Za-z]\s*=)?(?:[\s0-9+\-*/×÷·()$%=^]|\.|,(?=[0-9]{3}))*+")
 _FIGURE = re.compile(rf"{_PLAIN}(?:\s*/\s*{_PLAIN})?")
-_CHARACTERS = {ord(char): "-" for char in "−–—‐‑﹣－"} | {
-    ord(char): " " for char in "\u00a0\u2002\u2003\u2007\u3000"
+_CHARACTERS = {
+    **dict.fromkeys(map(ord, "−–—‐‑﹣－"), "-"),
+    **dict.fromkeys(map(ord, "\u00a0\u2002\u2003\u2007\u3000"), " "),
+    **dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"), ""),
+    **dict.fromkeys(map(ord, "⁄∕"), "/"),
+    **{ord(sign): f" {value}" for sign, value in FRACTIONS.items()},
 }
-_CHARACTERS |= {ord(char): "" for char in "\u200b\u200c\u200d\u2060\ufeff"} | {
-    ord("⁄"): "/",
-    ord("∕"): "/",
-}
-_CHARACTERS |= {ord(sign): f" {value}" for sign, value in FRACTIONS.items()}
-
-_SPACING = (
-    ("\\!", ""),
-    ("~", " "),
-    ("^{\\circ}", "°"),
-    ("^\\circ", "°"),
-)  # 1,\!000 and 12~\text{cm}
+_SPACING = (("\\!", ""), ("~", " "), ("^{\\circ}", "°"), ("^\\circ", "°"))  # 1,\!000, 12~\text{cm}
 
 
 class Number(NamedTuple):
-    """A stated number. scale: what its unit multiplies it by: 1/100 for a percentage, 12 for
-    dozens, 10**6 for millions, else 1."""
+    """A stated number. scale: the factor of its unit: 1/100 for a percentage, 12 for dozens, 10**6
+    for millions, else 1."""
 
     value: Fraction
     scale: Fraction = Fraction(1)
 
     @property
     def canonical(self) -> str:
-        """What it votes for: "2 dozen" for 24; "50%" for 50, which is what a word problem that asks
-        for a percentage has as its answer."""
+        """The text that it votes for: "2 dozen" for 24; "50%" for 50, the answer of a word problem
+        that asks for a percentage."""
         return write_canonical(self.value * max(self.scale, Fraction(1)))
 
     def equals(self, gold: Fraction, tolerance: Fraction) -> bool:
         """|difference| <= tolerance, in either reading: "50%" states 50 (what percentage?) and 0.5
         (what share?), "2 dozen" 2 and 24.
 
-        The text does not say which of the two was asked for, and data sets hold both; the
-        difference of a percentage is taken in points, so that 51% is not 0.5 within 0.01.
+        Data sets hold both. The difference of a percentage is taken in points, so that 51% is not
+        0.5 within 0.01.
         """
         scaled = abs(self.value * self.scale - gold) <= tolerance * min(self.scale, Fraction(1))
         return scaled or abs(self.value - gold) <= tolerance
@@ -117,7 +113,7 @@ class Number(NamedTuple):
 
 def read_number(text: str) -> Number | None:
     """The one number that `text` is, its unit aside: "$ 1,234.50", "12 apples", "-3/4", "1 1/2",
-    "15 %", "2.5e3"; None for anything else.
+    "15 %", "2.5e3"; None if it is anything else.
 
     Also "2 + 3 = 5" and "x = 5", where the last side counts. A fraction is read as its value
     whether or not it is in lowest terms.
@@ -126,18 +122,17 @@ def read_number(text: str) -> Number | None:
     for latex, plain in _SPACING:
         text = text.replace(latex, plain)
     text = _FRAC.sub(r" \1/\2", text).strip()
-    found = _read(text)
+    found = _read_head(text)
     if found is None and "=" in text:
         left, equals, right = text.rpartition("=")
-        found = _read(right.strip()) if _EQUATION.fullmatch(left + equals) else None
+        found = _read_head(right.strip()) if _EQUATION.fullmatch(left + equals) else None
     return found
 
 
 def find_number(text: str) -> Number | None:
-    """The number that `text` states as its answer; None where it states none, or not plainly
-    one."""
-    found = find_statement(text)
-    return None if found is None else read_number(found.text)
+    """The number that `text` states as its answer; None if it states none, or not plainly one."""
+    statement = find_statement(text)
+    return None if statement is None else read_number(statement.text)
 
 
 def write_canonical(value: Fraction) -> str:
@@ -152,12 +147,12 @@ def write_canonical(value: Fraction) -> str:
 
 
 def read_last_figure(text: str) -> list[Fraction]:
-    """The readings of the last figure in `text`, words around it or not: a fraction's value and its
-    last number; [] where it has none."""
-    found = _FIGURE.findall(text[-MAX_STATEMENT:])
-    if not found:
+    """The readings of the last figure in `text`: its value, for a fraction its value and its last
+    number; [] if there is none."""
+    figures = _FIGURE.findall(text[-MAX_STATEMENT:])
+    if not figures:
         return []
-    upper, slash, lower = found[-1].partition("/")
+    upper, slash, lower = figures[-1].partition("/")
     readings = [_plain(lower if slash else upper)]
     return [_plain(upper) / readings[0], *readings] if slash and readings[0] else readings
 
@@ -170,34 +165,41 @@ def verify(
     tolerance: float = 0.01,
     symbolic: Evaluate | None = None,
 ) -> Verdict:
-    """Score 1.0 when the number that `text` states last differs from `gold` by at most `tolerance`,
-    else what `credit` gives.
+    """Score 1.0 if the number that `text` states last differs from `gold` by at most `tolerance`,
+    else by `credit`.
 
     parts["error_kind"]: "wrong_answer" (another number), "no_answer" (none that can be read), or
-    None. parts["answer"]: the number in a form that equal numbers share, None for none. symbolic:
-    values an expression that is not a plain number, such as 4\\pi or 2\\sqrt{3}, or gives None.
+    None. parts["answer"]: the number in a form that equal numbers share, None if there is none.
+    symbolic: values an expression that is not a plain number, such as 4\\pi or 2\\sqrt{3}, or gives
+    None.
     Raises ValueError for a `gold` that is no number.
     """
     target = read_number(str(gold))
     if target is None:
         raise ValueError(f"gold answer: got {gold!r}, expected a number")
-    found = find_statement(text)
-    answer = None if found is None else read_number(found.text)
-    if answer is None and found is not None and symbolic is not None:
-        value = symbolic(found.text)
+    statement = find_statement(text)
+    answer = None if statement is None else read_number(statement.text)
+    if answer is None and statement is not None and symbolic is not None:
+        value = symbolic(statement.text)
         answer = None if value is None else Number(Fraction(value))
     if answer is None:
-        return Verdict(credit.no_answer, False, {"error_kind": "no_answer", "answer": None})
-    if answer.equals(target.value, Fraction(str(tolerance))):
-        return Verdict(1.0, True, {"error_kind": None, "answer": answer.canonical})
-    return Verdict(
-        credit.wrong_answer, False, {"error_kind": "wrong_answer", "answer": answer.canonical}
-    )
+        return make_verdict("no_answer", None, credit)
+    right = answer.equals(target.value, Fraction(str(tolerance)))
+    return make_verdict(None if right else "wrong_answer", answer.canonical, credit)
 
 
-def _read(text: str) -> Number | None:
-    """The number at the head of `text`, when a unit and the end of a sentence are all that follows
-    it."""
+def make_verdict(
+    kind: str | None, answer: str | None, credit: MathsCredit, **parts: Part
+) -> Verdict:
+    """Score 1.0 without an error kind, credit.wrong_answer for "wrong_answer", else
+    credit.no_answer."""
+    partial = credit.wrong_answer if kind == "wrong_answer" else credit.no_answer
+    score = 1.0 if kind is None else partial
+    return Verdict(score, kind is None, {"error_kind": kind, "answer": answer, **parts})
+
+
+def _read_head(text: str) -> Number | None:
+    """The number at the head of `text`, if nothing but a unit and the end of a sentence follows."""
     if text.startswith("<"):  # SVAMP's prose chains state <203>; an open < alone is "less than"
         inner, closed, rest = text[1:].partition(">")
         text = inner + rest if closed else ""
@@ -210,7 +212,7 @@ def _read(text: str) -> Number | None:
     if percent := _PERCENT.match(text, at):
         at, scale = percent.end(), Fraction(1, 100)
     elif word := _SCALE.match(text, at):
-        at, scale = word.end(), Fraction(1000 if word["k"] else _SCALES[word["word"].lower()])
+        at, scale = word.end(), Fraction(1000 if word["k"] else SCALES[word["word"].lower()])
     unit = _UNIT.match(text, at)
     end = unit.end() if unit else at
     if _NOT_A_UNIT.match(text, at, end) or not _END.match(text, end) or _HEDGED.match(text, end):

@@ -15,11 +15,14 @@ from fractions import Fraction
 
 from minirl.episode import Verdict
 from minirl.recipe.maths import MathsCredit
-from minirl.verify.numeric import Number, read_last_figure, read_number
+from minirl.verify.numeric import Number, make_verdict, read_last_figure, read_number
 from minirl.verify.statement import Statement, find_statement
 
 LETTERS = "abcde"
-_LEAD = r"(?:[\s*_\"'“‘`(\[{<$]|\\\(|\\(?:text|textbf|mathrm|mathbf)\b|(?:the\s++)?(?:answer\s++)?(?:option|choice|letter)\b)*+"
+_LEAD = (
+    r"(?:[\s*_\"'“‘`(\[{<$]|\\\(|\\(?:text|textbf|mathrm|mathbf)\b"
+    r"|(?:the\s++)?(?:answer\s++)?(?:option|choice|letter)\b)*+"
+)
 _CLOSE = (
     r"[\s*_\"'”’`$]*+(?P<bracket>[)\]}>:]|\.(?=\s*[^\s\w]*[0-9]))?(?:[\s*_\"'”’`$)\]}>]|\\\))*+"
 )
@@ -42,50 +45,43 @@ _STRAY = re.compile(
 
 
 def read_letter(text: str, options: int = len(LETTERS)) -> str | None:
-    """The letter, in lower case, that `text` states as its answer; None where it states none of the
+    """The letter, in lower case, that `text` states as its answer; None if it states none of the
     first `options`, or more than one."""
-    found = find_statement(text)
-    choice = None if found is None else _choice(found.text)
+    statement = find_statement(text)
+    choice = None if statement is None else _read_choice(statement.text)
     return choice[0] if choice and choice[0] in LETTERS[:options] else None
 
 
 def read_option(option: str) -> Number | None:
-    """The number that an option of MathQA is; None for a ratio, a formula or "none of these"."""
+    """The number of an option of MathQA; None for a ratio, a formula or "none of these"."""
     return read_number(_STRAY.sub("", option))
 
 
 def verify(gold: str, options: Sequence[str], text: str, credit: MathsCredit) -> Verdict:
-    """Score 1.0 when `text` states the letter `gold` last, else what `credit` gives.
+    """Score 1.0 if `text` states the letter `gold` last, else by `credit`.
 
     parts["error_kind"]: "wrong_answer" (another letter), "no_answer" (no single letter), or None.
-    parts["value_agrees"]: whether the value that the chosen option has is the last number of the
-    chain (or the one stated with the letter); None where either is no number. On MathQA's own
-    rationales it is True for 92% of the right letters and 1% of the others. parts["lucky"]: for a
-    right letter, whether the value does not agree. parts["answer"]: the letter.
+    parts["value_agrees"]: whether the chosen option's value is the last number of the chain (or the
+    one stated with the letter); None if either is no number. On MathQA's own rationales it is True
+    for 92% of the right letters and 1% of the others. parts["lucky"]: for a right letter, whether
+    the value does not agree. parts["answer"]: the letter.
     """
-    found = find_statement(text)
-    choice = None if found is None else _choice(found.text, options)
-    if found is None or choice is None or choice[0] not in LETTERS[: len(options)]:
-        return Verdict(
-            credit.no_answer,
-            False,
-            {"error_kind": "no_answer", "answer": None, "value_agrees": None, "lucky": None},
-        )
-    agrees = _agrees(read_option(options[LETTERS.index(choice[0])]), choice[1], found)
-    said = {"answer": choice[0], "value_agrees": agrees}
-    if choice[0] == gold:
-        return Verdict(
-            1.0, True, {"error_kind": None, **said, "lucky": None if agrees is None else not agrees}
-        )
-    return Verdict(
-        credit.wrong_answer, False, {"error_kind": "wrong_answer", **said, "lucky": None}
-    )
+    statement = find_statement(text)
+    choice = None if statement is None else _read_choice(statement.text, options)
+    if statement is None or choice is None or choice[0] not in LETTERS[: len(options)]:
+        return make_verdict("no_answer", None, credit, value_agrees=None, lucky=None)
+    letter, after = choice
+    agrees = _agrees(read_option(options[LETTERS.index(letter)]), after, statement)
+    if letter == gold:
+        lucky = None if agrees is None else not agrees
+        return make_verdict(None, letter, credit, value_agrees=agrees, lucky=lucky)
+    return make_verdict("wrong_answer", letter, credit, value_agrees=agrees, lucky=None)
 
 
-def _choice(statement: str, options: Sequence[str] = ()) -> tuple[str, str] | None:
-    """The letter that a statement chooses, and what it says after it: ("c", "38") of "(c) 38".
+def _read_choice(statement: str, options: Sequence[str] = ()) -> tuple[str, str] | None:
+    """The letter that a statement chooses, and the text after it: ("c", "38") of "(c) 38".
 
-    What repeats the text of the chosen one of `options` takes nothing back: "(c) 1 hour and 41
+    Repeating the text of the chosen one of `options` takes nothing back: "(c) 1 hour and 41
     minutes" chooses one letter.
     """
     match = _CHOICE.match(statement)
@@ -93,27 +89,27 @@ def _choice(statement: str, options: Sequence[str] = ()) -> tuple[str, str] | No
         return None
     after, letter = statement[match.end() :], match["letter"].lower()
     own = dict(zip(LETTERS, options, strict=False)).get(letter, "")
-    if _SECOND.search(_NEXT.split(_after_echo(after, own))[0]) or not (
+    if _SECOND.search(_NEXT.split(_drop_echo(after, own))[0]) or not (
         match["bracket"] or _END.match(after)
     ):
         return None
     return letter, after
 
 
-def _after_echo(said: str, option: str) -> str:
-    """`said` without the words of `option` at its head."""
-    words, own = list(_WORD.finditer(said)), [word.casefold() for word in _WORD.findall(option)]
+def _drop_echo(text: str, option: str) -> str:
+    """`text` without the words of `option` at its head."""
+    words, own = list(_WORD.finditer(text)), [word.casefold() for word in _WORD.findall(option)]
     if not own or [word[0].casefold() for word in words[: len(own)]] != own:
-        return said
-    return said[words[len(own) - 1].end() :]
+        return text
+    return text[words[len(own) - 1].end() :]
 
 
-def _agrees(value: Number | None, said: str, found: Statement) -> bool | None:
+def _agrees(value: Number | None, after: str, statement: Statement) -> bool | None:
     if value is None:
         return None
-    beside = read_option(said)
-    last = [abs(beside.value)] if beside else read_last_figure(found.before)
+    beside = read_option(after)
+    last = [abs(beside.value)] if beside else read_last_figure(statement.before)
+    if not last:
+        return None
     # Figures have no sign: in a chain a minus may be an operation.
-    return (
-        any(abs(figure - abs(value.value)) <= Fraction(1, 100) for figure in last) if last else None
-    )
+    return any(abs(figure - abs(value.value)) <= Fraction(1, 100) for figure in last)

@@ -15,21 +15,20 @@ from fractions import Fraction
 
 from minirl.episode import Verdict
 from minirl.recipe.maths import MathsCredit
-from minirl.verify.numeric import write_canonical
+from minirl.verify.numeric import make_verdict, write_canonical
 from minirl.verify.option import LETTERS
 from minirl.verify.sandbox import DEFAULT, Limits, Result, read_plain_number, run_program
 
 FENCE = "```"
 _LETTER = re.compile(rf" *\(? *([{LETTERS}]) *[).]? *", re.IGNORECASE)
 _HEAD = re.compile(r"(?:async\s+)?def\s+solution\b")
-# Lines at the margin that belong to a program: what a prose sentence does not begin with.
+# The beginning of a line at the margin that belongs to a program; no prose sentence begins so.
 _CODE = re.compile(
     r"def\s+\w+\s*\(|class\s+\w+\s*[(:]|import\s+[\w.,"
     r" ]+$|from\s+[\w.]+\s+import\b|[A-Za-z_]\w*\s*=[^=]|[@#)\]}]"
 )
-
-# What a line of prose with an equals sign has and code has not: two words in a row, "Total = 5
-# apples". Strings and comments aside.
+# Two words in a row make a line with an equals sign prose: "Total = 5 apples". Strings and comments
+# aside.
 _QUOTED = re.compile(r""" '(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[#].* """, re.VERBOSE)
 _KEYWORDS = r"(?:if|else|for|in|and|or|not|is|lambda|await|yield|from)\b"
 _TWO_WORDS = re.compile(rf"(?<!\w)(?!{_KEYWORDS})[\w.]++\s++(?!{_KEYWORDS})[^\W\d]")
@@ -37,20 +36,20 @@ _TWO_WORDS = re.compile(rf"(?<!\w)(?!{_KEYWORDS})[\w.]++\s++(?!{_KEYWORDS})[^\W\
 
 def find_program(text: str) -> str | None:
     """The program in `text`: the last fenced block that defines `solution`, else the first bare
-    definition of it; None without either.
+    definition of it; None if there is neither.
 
     A fence that is never closed runs to the end (a completion cut short). A bare program may begin
     with imports, constants or helpers and ends at the first line at the margin that is no code, or
     at a second `def solution`: models write on. What precedes </think> is thought.
     """
     lines = text.rpartition("</think>")[2].replace("\r\n", "\n").split("\n")
-    blocks = [block for block in _fenced(lines) if any(map(_HEAD.match, block))]
-    block = blocks[-1] if blocks else _bare(lines)
+    blocks = [block for block in _split_fences(lines) if any(map(_HEAD.match, block))]
+    block = blocks[-1] if blocks else _find_bare(lines)
     return "\n".join(block) + "\n" if block else None
 
 
 def run_text(text: str, *, limits: Limits = DEFAULT) -> Result | None:
-    """What the program in `text` returns; None where there is no program."""
+    """The result of the program in `text`; None if there is no program."""
     program = find_program(text)
     return None if program is None else run_program(program, limits=limits)
 
@@ -63,39 +62,32 @@ def verify(
     tolerance: float = 0.01,
     limits: Limits = DEFAULT,
 ) -> Verdict:
-    """Score 1.0 when the program in `text` returns a number that differs from `gold` by at most
-    `tolerance`, else what `credit` gives.
+    """Score 1.0 if the program in `text` returns a number that differs from `gold` by at most
+    `tolerance`, else by `credit`.
 
     The tolerance is the paper's: absolute, and inclusive for the decimal numbers as written, so
-    1.01 is right for 1. There is no relative
-    one: 0.005 is right for 0.015, and a large number has to be right in every digit before the
-    point, which a program's is. parts["error_kind"]: "wrong_answer" (credit.wrong_answer), or
-    "no_program", "program_error", "timeout", "memory", "no_number" (all of them credit.no_answer),
-    or None. parts["answer"]: the number in a form that equal numbers share, None for none. Raises
-    ValueError for a `gold` that is no plain number, UserError where there is no sandbox.
+    1.01 is right for 1. There is no relative one: 0.005 is right for 0.015, and a large number has
+    to be right in every digit before the point. parts["error_kind"]: "wrong_answer"
+    (credit.wrong_answer), or "no_program", "program_error", "timeout", "memory", "no_number" (all
+    of them credit.no_answer), or None. parts["answer"]: the number in a form that equal numbers
+    share, None if there is none. Raises ValueError for a `gold` that is no plain number, UserError
+    if there is no sandbox.
     """
     target = read_plain_number(str(gold).strip())
     if target is None:
         raise ValueError(f"gold answer: got {gold!r}, expected a plain finite number")
     result = run_text(text, limits=limits)
     if result is None or result.value is None:
-        return Verdict(
-            credit.no_answer,
-            False,
-            {"error_kind": result.error if result else "no_program", "answer": None},
-        )
+        return make_verdict(result.error if result else "no_program", None, credit)
     value = Fraction(str(result.value))  # as decimal numbers: in binary 1.01 - 1 is more than 0.01
-    if abs(value - Fraction(str(target))) <= Fraction(str(tolerance)):
-        return Verdict(1.0, True, {"error_kind": None, "answer": write_canonical(value)})
-    return Verdict(
-        credit.wrong_answer, False, {"error_kind": "wrong_answer", "answer": write_canonical(value)}
-    )
+    right = abs(value - Fraction(str(target))) <= Fraction(str(tolerance))
+    return make_verdict(None if right else "wrong_answer", write_canonical(value), credit)
 
 
 def verify_letter(
     gold: str, options: int, text: str, credit: MathsCredit, *, limits: Limits = DEFAULT
 ) -> Verdict:
-    """Score 1.0 when the program in `text` returns the letter `gold` of one of so many options, as
+    """Score 1.0 if the program in `text` returns the letter `gold` of one of so many options, as
     "c", "C" or "(c)"; else as `verify`.
 
     parts["error_kind"] is "no_letter" where `verify` has "no_number": another text, the option's
@@ -103,26 +95,17 @@ def verify_letter(
     only written down is not looked at.
     """
     result = run_text(text, limits=limits)
-    found = _LETTER.fullmatch(result.text or "") if result else None
-    letter = found[1].lower() if found else None
-    if letter is None or letter not in LETTERS[:options]:
-        error = (
-            "no_program"
-            if result is None
-            else result.error
-            if result.error not in (None, "no_number")
-            else "no_letter"
-        )
-        return Verdict(credit.no_answer, False, {"error_kind": error, "answer": None})
-    passed = letter == gold
-    return Verdict(
-        1.0 if passed else credit.wrong_answer,
-        passed,
-        {"error_kind": None if passed else "wrong_answer", "answer": letter},
-    )
+    if result is None:
+        return make_verdict("no_program", None, credit)
+    match = _LETTER.fullmatch(result.text or "")
+    letter = match[1].lower() if match else ""
+    if not letter or letter not in LETTERS[:options]:
+        failed = result.error not in (None, "no_number")
+        return make_verdict(result.error if failed else "no_letter", None, credit)
+    return make_verdict(None if letter == gold else "wrong_answer", letter, credit)
 
 
-def _fenced(lines: list[str]) -> Iterator[list[str]]:
+def _split_fences(lines: list[str]) -> Iterator[list[str]]:
     """The blocks between fences, each moved to the margin."""
     block: list[str] | None = None
     for line in lines:
@@ -138,7 +121,7 @@ def _fenced(lines: list[str]) -> Iterator[list[str]]:
         yield textwrap.dedent("\n".join(block)).split("\n")
 
 
-def _bare(lines: list[str]) -> list[str]:
+def _find_bare(lines: list[str]) -> list[str]:
     head = next((i for i, line in enumerate(lines) if _HEAD.match(line)), None)
     if head is None:
         return []
@@ -153,7 +136,7 @@ def _bare(lines: list[str]) -> list[str]:
         margin = bool(line) and not line[0].isspace() and not open_quote
         if margin and (_HEAD.match(line) or not _is_code(line)):
             break
-        open_quote = _after(line, open_quote)
+        open_quote = _open_quote(line, open_quote)
         end += 1
     return lines[start:end]
 
@@ -165,9 +148,9 @@ def _is_code(line: str) -> bool:
     return _CODE.match(line) is not None and not prose
 
 
-def _after(line: str, open_quote: str) -> str:
-    """Which triple quote is open after `line`: a docstring's further lines may stand at the
-    margin."""
+def _open_quote(line: str, open_quote: str) -> str:
+    """The triple quote that is open after `line`, "" if none is: a docstring's further lines may
+    stand at the margin."""
     for found in re.findall(r"""'{3}|"{3}""", line):
         if found == open_quote:
             open_quote = ""

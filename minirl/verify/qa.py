@@ -2,8 +2,8 @@
 searches and answers.
 
 Invariant: pure, total and linear. Whatever the text, `verify` returns a Verdict in time linear in
-its length; text is scanned, never executed. What stands between result tags is the retriever's, so
-no tag in there counts. Reward: ReSearch's (arXiv 2503.19470, section 2).
+its length; text is scanned, never executed. Text between result tags is the retriever's, so no tag
+in it counts. Reward: ReSearch's (arXiv 2503.19470, section 2).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ErrorKind = Literal["think", "search", "answer", "boxed"]
 
 @dataclass(frozen=True, slots=True)
 class SearchTags:
-    """The names of the four kinds of tags, and whether the answer stands in a \\boxed{} inside its
-    pair."""
+    """The names of the four kinds of tags of a search, and whether the answer stands in a \\boxed{}
+    inside its pair."""
 
     think: str = "think"
     search: str = "search"
@@ -63,8 +63,8 @@ def f1(prediction: str, golds: Sequence[str]) -> float:
 
 
 def read_box(text: str) -> str | None:
-    """What the last \\boxed{} holds, braces inside it balanced, \\text{} and the like unwrapped;
-    None where none can be read."""
+    """The content of the last \\boxed{}, inner braces balanced, \\text{} and the like unwrapped;
+    None if no box can be read."""
     start = text.rfind(_BOXED)
     if start < 0:
         return None
@@ -77,9 +77,9 @@ def read_box(text: str) -> str | None:
 
 
 class Form(NamedTuple):
-    """What an episode's text says: what is wrong with its form, the answer, completed searches.
+    """The fault of an episode's text, None if it is in good form; its answer; completed searches.
 
-    answer: of a text in bad form too; what the answer pair states, where it has no box that can be
+    answer: of a text in bad form too; the whole of the answer pair if it has no box that can be
     read.
     """
 
@@ -97,11 +97,11 @@ def check_form(text: str, tags: SearchTags = RESEARCH) -> Form:
     with a \\boxed{} in it that can be read. Words between the tags are free. Of several errors the
     first of search, think, answer, boxed is named.
     """
-    marks, stated = _scan(text, tags)
-    answer = read_box(stated) if tags.boxed and stated is not None else stated
-    error = _error(marks) or ("boxed" if answer is None else None)
-    if answer is None and stated is not None:
-        answer = stated.strip() or None
+    marks, content = _scan(text, tags)
+    answer = read_box(content) if tags.boxed and content is not None else content
+    error = _find_fault(marks) or ("boxed" if answer is None else None)
+    if answer is None and content is not None:
+        answer = content.strip() or None
     return Form(error, None if answer is None else answer.strip(), marks.count("sSrR"))
 
 
@@ -113,13 +113,13 @@ def verify(
     floor: float = 0.1,
     tags: SearchTags = RESEARCH,
 ) -> Verdict:
-    """ReSearch's reward of a whole episode's text: 0 for bad form, else F1 (or exact match) where
-    it is not 0, else `floor`.
+    """ReSearch's reward of a whole episode's text: 0 for bad form, else F1 (or exact match) if it
+    is not 0, else `floor`.
 
     passed: good form and an exact match. parts: `format` (bool), `em` and `f1` (of any stated
     answer, in good form or bad, boxed or not), `searches`, and `error_kind`: "think", "search",
-    "answer", "boxed" for what is wrong with the form, "partial" (F1 above 0) or "wrong" for the
-    answer, None where nothing is.
+    "answer" or "boxed" for the form's fault, "partial" (F1 above 0) or "wrong" for the answer's, or
+    None.
     """
     form = check_form(text, tags)
     em, overlap = 0.0, 0.0
@@ -140,11 +140,8 @@ def verify(
 
 def write_answer(answer: str, tags: SearchTags = RESEARCH) -> str:
     """An answer as a model is to write it, tags and all."""
-    return (
-        f"<{tags.answer}>{_BOXED}{answer}}}</{tags.answer}>"
-        if tags.boxed
-        else f"<{tags.answer}>{answer}</{tags.answer}>"
-    )
+    content = f"{_BOXED}{answer}}}" if tags.boxed else answer
+    return f"<{tags.answer}>{content}</{tags.answer}>"
 
 
 def defuse(text: str, tags: SearchTags = RESEARCH) -> str:
@@ -154,20 +151,20 @@ def defuse(text: str, tags: SearchTags = RESEARCH) -> str:
 
 
 def strip_tags(text: str, tags: SearchTags = RESEARCH) -> str:
-    """`text` without any of its tags; what stood between them stays."""
+    """`text` without any of its tags; the text between them stays."""
     return _pattern(tags).sub(" ", text)
 
 
 def _scan(text: str, tags: SearchTags) -> tuple[str, str | None]:
     """The tags as a word of letters, small for an opening tag and capital for a closing one, and
-    what the last answer pair holds."""
+    the content of the last answer pair."""
     letters = {tags.think: "t", tags.search: "s", tags.result: "r", tags.answer: "a"}
     marks, answer = [""], None
     start, in_result = 0, False
     for tag in _pattern(tags).finditer(text):
         closing, name = tag.groups()
         if in_result and not (closing and name == tags.result):
-            continue  # whatever the retriever brought is not the model's doing
+            continue  # what the retriever brought is not the model's doing
         mark = letters[name].upper() if closing else letters[name]
         in_result = mark == "r" and marks[-1] == "S"
         if mark == "A" and marks[-1] == "a":
@@ -177,34 +174,29 @@ def _scan(text: str, tags: SearchTags) -> tuple[str, str | None]:
     return "".join(marks), answer
 
 
-def _error(marks: str) -> ErrorKind | None:
+def _find_fault(marks: str) -> ErrorKind | None:
     outside = marks.replace("sSrR", "")
     if any(mark in outside for mark in "sSrR"):
         return "search"
     rest = outside.replace("tT", "")
     if rest == outside or "t" in rest or "T" in rest:
         return "think"
-    # What was taken out may have stood inside the answer or after it.
+    # Pairs that were taken out may have stood inside the answer or after it.
     return None if rest == "aA" and marks.endswith("aA") else "answer"
 
 
 @cache
 def _pattern(tags: SearchTags) -> re.Pattern[str]:
-    names = "|".join(
-        re.escape(name) for name in (tags.think, tags.search, tags.result, tags.answer)
-    )
+    names = "|".join(map(re.escape, (tags.think, tags.search, tags.result, tags.answer)))
     return re.compile(f"<(/?)({names})>")
 
 
 def _pair(prediction: str, gold: str) -> tuple[str, str]:
-    """Both normalised. Of "The The" or "!!!" nothing would be left, and an empty answer would
-    match: those are compared as they stand."""
-    normal = normalise(gold)
-    return (
-        (normalise(prediction), normal)
-        if normal
-        else (" ".join(prediction.lower().split()), " ".join(gold.lower().split()))
-    )
+    """Both normalised. Nothing would be left of a gold "The The" or "!!!", and an empty answer
+    would match: there both are compared in lower case alone."""
+    if normal := normalise(gold):
+        return normalise(prediction), normal
+    return " ".join(prediction.lower().split()), " ".join(gold.lower().split())
 
 
 def _f1(prediction: str, gold: str) -> float:

@@ -48,8 +48,8 @@ class Statement(NamedTuple):
 
 
 def find_statement(text: str) -> Statement | None:
-    """The last statement of an answer in `text`; None where there is none, or the last one is
-    denied, hedged or a box never closed."""
+    """The last statement of an answer in `text`; None if there is none, or the last one is denied,
+    hedged or a box never closed."""
     text = text[-MAX_CHARS:]
     marks = list(_MARK.finditer(text))
     if not marks:
@@ -72,7 +72,7 @@ def find_statement(text: str) -> Statement | None:
 
 
 def _closing(text: str) -> int | None:
-    """Where the brace that was opened before `text` closes."""
+    """The position at which the brace that was opened before `text` closes; None if it does not."""
     depth = 1
     for at, char in enumerate(text):
         depth += (char == "{") - (char == "}")

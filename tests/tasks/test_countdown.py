@@ -8,7 +8,6 @@ import builtins
 import itertools
 import json
 import re
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from bounded import bounded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +26,8 @@ from minirl import recipe
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
 from minirl.tasks import Task, draw, open_task
-from minirl.tasks.countdown import demonstrate, solutions
+from minirl.tasks.countdown_demonstrations import demonstrate
+from minirl.tasks.countdown_expressions import find_solutions
 from minirl.verify.countdown import verify
 
 CREDIT = recipe.CountdownCredit(invalid_equation=0.0, wrong_numbers=0.125, missed_target=0.25)
@@ -187,10 +188,8 @@ NEAR_MISSES = {
 @pytest.mark.parametrize("name", NEAR_MISSES)
 def test_near_misses(name: str) -> None:
     answer, kind = NEAR_MISSES[name]
-    began = time.process_time()
-    with sealed():
+    with bounded(), sealed():
         assert check([1, 2, 3, 4], 24, f"<answer>{answer}</answer>") == kind
-    assert time.process_time() - began < 0.05
 
 
 @pytest.mark.parametrize(
@@ -375,10 +374,8 @@ COMPLETIONS = st.one_of(
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(COMPLETIONS)
 def test_any_completion_gets_a_verdict_at_once_and_nothing_is_run(text: str) -> None:
-    began = time.process_time()
-    with sealed():
+    with bounded(), sealed():
         kind = check([1, 2, 3, 4], 24, text)
-    assert time.process_time() - began < 0.05
     if kind is None:
         inside = text[: text.rindex("</answer>")]
         assert Counter(
@@ -442,10 +439,10 @@ def test_every_problem_can_be_solved(
 
 def test_every_solution_of_the_demonstrations_is_one() -> None:
     for numbers, target in (([1, 2, 3, 4], 24), ([3, 7, 7], 46), ([2, 2, 2], 6)):
-        ways = list(solutions(numbers, target, "+-*/"))
+        ways = list(find_solutions(numbers, target, "+-*/"))
         assert ways
         assert all(check(numbers, target, f"<answer>{way[-1]}</answer>") is None for way in ways)
-    assert list(solutions([1, 1], 5, "+-*/")) == []
+    assert list(find_solutions([1, 1], 5, "+-*/")) == []
 
 
 @pytest.mark.parametrize(
@@ -506,16 +503,9 @@ def test_draw_goes_through_every_problem_once_an_epoch() -> None:
     ],
 )
 def test_a_recipe_too_narrow_is_refused_at_once(shape: dict[str, Any]) -> None:
-    began = time.process_time()
-    with pytest.raises(
-        UserError,
-        match=(
-            r"^task: numbers up to \d+ and targets up to \d+ gave \d+ different problems, expected"
-            r" \d+ \(train"
-        ),
-    ):
+    said = r"^task: numbers up to \d+ and targets up to \d+ gave \d+ different problems, expected"
+    with bounded(20.0), pytest.raises(UserError, match=said):
         opened(**shape)
-    assert time.process_time() - began < 2.0
 
 
 @pytest.mark.parametrize(
@@ -539,7 +529,7 @@ def test_partial_credit_is_the_recipe_s() -> None:
     )
     problem = task.train[0]
     numbers = problem.answer["numbers"]
-    way = next(solutions(numbers, problem.answer["target"], "+-*/"))[-1]
+    way = next(find_solutions(numbers, problem.answer["target"], "+-*/"))[-1]
     assert task.verify(problem, f"<answer>{way}</answer>") == Verdict(
         1.0, True, {"error_kind": None}
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+from bounded import bounded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import byte_tokenizer
@@ -19,7 +19,8 @@ from minirl.chat import Chat
 from minirl.episode import Problem
 from minirl.errors import UserError
 from minirl.tasks import Task, open_task
-from minirl.tasks.function_calling import calls_text, demonstrate, tool_schemas, type_schema
+from minirl.tasks.function_calling_demonstrations import demonstrate
+from minirl.tasks.tool_schemas import tool_schemas, type_schema
 from minirl.verify.function_calling import (
     MAX_CALLS,
     MAX_CHARS,
@@ -28,6 +29,7 @@ from minirl.verify.function_calling import (
     error_kind,
     same,
     verify,
+    write_calls,
 )
 
 DATA = (
@@ -254,9 +256,8 @@ def test_bounds() -> None:
 )
 def test_hostile_text_costs_little_and_never_passes(text: str) -> None:
     gold = [call("weather", city="x" * 900, days=100 + i) for i in range(MAX_CALLS)]
-    start = time.perf_counter()
-    assert kind(gold, text) is not None
-    assert time.perf_counter() - start < 1.0
+    with bounded():
+        assert kind(gold, text) is not None
 
 
 PIECES = st.sampled_from(
@@ -396,7 +397,7 @@ NEAR_MISSES: dict[str, tuple[Callable[[list[Row]], Any], str]] = {
     "wrapped once more": (lambda c: {"tool_calls": c}, "format"),
     "Python for JSON": (lambda c: str([call(x["name"], none=None) for x in c]), "format"),
     "cut short": (lambda c: json.dumps(c)[:-1], "format"),
-    "no closing tag": (lambda c: calls_text(c).removesuffix("</tool_call>"), "format"),
+    "no closing tag": (lambda c: write_calls(c).removesuffix("</tool_call>"), "format"),
     "prose before bare JSON": (lambda c: "Sure! " + json.dumps(c), "format"),
 }
 
@@ -408,7 +409,7 @@ def test_every_real_row_accepts_its_gold_answer_in_each_form() -> None:
     for row in found:
         gold, tools = row["answers"], row["tools"]
         for text in (
-            calls_text(gold),
+            write_calls(gold),
             json.dumps(gold),
             f"```json\n{json.dumps(gold[::-1], indent=2)}\n```",
         ):

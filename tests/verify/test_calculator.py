@@ -4,12 +4,12 @@ all."""
 from __future__ import annotations
 
 import json
-import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bounded import bounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -200,10 +200,8 @@ def test_there_are_forty_near_misses() -> None:
     ],
 )
 def test_large_inputs_end_at_once(text: str) -> None:
-    began = time.perf_counter()
-    said = reply(text)
-    assert time.perf_counter() - began < 0.2
-    assert len(said) < 400
+    with bounded():
+        assert len(reply(text)) < 400
 
 
 Node = tuple[str, Any]

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import time
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from bounded import bounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -342,9 +342,8 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_is_quick(text: str) -> None:
-    began = time.perf_counter()
-    verify("5", text, CREDIT)
-    assert time.perf_counter() - began < 0.5
+    with bounded():
+        verify("5", text, CREDIT)
 
 
 PIECES = [

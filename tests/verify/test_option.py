@@ -4,10 +4,10 @@ MathQA."""
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
+from bounded import bounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -251,9 +251,8 @@ HOSTILE += [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_is_quick(text: str) -> None:
-    began = time.perf_counter()
-    verify("b", OPTIONS, text, CREDIT)
-    assert time.perf_counter() - began < 0.5
+    with bounded():
+        verify("b", OPTIONS, text, CREDIT)
 
 
 PIECES = [

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import json
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bounded import bounded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -235,7 +235,8 @@ def test_verdicts(gold: str | float, expression: str, kind: str | None) -> None:
     ],
 )
 def test_letters(returned: str, kind: str | None) -> None:
-    verdict = verify_letter("c", 4, returns(returned), CREDIT)
+    quick = Limits(time_s=0.2)
+    verdict = verify_letter("c", 4, returns(returned), CREDIT, limits=quick)
     assert verdict.parts["error_kind"] == kind
     assert verdict.passed == (kind is None)
     assert verdict.score == {None: 1.0, "wrong_answer": 0.25}.get(kind, 0.125)  # type: ignore[call-overload]
@@ -347,11 +348,8 @@ def test_extraction_is_linear() -> None:
         "import a, ",
     ):
         text = piece * (1_000_000 // len(piece))
-        began = time.process_time()
-        find_program(text + "\ndef solution():\n    return 1")
-        assert time.process_time() - began < 5.0, (
-            piece
-        )  # of 60,000 lines or a million words each looked at again: minutes
+        with bounded():  # 60,000 lines or a million words each looked at again would take minutes
+            find_program(text + "\ndef solution():\n    return 1")
 
 
 def test_equal_values_vote_for_one_answer() -> None:

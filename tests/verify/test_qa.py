@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import json
 import string
-import time
 from itertools import groupby
 from typing import Any
 
 import pytest
+from bounded import bounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -480,9 +480,8 @@ FLOODS = [
 
 def test_floods_take_linear_time() -> None:
     for flood in FLOODS:
-        began = time.perf_counter()
-        verdict = verify(["Paris", "7"], flood)
-        assert time.perf_counter() - began < 2.0, flood[:40]  # 0.01-0.15 s when measured
+        with bounded():  # 0.01-0.15 s when measured
+            verdict = verify(["Paris", "7"], flood)
         assert 0.0 <= verdict.score <= 1.0
     assert verify(["Paris"], FLOODS[13]).passed
 

@@ -365,13 +365,10 @@ def test_hostile_programs_are_contained(name: str, tmp_path: Path) -> None:
     # Only what is meant to run out of time has little of it; a flood of output is found out when
     # its time is over.
     limits = QUICK if kind == "timeout" or name == "output flood" else Limits(time_s=5.0)
-    began = time.perf_counter()
+    first = helper()
     result = run_program(source.replace("{canary}", str(canary)), limits=limits)
-    wall_s = time.perf_counter() - began
+    assert helper() == first, "Monty's process was ended in its time, or the helper would have been"
     assert (result.value, result.error) == (None, kind), result
-    assert (
-        wall_s < limits.time_s + sandbox.GRACE_S + 1.0
-    )  # a second for a machine that is busy with something else
     assert len(result.detail) <= MAX_DETAIL + len("returned ")
     assert "\n" not in result.detail
     assert not canary.exists()
@@ -758,9 +755,9 @@ PROGRAMS = st.one_of(
 @example(source="def solution():\n    return 1")
 def test_any_text_gives_a_result(source: str) -> None:
     with sealed():
-        began = time.perf_counter()
+        first = helper()
         result = run_program(source, limits=QUICK)
-    assert time.perf_counter() - began < QUICK.time_s + sandbox.GRACE_S + 1.0
+        assert helper() == first
     assert (result.value is None) == (result.error is not None)
     assert result.value is None or math.isfinite(result.value)
     assert "\n" not in result.detail
