@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from minirl.loop.train import train
     from minirl.loop.trial import evaluate_run
     from minirl.recipe import load as load_recipe
+    from minirl.recipe.methods import method
     from minirl.rollout import Talk
     from minirl.tasks import Task
 
-__all__ = ["Problem", "Talk", "Task", "Verdict", "evaluate_run", "load_recipe", "train"]
+__all__ = ["Problem", "Talk", "Task", "Verdict", "evaluate_run", "load_recipe", "method", "train"]
 __version__ = "0.1.0"
 
 _HOME = {
@@ -27,6 +28,7 @@ _HOME = {
     "Verdict": "episode.Verdict",
     "evaluate_run": "loop.trial.evaluate_run",
     "load_recipe": "recipe.load",
+    "method": "recipe.methods.method",
     "train": "loop.train.train",
 }
 

@@ -111,8 +111,16 @@ class Talk:
         self._finish = "length"
 
     def end(self, verdict: Verdict | None, **parts: Part) -> Episode:
-        """The finished episode; a verdict of None is "not scored"."""
+        """The finished episode; a verdict of None is "not scored".
+
+        parts: what a report counts. Unless they say how the first try went (`first`), the verdict
+        does, with its own parts.
+        """
         reward = None if verdict is None else verdict.score
+        if verdict is not None and "first" not in parts:
+            others = {key: part for key, part in verdict.parts.items() if key != "error_kind"}
+            error = verdict.parts.get("error_kind")
+            parts = {"first": verdict.passed, "first_error": error, **others, **parts}
         return Episode(self.problem, tuple(self.turns), reward, parts, self._finish)
 
 

@@ -35,7 +35,7 @@ def collect_stage(s: Session, index: int, stage: recipe.Collect) -> None:
             check=chunk == began_at,
             temperature=stage.temperature,
         )
-        if recipe.METHODS[stage.method].makes_states:
+        if stage.facts.makes_states:
             own = with_provenance(s, f"{index}/{chunk}", own, mine)
         groups = s.gather([group.episodes for group in own])
         kept = [episode for group in groups for episode in keep(group, stage)]
@@ -55,7 +55,7 @@ def collect_stage(s: Session, index: int, stage: recipe.Collect) -> None:
         if s.asked_to_stop():
             raise Interrupted
     s.accelerator.wait_for_everyone()  # the next stage reads what the main process has just written
-    if recipe.METHODS[stage.method].makes_states:
+    if stage.facts.makes_states:
         s.progress.say(f"collected {described(s.run.kept(index))}")
 
 

@@ -24,6 +24,7 @@ from minirl.loop.session import Interrupted, Session
 from minirl.loop.step_scores import StepScorer
 from minirl.methods.swirl.filters import Judged, approved, marked, passes, tally
 from minirl.methods.swirl.states import actions
+from minirl.recipe.methods import USUAL
 from minirl.record.closed_run import read_position, weights_digest
 from minirl.record.report.filters import describe_filter
 from minirl.record.state import Position
@@ -125,7 +126,7 @@ def source_of(source: str, where: str) -> tuple[recipe.Recipe, int]:
     found = [
         n
         for n, old in enumerate(other.stages)
-        if isinstance(old, recipe.Collect) and recipe.METHODS[old.method].makes_states
+        if isinstance(old, recipe.Collect) and recipe.METHODS.get(old.method, USUAL).makes_states
     ]
     if not found or read_position(folder)[0].stage <= found[-1]:
         raise UserError(

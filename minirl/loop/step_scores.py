@@ -21,6 +21,7 @@ from minirl.methods.swirl.filters import approved
 from minirl.methods.swirl.rules import Rules, reader, search_reader
 from minirl.methods.swirl.states import actions
 from minirl.methods.swirl.stepwise import tags_of
+from minirl.recipe.methods import facts_of
 from minirl.tasks.qa import SearchTask
 
 
@@ -94,7 +95,7 @@ class StepScorer:
 
 def rules_of(s: Session, node: recipe.Judge, method: str) -> Rules:
     """The rules for a method's turns."""
-    if recipe.METHODS[method].actions == "tags" and isinstance(s.task, SearchTask):
+    if facts_of(method).actions == "tags" and isinstance(s.task, SearchTask):
         return Rules(s.task, search_reader(s.task), gold=node.gold)
     tags = tags_of(s.task, s.recipe.sampling.stepwise)
     return Rules(s.task, reader(tags), gold=node.gold, steps=tags.steps)

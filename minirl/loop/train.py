@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from minirl.loop.filter_stage import filter_stage, source_of
 from minirl.loop.problems import drawn, played, problems_of
 from minirl.loop.session import Interrupted, Session, interruptible, open_session
 from minirl.loop.step_scores import StepScorer, rewarded
-from minirl.methods import method_of
+from minirl.methods import method_of, use_own
 from minirl.methods.demonstrate import demonstrate
+from minirl.recipe.own import label_of
 from minirl.record.metrics import EpisodeStats, average
 from minirl.record.progress import Progress
 from minirl.record.report import write_report
@@ -42,17 +44,23 @@ LEARNER_TENSORS, LEARNER_STATE = "learner.safetensors", "learner.json"
 
 
 def train(
-    node: recipe.Recipe, folder: Path, progress: Progress | None = None, *, task: Task | None = None
+    node: recipe.Recipe,
+    folder: Path,
+    progress: Progress | None = None,
+    *,
+    task: Task | None = None,
+    method: Callable[..., Any] | None = None,
 ) -> Path:
     """Run a recipe in a folder to its end, from wherever that folder stands; the folder of the
     final adapter.
 
-    task: your own problems and verifier, for a recipe with `task: {name: own}`; the same again when
-    the run is taken up again.
+    task, method: your own, for a recipe with `task: {name: own}` and `method: own`; the same again
+    when the run is taken up again. (A recipe can name a file in their place.)
 
     Raises UserError for what the user can mend, Interrupted after a Ctrl-C once the step in hand is
     saved.
     """
+    use_own(node, method)
     if missing := sorted(
         set(node.track) - {str(name) for name in get_available_trackers()}
     ):  # accelerate would leave it out silently
@@ -141,9 +149,11 @@ def _train(s: Session, index: int, stage: recipe.Train) -> None:
         method_of(stage),
         None if stage.judge is None else StepScorer(s, stage.judge, stage.method),
     )
-    label = f"{index}-{stage.method}"
+    label = f"{index}-{label_of(stage.method)}"
     s.progress.stage(
-        f"{index} train {stage.method} ({stage.learner.loss})", stage.steps, s.run.position.step
+        f"{index} train {label_of(stage.method)} ({stage.learner.loss})",
+        stage.steps,
+        s.run.position.step,
     )
     began_at = s.run.position.step
     for step in range(began_at, stage.steps):

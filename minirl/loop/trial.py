@@ -6,7 +6,7 @@ Invariant: the run itself is left as it is; what is found is kept beside its own
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,8 @@ from minirl.judge.judge import Judge
 from minirl.loop.evaluate import evaluate
 from minirl.loop.judges import Voices, answer_judge, verdicts_of
 from minirl.loop.session import eval_settings, texts
+from minirl.methods import use_own
+from minirl.recipe.own import OWN
 from minirl.record.closed_run import add_later_eval, problems_digest
 from minirl.record.evals import pool, summarise
 from minirl.record.measures import SCORES
@@ -65,7 +67,7 @@ def evaluate_run(
     overrides: Sequence[str] = (),
     *,
     base: bool = False,
-    method: str | None = None,
+    method: str | Callable[..., Any] | None = None,
     samples: int | None = None,
     vote: bool = False,
     rerank: Path | None = None,
@@ -76,20 +78,22 @@ def evaluate_run(
     result beside it.
 
     overrides: `eval.samples=8` and the like, laid over the run's own recipe; the model's shape
-    cannot change. method: as in `eval.method`, e.g. a baseline that retrieves. samples: of each
-    problem, at the temperature of training where the recipe evaluates greedily. vote: as
-    `eval.vote`. rerank: a run with a reward model, which picks one of the samples. task: another
-    recipe, whose task, sampling and evaluation take the place of the run's own, overrides laid over
-    them: what was trained on one task is tried on another; or the Task of a run with `task: {name:
-    own}`.
+    cannot change. method: as in `eval.method`, e.g. a baseline that retrieves, or a function.
+    samples: of each problem, at the temperature of training where the recipe evaluates greedily.
+    vote: as `eval.vote`. rerank: a run with a reward model, which picks one of the samples.
+    task: another recipe, whose task, sampling and evaluation take the place of the run's own,
+    overrides laid over them: what was trained on one task is tried on another; or the Task of a
+    run with `task: {name: own}`.
     """
     made, task = (task, None) if isinstance(task, Task) else (None, task)
+    given, method = (method, OWN) if callable(method) else (None, method)
     overrides = [
         *overrides,
         *([f"eval.samples={samples}"] if samples is not None else []),
         *(["eval.vote=true"] if vote else []),
     ]
     node = _evaluated(folder, task, overrides, method, warm=samples is not None and samples > 1)
+    use_own(node, given, uses=("eval",))
     changed = [*overrides, *([] if task is None else [f"recipe={task.stem}"])]
     if rerank is not None and (node.eval.samples < 2 or node.eval.tries == 2):
         raise UserError(

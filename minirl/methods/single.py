@@ -12,8 +12,4 @@ def single(talk: Talk, task: Task) -> Play:
     text = yield from talk.ask(
         "attempt", max_tokens=talk.sampling.attempt_tokens, trained=True, stop=task.stop
     )
-    verdict = task.verify(talk.problem, text)
-    others = {name: value for name, value in verdict.parts.items() if name != "error_kind"}
-    return talk.end(
-        verdict, first=verdict.passed, first_error=verdict.parts.get("error_kind"), **others
-    )
+    return talk.end(task.verify(talk.problem, text))

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
+from minirl.recipe.own import load_function
 from minirl.recipe.sampling import Sampling
 
 Use = Literal["collect", "train", "eval"]
 Kind = Literal["text", "search", "calls"]
 """Of a task: one answer in text; a question to search for; calls of a calculator."""
 Tokens = Callable[[Sampling], int]
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def attempt(sampling: Sampling) -> int:
@@ -58,12 +60,40 @@ class MethodFacts:
         return self.starts_from == "states" and self.samples
 
 
+USUAL = MethodFacts()
+"""The facts of one's own method that says none."""
+
+
 def _actions(sampling: Sampling) -> int:
     return sampling.stepwise.steps * sampling.attempt_tokens
 
 
 def _baseline() -> MethodFacts:
     return MethodFacts(uses=("eval",), plays=("search",))
+
+
+def method(**facts: Any) -> Callable[[Method], Method]:
+    """Decorator that gives one's own method its facts, where they are not the usual ones: see
+    `MethodFacts`.
+
+        @minirl.method(trained_tokens=lambda sampling: 2 * sampling.attempt_tokens)
+        def draft_revise(talk, task): ...
+    """
+    found = MethodFacts(**facts)
+
+    def decorate(function: Method) -> Method:
+        function.facts = found  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def facts_of(name: str) -> MethodFacts:
+    """The facts of a method of the table, or of one's own, whose file is then run."""
+    if name in METHODS:
+        return METHODS[name]
+    found = getattr(load_function(name, "method"), "facts", None)
+    return found if isinstance(found, MethodFacts) else USUAL
 
 
 METHODS: dict[str, MethodFacts] = {

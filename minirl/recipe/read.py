@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from minirl.errors import UserError
+from minirl.recipe.own import absolute
 from minirl.recipe.tree import Recipe
 
 # pydantic's words for what YAML calls otherwise.
@@ -62,7 +63,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     named = {text.partition("=")[0].strip() for text in overrides}
     hint = None if "task" in named else _renamed(data.get("task"), changed.get("task"), named)
     try:
-        return parse(changed, str(path))
+        folder = Path(path).parent
+        return parse(changed, str(path)).rename(lambda name: absolute(name, folder))
     except UserError as error:
         raise UserError(f"{error}; {hint}" if hint else str(error)) from error
 
@@ -172,7 +174,8 @@ def _explain(error: ValidationError, data: Any) -> str:
     )
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         context = first["ctx"]
-        path, got = f"{path}.{context['discriminator'].strip(chr(39))}", ""
+        name = context["discriminator"].strip("'").removesuffix("()")
+        path, got = f"{path}.{name}", ""
         message = (
             "got {tag!r}, expected one of {expected_tags}".format(**context)
             if "tag" in context

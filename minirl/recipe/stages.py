@@ -17,15 +17,17 @@ from pydantic import (
 from minirl.recipe.base import Check, Frozen, Probability, refuse
 from minirl.recipe.judge import Judge
 from minirl.recipe.learner import Learner
-from minirl.recipe.methods import METHODS, MethodFacts, Use, names
+from minirl.recipe.methods import METHODS, MethodFacts, Use, facts_of, names
+from minirl.recipe.own import is_own
 
 
 def method_for(use: Use) -> AfterValidator:
     """Refuses a method that is not known, or that has no place in such a part of a recipe."""
 
     def check(method: str) -> str:
-        if method not in names(use):
-            raise ValueError(f"got {method!r}, expected one of {', '.join(names(use))}")
+        if method not in names(use) and not is_own(method):
+            known = ", ".join(names(use))
+            raise ValueError(f"got {method!r}, expected one of {known}, or my_file.py:my_method")
         return method
 
     return AfterValidator(check)
@@ -55,6 +57,11 @@ class Collect(Frozen):
     """Of the attempts (R3's is not stated; 0.9 is likely)."""
     batch: PositiveInt = 64
     """Problems between two saves of the stage's progress."""
+
+    @property
+    def facts(self) -> MethodFacts:
+        """Those of its method."""
+        return facts_of(self.method)
 
 
 class Filter(Frozen):
@@ -155,17 +162,22 @@ class Train(Frozen):
     @property
     def facts(self) -> MethodFacts:
         """Those of its method."""
-        return METHODS[self.method]
+        return facts_of(self.method)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        refuse(self._checks_of_method(self.facts))
-        refuse(self._checks_of_learner(self.facts))
+        refuse(self._checks_of_learner())
+        if self.method in METHODS:
+            self.check_method(METHODS[self.method])
         return self
+
+    def check_method(self, facts: MethodFacts) -> None:
+        """Raises ValueError for what does not go with a method of such facts."""
+        refuse(self._checks_of_method(facts))
 
     def _checks_of_method(self, facts: MethodFacts) -> Iterator[Check]:
         method, by_step = f"with method {self.method!r}", self.credit == "step"
-        loss = self.learner.loss
+        loss, likely = self.learner.loss, [name for name, of in METHODS.items() if of.takes_nll]
         yield (
             "credit",
             by_step and (not facts.actions or facts.needs_judge or loss == "ppo"),
@@ -186,7 +198,7 @@ class Train(Frozen):
         )
         for name in _OPTIONS:
             value, usual = getattr(self, name), type(self).model_fields[name].default
-            takers = [other for other, facts in METHODS.items() if name in facts.options]
+            takers = [other for other, of in METHODS.items() if name in of.options]
             yield (
                 name,
                 value != usual and name not in facts.options,
@@ -206,11 +218,27 @@ class Train(Frozen):
             f"{self.reflections} with examples {self.examples!r}",
             "0: samples show no reflection",
         )
+        yield (
+            "learner.loss",
+            facts.takes_nll != (loss == "nll"),
+            f"{loss!r} {method}",
+            f"nll with {', '.join(likely)}, and only with them",
+        )
+        yield (
+            "learner.minibatches",
+            facts.shows_gold and self.learner.minibatches > 1,
+            f"{self.learner.minibatches} {method}",
+            "1: each update takes attempts and demonstrations together",
+        )
+        yield (
+            "learner.sampled_share",
+            not facts.shows_gold and self.learner.sampled_share is not None,
+            f"{self.learner.sampled_share} {method}",
+            "none: only self_train trains on samples and demonstrations in one step",
+        )
 
-    def _checks_of_learner(self, facts: MethodFacts) -> Iterator[Check]:
-        method, learner = f"with method {self.method!r}", self.learner
-        is_nll = learner.loss == "nll"
-        takers = [name for name in names("train") if METHODS[name].takes_nll]
+    def _checks_of_learner(self) -> Iterator[Check]:
+        learner, is_nll = self.learner, self.learner.loss == "nll"
         yield (
             "group",
             not is_nll and learner.baseline != "none" and self.group < 2,
@@ -222,24 +250,6 @@ class Train(Frozen):
             is_nll and learner.entropy != 0,
             f"{learner.entropy} with loss 'nll', which has no entropy bonus",
             "0",
-        )
-        yield (
-            "learner.loss",
-            facts.takes_nll != is_nll,
-            f"{learner.loss!r} {method}",
-            f"nll with {', '.join(takers)}, and only with them",
-        )
-        yield (
-            "learner.minibatches",
-            facts.shows_gold and learner.minibatches > 1,
-            f"{learner.minibatches} {method}",
-            "1: each update takes attempts and demonstrations together",
-        )
-        yield (
-            "learner.sampled_share",
-            not facts.shows_gold and learner.sampled_share is not None,
-            f"{learner.sampled_share} {method}",
-            "none: only self_train trains on samples and demonstrations in one step",
         )
         yield (
             "learner.minibatches",

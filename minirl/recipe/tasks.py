@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Discriminator, Field, PositiveInt, Tag
 
 from minirl.recipe.base import Frozen, Probability
 from minirl.recipe.maths import Gsm8k, Mathqa, Maths, Svamp
 from minirl.recipe.methods import Kind
+from minirl.recipe.own import OWN, is_own
 from minirl.recipe.qa import QA, Bamboogle, HotpotQA, MuSiQue, TwoWikiMultiHopQA
 
 
@@ -80,30 +82,41 @@ class FunctionCalling(Frozen):
 
 
 class Own(Frozen):
-    """A task made in Python: problems and a verifier that are handed to `minirl.train(recipe,
-    folder, task=Task(...))`."""
+    """One's own task: made by a function in a file, or handed over in Python."""
 
-    name: Literal["own"]
-    """Names this task."""
+    name: str
+    """`my_file.py:my_task`, a function that returns a `minirl.Task`; the file is looked for in the
+    recipe's folder. `own`: the task of `minirl.train(recipe, folder, task=Task(...))`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The arguments of the function; it gets `seed`, the recipe's, besides, if it takes one."""
+
+
+def name(task: Any) -> str | None:
+    """Of a task, in the words of a recipe or as a part of one; "own" for all own ones."""
+    found = task.get("name") if isinstance(task, Mapping) else getattr(task, "name", None)
+    return OWN if isinstance(found, str) and is_own(found) else found
 
 
 Task = Annotated[
-    Countdown
-    | FunctionCalling
-    | Own
-    | Gsm8k
-    | Svamp
-    | Mathqa
-    | HotpotQA
-    | MuSiQue
-    | TwoWikiMultiHopQA
-    | Bamboogle,
-    Field(discriminator="name"),
+    Annotated[Countdown, Tag("countdown")]
+    | Annotated[FunctionCalling, Tag("function_calling")]
+    | Annotated[Own, Tag(OWN)]
+    | Annotated[Gsm8k, Tag("gsm8k")]
+    | Annotated[Svamp, Tag("svamp")]
+    | Annotated[Mathqa, Tag("mathqa")]
+    | Annotated[HotpotQA, Tag("hotpotqa")]
+    | Annotated[MuSiQue, Tag("musique")]
+    | Annotated[TwoWikiMultiHopQA, Tag("2wikimultihopqa")]
+    | Annotated[Bamboogle, Tag("bamboogle")],
+    Discriminator(name),
 ]
 
 
-def kind_of(task: Task) -> Kind:
-    """How a task is played, which decides the methods that can play it."""
+def kind_of(task: Task) -> Kind | None:
+    """How a task is played, which decides the methods that can play it; None for one's own, whose
+    file is not read yet."""
+    if isinstance(task, Own):
+        return None
     if isinstance(task, QA):
         return "search"
     return "calls" if isinstance(task, Maths) and task.chain == "calls" else "text"

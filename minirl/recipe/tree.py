@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -11,10 +12,11 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from minirl.recipe.base import Check, Dtype, Frozen, NonNegative, refuse
 from minirl.recipe.judge import Judge
 from minirl.recipe.maths import Maths
-from minirl.recipe.methods import EVALUATED_BY, METHODS, names
+from minirl.recipe.methods import EVALUATED_BY, METHODS, MethodFacts, names
+from minirl.recipe.own import copies, label_of
 from minirl.recipe.sampling import Sampling
 from minirl.recipe.stages import Collect, Filter, RewardModel, Stage, Train, method_for
-from minirl.recipe.tasks import Task, kind_of
+from minirl.recipe.tasks import Own, Task, kind_of
 
 
 class Lora(Frozen):
@@ -135,28 +137,64 @@ class Recipe(Frozen):
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Trackers that get the metrics too, through accelerate."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        refuse(self._checks_of_task())
-        for number, stage in enumerate(self.stages):
-            before = self.stages[number - 1] if number else None
-            refuse(self._checks_of_stage(f"stages[{number}]", stage, before))
-        return self
-
-    def _checks_of_task(self) -> Iterator[Check]:
-        kind, name, judge = kind_of(self.task), self.task.name, self.eval.judge
-        chain = f" with chain {self.task.chain!r}" if isinstance(self.task, Maths) else ""
-        named = [("eval.method", "eval", self.eval.method)] + [
+    @property
+    def named(self) -> list[tuple[str, str, str]]:
+        """Each method that is named: where, for which use, and its name."""
+        named = [("eval.method", "eval", self.eval.method)] if self.eval.method else []
+        return named + [
             (f"stages[{number}].method", stage.kind, stage.method)
             for number, stage in enumerate(self.stages)
             if isinstance(stage, Collect | Train)
         ]
-        for where, use, method in named:
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.check_methods(METHODS)
+        return self
+
+    def check_methods(self, methods: Mapping[str, MethodFacts]) -> None:
+        """Raises ValueError for what does not go together; of methods without facts nothing is
+        known, and nothing refused."""
+        refuse(self._checks_of_task(methods))
+        for number, stage in enumerate(self.stages):
+            before = self.stages[number - 1] if number else None
+            refuse(self._checks_of_stage(f"stages[{number}]", stage, before, methods))
+
+    def rename(self, change: Callable[[str], str]) -> Recipe:
+        """The recipe with the name of each method, and of one's own task, changed."""
+        stages = tuple(
+            stage.model_copy(update={"method": change(stage.method)})
+            if isinstance(stage, Collect | Train)
+            else stage
+            for stage in self.stages
+        )
+        parts: dict[str, Any] = {"stages": stages}
+        if isinstance(self.task, Own):
+            parts["task"] = self.task.model_copy(update={"name": change(self.task.name)})
+        if self.eval.method is not None:
+            parts["eval"] = self.eval.model_copy(update={"method": change(self.eval.method)})
+        return self.model_copy(update=parts)
+
+    def copies(self) -> dict[str, Path]:
+        """The files of one's own code: name in the run's folder -> the file."""
+        return copies(name for name in (self.task.name, *(name for _, _, name in self.named)))
+
+    def _checks_of_task(self, methods: Mapping[str, MethodFacts]) -> Iterator[Check]:
+        kind, name, judge = kind_of(self.task), self.task.name, self.eval.judge
+        chain = f" with chain {self.task.chain!r}" if isinstance(self.task, Maths) else ""
+        for where, use, method in self.named:
+            facts = methods.get(method)
             yield (
                 where,
-                method is not None and kind not in METHODS[method].plays,
+                facts is not None and kind is not None and kind not in facts.plays,
                 f"{method!r} for task {name!r}{chain}",
                 f"one of {', '.join(names(use, kind))}",
+            )
+            yield (
+                where,
+                facts is not None and use not in facts.uses,
+                f"{method!r}, which has the uses {', '.join(facts.uses) if facts else ''}",
+                f"a method with the use {use}",
             )
         yield (
             "eval.judge.kind",
@@ -178,13 +216,15 @@ class Recipe(Frozen):
         )
         yield (
             "eval.tries",
-            self.eval.tries == 2 and kind != "text",
+            self.eval.tries == 2 and kind not in ("text", None),
             f"2 for task {name!r}",
             "1: searches and tool calls are not reflected on",
         )
 
-    def _checks_of_stage(self, where: str, stage: Stage, before: Stage | None) -> Iterator[Check]:
-        gives_states = isinstance(before, Collect) and METHODS[before.method].makes_states
+    def _checks_of_stage(
+        self, where: str, stage: Stage, before: Stage | None, methods: Mapping[str, MethodFacts]
+    ) -> Iterator[Check]:
+        gives_states = isinstance(before, Collect) and _makes_states(before, methods)
         kept = before.keep if isinstance(before, Collect) else None
         if isinstance(stage, Filter):
             yield (
@@ -208,9 +248,10 @@ class Recipe(Frozen):
             )
         elif isinstance(stage, Train):
             has_states = gives_states or isinstance(before, Filter)
+            facts = methods.get(stage.method)
             yield (
                 f"{where}.method",
-                has_states != (stage.facts.starts_from == "states"),
+                facts is not None and has_states != (facts.starts_from == "states"),
                 f"{stage.method!r}",
                 "step or imitate after a filter or a stepwise collect stage, and only there",
             )
@@ -227,48 +268,46 @@ class Recipe(Frozen):
 
     def plan(self) -> str:
         """What a run will do, a line a stage."""
-        lines = [f"plan: {self.model.name} on {self.task.name}, seed {self.seed}"]
-        for number, stage in enumerate(self.stages):
-            if isinstance(stage, Filter):
-                judge = "no judge" if stage.judge is None else f"judge {stage.judge.kind}"
-                lines.append(
-                    f"  {number}  filter   {stage.keep}: {judge}, outcome by {stage.outcome}"
-                )
-            elif isinstance(stage, Collect):
-                made = (
-                    f"{stage.problems} problems x {stage.samples} attempts, keep {stage.keep} (at"
-                    f" most {stage.keep_each} of each)"
-                )
-                lines.append(f"  {number}  collect  {stage.method}: {made}{self._sampled(number)}")
-            elif isinstance(stage, RewardModel):
-                lines.append(
-                    f"  {number}  reward model: {stage.epochs} epochs over what was kept, lr"
-                    f" {stage.lr:g}"
-                )
-            else:
-                loss = f"loss {stage.learner.loss}, lr {stage.learner.lr:g}"
-                made = (
-                    f"{stage.steps} steps of {stage.batch} groups x {stage.group} episodes, {loss}"
-                )
-                lines.append(f"  {number}  train    {stage.method}: {made}{self._sampled(number)}")
-        node = self.eval
+        name = label_of(self.task.name)
+        lines = [f"plan: {self.model.name} on {name}, seed {self.seed}"]
+        lines += [f"  {n}  {self._planned(n, stage)}" for n, stage in enumerate(self.stages)]
+        evaluation = self.eval
         when = (
-            ["before the first stage"] * node.start
+            ["before the first stage"] * evaluation.start
             + ["after each train stage"]
-            + [f"every {node.every} steps"] * bool(node.every)
+            + [f"every {evaluation.every} steps"] * bool(evaluation.every)
         )
         tries = (
-            f"{node.problems} held-out problems x {node.samples}, {node.tries} tries, temperature"
-            f" {node.temperature:g}"
+            f"{evaluation.problems} held-out problems x {evaluation.samples}, {evaluation.tries}"
+            f" tries, temperature {evaluation.temperature:g}"
         )
-        tries += f", method {node.method}" if node.method else ""
+        tries += f", method {label_of(evaluation.method)}" if evaluation.method else ""
         return "\n".join([*lines, f"  evaluation {', '.join(when)}: {tries}"])
+
+    def _planned(self, number: int, stage: Stage) -> str:
+        if isinstance(stage, Filter):
+            judge = "no judge" if stage.judge is None else f"judge {stage.judge.kind}"
+            return f"filter   {stage.keep}: {judge}, outcome by {stage.outcome}"
+        if isinstance(stage, RewardModel):
+            return f"reward model: {stage.epochs} epochs over what was kept, lr {stage.lr:g}"
+        method, most = label_of(stage.method), self._sampled(number)
+        if isinstance(stage, Collect):
+            return (
+                f"collect  {method}: {stage.problems} problems x {stage.samples} attempts, keep"
+                f" {stage.keep} (at most {stage.keep_each} of each){most}"
+            )
+        loss = f"loss {stage.learner.loss}, lr {stage.learner.lr:g}"
+        return (
+            f"train    {method}: {stage.steps} steps of {stage.batch} groups x {stage.group}"
+            f" episodes, {loss}{most}"
+        )
 
     def _sampled(self, number: int) -> str:
         """How much a stage samples, by its limits; nothing for methods that only show."""
         stage, limits = self.stages[number], self.sampling
         assert isinstance(stage, Collect | Train)
-        facts = METHODS[stage.method]
+        if (facts := METHODS.get(stage.method)) is None:
+            return ""  # one's own: its facts stand in its file
         each = facts.sampled_tokens(limits) if facts.samples else 0
         if isinstance(stage, Collect):
             most = each * stage.problems * stage.samples
@@ -281,3 +320,7 @@ class Recipe(Frozen):
                     limits.attempt_tokens * stage.steps * stage.batch * stage.attempts
                 )  # on line: first tries that may fail
         return f", at most {most / 1e6:.3g} M sampled tokens" if most else ""
+
+
+def _makes_states(stage: Collect, methods: Mapping[str, MethodFacts]) -> bool:
+    return stage.method in methods and methods[stage.method].makes_states

@@ -41,6 +41,7 @@ from minirl.io.files import (
     write_rows,
 )
 from minirl.recipe import Recipe
+from minirl.recipe.own import beside
 from minirl.record.closed_run import read_note
 from minirl.record.state import (
     NAMES,
@@ -94,7 +95,9 @@ class Run:
                 if main:
                     restore(folder, state)
                     if state == State():
-                        write_file(folder / "recipe.yaml", recipe.dump())
+                        for name, path in recipe.copies().items():
+                            write_file(folder / name, path.read_text(encoding="utf-8"))
+                        write_file(folder / "recipe.yaml", recipe.rename(beside).dump())
                         write_file(folder / "state.json", state.text())
                     _note_versions(folder / "versions.jsonl")
             except BaseException:
@@ -321,7 +324,12 @@ def _check_recipe(path: Path, recipe: Recipe) -> None:
             " or delete this one"
         )
     stored = recipes.parse(data, str(path)).model_dump(mode="json")
-    changes = list(_differences(stored, recipe.model_dump(mode="json"), ""))
+    changes = list(_differences(stored, recipe.rename(beside).model_dump(mode="json"), ""))
+    changes += [
+        f"{file}: other text than the copy in {path.parent / name}"
+        for name, file in recipe.copies().items()
+        if not changes and file.read_bytes() != (path.parent / name).read_bytes()
+    ]
     if changes:
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         changed = ", ".join(changes[:3]) + more

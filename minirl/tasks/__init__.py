@@ -17,38 +17,33 @@ from minirl.tasks.task import Demonstration, Task, fingerprint
 __all__ = ["Demonstration", "Task", "draw", "fingerprint", "open_task"]
 
 
-def open_task(node: recipe.Task, seed: int, made: Task | None = None) -> Task:
-    """The task a recipe names; `made` in Python where that is `own`. Raises UserError for data that
-    cannot be had or read."""
-    if isinstance(node, recipe.Own):
+def open_task(config: recipe.Task, seed: int, given: Task | None = None) -> Task:
+    """The task that a recipe names; `given` in Python if that is `own`. Raises UserError for data
+    or code that cannot be had or read."""
+    if isinstance(config, recipe.Own):
         from minirl.tasks import own
 
-        if made is None:
-            raise UserError(
-                "task.name: got 'own', which is made in Python; expected it as task=Task(...) of"
-                " minirl.train or minirl.evaluate_run"
-            )
-        return own.sound(made)
-    if made is not None:
+        return own.open_task(config, seed, given)
+    if given is not None:
         raise UserError(
-            f"task: got a Task beside task.name {node.name!r}, expected the recipe to say task:"
+            f"task: got a Task beside task.name {config.name!r}, expected the recipe to say task:"
             " {name: own}"
         )
-    if isinstance(node, recipe.Countdown):
+    if isinstance(config, recipe.Countdown):
         from minirl.tasks import countdown
 
-        return countdown.open_task(node, seed)
-    if isinstance(node, recipe.QA):
+        return countdown.open_task(config, seed)
+    if isinstance(config, recipe.QA):
         from minirl.tasks import qa
 
-        return qa.open_task(node, seed)
-    if isinstance(node, recipe.Maths):
+        return qa.open_task(config, seed)
+    if isinstance(config, recipe.Maths):
         from minirl.tasks import maths
 
-        return maths.open_task(node, seed)
+        return maths.open_task(config, seed)
     from minirl.tasks import function_calling
 
-    return function_calling.open_task(node, seed)
+    return function_calling.open_task(config, seed)
 
 
 def draw(problems: Sequence[Problem], count: int, position: int, seed: int) -> list[Problem]:

@@ -12,15 +12,61 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from math import isfinite
 
+from minirl import recipe
 from minirl.episode import Problem, Verdict
-from minirl.errors import UserError
+from minirl.errors import UserError, first_line
+from minirl.recipe.own import OWN, label_of, load_function
 from minirl.record.measures import SCORES
 from minirl.tasks.task import Task
 
 TAKEN = frozenset({"verdict", "first", "second", "first_error", "second_error"})
 """Names of parts that the loop itself gives."""
+
+
+def open_task(config: recipe.Own, seed: int, given: Task | None) -> Task:
+    """The task that a file's function makes, or the one given in Python, checked."""
+    if config.name != OWN:
+        if given is not None:
+            raise UserError(
+                f"task: got a Task beside task.name {config.name!r}, expected one of the two"
+            )
+        return sound(_call(config, seed))
+    if given is None:
+        raise UserError(
+            "task.name: got 'own', which is made in Python; expected it as task=Task(...) of"
+            " minirl.train or minirl.evaluate_run"
+        )
+    return sound(given)
+
+
+def _call(config: recipe.Own, seed: int) -> Task:
+    """What the function returns for its options."""
+    function = load_function(config.name, "task.name")
+    options, parameters = dict(config.options), signature(function).parameters
+    if "seed" in parameters:
+        options.setdefault("seed", seed)
+    try:
+        signature(function).bind(**options)
+    except TypeError as error:
+        raise UserError(
+            f"task.options: got {', '.join(config.options) or 'none'}, expected the arguments of"
+            f" {label_of(config.name)}{signature(function)} ({error})"
+        ) from error
+    try:
+        task = function(**options)
+    except UserError:
+        raise
+    except Exception as error:  # somebody else's code; its traceback stands behind the message
+        text = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"task.name: {config.name} failed with {text}") from error
+    if not isinstance(task, Task):
+        raise UserError(
+            f"task.name: {config.name} returned {type(task).__name__}, expected a minirl.Task"
+        )
+    return task
 
 
 def sound(made: Task) -> Task:
@@ -90,7 +136,9 @@ def _verdict(
         raise UserError(f"{where} gave the score {found.score!r}, expected a number") from error
     if not isfinite(score):
         raise UserError(f"{where} gave the score {score}, expected a finite number")
-    if wrong := [name for name, value in found.parts.items() if not _is_part(name, value)]:
+    if wrong := [
+        name for name, value in found.parts.items() if name in TAKEN or not is_part(name, value)
+    ]:
         raise UserError(
             f"{where} gave the part {wrong[0]!r}: {found.parts[wrong[0]]!r}, expected text, a"
             f" finite number, a bool or None under a name other than {', '.join(sorted(TAKEN))};"
@@ -99,9 +147,8 @@ def _verdict(
     return Verdict(score, passed, found.parts)
 
 
-def _is_part(name: str, value: object) -> bool:
-    if name in TAKEN:
-        return False
+def is_part(name: str, value: object) -> bool:
+    """Whether a run folder can keep it, and a report count it."""
     if name in SCORES:
         return isinstance(value, bool | int | float) and SCORES[name].accepts(value)
     return (
