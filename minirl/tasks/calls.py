@@ -1,8 +1,8 @@
-"""Calls of the calculator in a chain of GSM8K: its marks <<48/2=24>> say what to work out, and the
-words before each why.
+"""Calls of the calculator in a chain of GSM8K: each of its marks <<48/2=24>> is a call, and the
+words before it are the thought.
 
-Invariant: a thought ends where the value that its call works out would stand; a chain is shown only
-where the calculator confirms its marks.
+Invariant: a thought ends where its call's value would stand, and a chain is shown only if the
+calculator gives the values of its marks.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from minirl.verify import numeric
 from minirl.verify.calculator import CalculatorError, evaluate
+from minirl.verify.numeric import read_number
 
 _MARK = re.compile(r"<<(?P<expression>[^<>=]{1,200})=(?P<value>[^<>]{1,60})>>")
 _ANSWER = re.compile(r"\n?####\s*(?P<answer>.*)\Z", re.DOTALL)
@@ -40,40 +40,36 @@ def read_chain(solution: str) -> Chain:
     ending = _ANSWER.search(solution)
     answer = ending["answer"].strip() if ending else ""
     text = solution[: ending.start()] if ending else solution
-    text = _MARK.sub(
-        lambda mark: "" if _ONE_NUMBER.fullmatch(mark["expression"]) else mark[0], text
-    )  # one number is nothing to work out
+    # One number is nothing to work out.
+    text = _MARK.sub(lambda m: "" if _ONE_NUMBER.fullmatch(m["expression"]) else m[0], text)
     calls, at = list[Call](), 0
     for mark in _MARK.finditer(text):
-        calls.append(
-            Call(_DANGLING.sub("", text[at : mark.start()]).strip(), mark["expression"].strip())
-        )
+        thought = _DANGLING.sub("", text[at : mark.start()]).strip()
+        calls.append(Call(thought, mark["expression"].strip()))
         at = mark.end()
     return Chain(tuple(calls), text[at:].strip(), answer)
 
 
 def read_values(solution: str) -> list[Fraction]:
-    """The values that the marks of a solution state, in order; those that are no numbers are left
-    out."""
-    stated = (numeric.read_number(mark["value"]) for mark in _MARK.finditer(solution))
-    return [found.value for found in stated if found is not None]
+    """The values of a solution's marks, in order, without those that are no numbers."""
+    numbers = (read_number(mark["value"]) for mark in _MARK.finditer(solution))
+    return [number.value for number in numbers if number is not None]
 
 
 def has_right_calls(solution: str) -> bool:
-    """Whether a chain calls the calculator at all, and gets from it what its marks say, to a
+    """Whether a chain calls the calculator at all, and every mark has the calculator's value, to a
     hundredth or a hundredth part."""
-    marks = list(_MARK.finditer(solution))
+    marks = _MARK.finditer(solution)
     return bool(read_chain(solution).calls) and all(
         _agrees(mark["expression"], mark["value"]) for mark in marks
     )
 
 
 def _agrees(expression: str, value: str) -> bool:
-    stated = numeric.read_number(value)
+    stated = read_number(value)
     try:
-        found = evaluate(expression)
+        exact = evaluate(expression)
     except CalculatorError:
         return False
-    return stated is not None and abs(found - stated.value) <= max(
-        Fraction(1, 100), abs(found) / 100
-    )
+    margin = max(Fraction(1, 100), abs(exact) / 100)
+    return stated is not None and abs(exact - stated.value) <= margin

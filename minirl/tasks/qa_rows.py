@@ -1,7 +1,7 @@
 """Rows of question-answering sets: one form for all the schemas that they come in.
 
-Invariant: a row is either read whole, stripped of surrounding space, or refused by the column that
-is wrong.
+Invariant: a row is either read whole, stripped of surrounding space, or refused, naming the column
+that is wrong.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ class Hop(BaseModel):
 
 
 class Row(BaseModel):
-    """All that is read of a row, whichever data set it is of; a column that it does not have is
-    empty."""
+    """The columns that are read, of whichever data set; one that a row does not have is empty."""
 
     identity: str | int = Field("", validation_alias=AliasChoices("_id", "id"))
     question: _Text = Field(validation_alias=AliasChoices("question", "Question"))
@@ -61,21 +60,16 @@ class Row(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _to_one_form(cls, row: dict[str, Any]) -> dict[str, Any]:
-        """Undo what copies change: the hub's columns for rows, null for nothing, FlashRAG's
-        `metadata` for what is beside the answer."""
-        beside = row.get("metadata")
-        inner = (
-            {k: beside.get(k) for k in ("context", "supporting_facts")}
-            if isinstance(beside, dict)
-            else {}
-        )
-        row = {k: v for k, v in (inner | row).items() if v is not None}
+        """Undo the changes of copies: the hub's columns for rows, null for nothing, FlashRAG's
+        `metadata` for the columns beside the answer."""
+        metadata = row.get("metadata")
+        if isinstance(metadata, dict):
+            row = {k: metadata.get(k) for k in ("context", "supporting_facts")} | row
+        row = {k: v for k, v in row.items() if v is not None}
         if isinstance(context := row.get("context"), dict):
             titles, bodies = context.get("title"), context.get("sentences", context.get("content"))
-            if (
-                not isinstance(titles, list)
-                or not isinstance(bodies, list)
-                or len(titles) != len(bodies)
+            if not (isinstance(titles, list) and isinstance(bodies, list)) or len(titles) != len(
+                bodies
             ):
                 raise ValueError(
                     "context: got columns of different lengths, expected a list `title` and an"
@@ -92,9 +86,8 @@ class Row(BaseModel):
 
     @model_validator(mode="after")
     def _check_hops(self) -> Self:
-        if strange := {hop.paragraph_support_idx for hop in self.question_decomposition} - {
-            p.idx for p in self.paragraphs
-        }:
+        asked = {hop.paragraph_support_idx for hop in self.question_decomposition}
+        if strange := asked - {paragraph.idx for paragraph in self.paragraphs}:
             raise ValueError(
                 f"question_decomposition: paragraph_support_idx {min(strange)} is the idx of no"
                 " paragraph"
@@ -109,11 +102,8 @@ class Row(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             column = ".".join(map(str, first["loc"])) or "row"
-            got = (
-                ""
-                if first["type"] in ("missing", "value_error")
-                else f" (got {str(first['input'])[:60]!r})"
-            )
+            has_value = first["type"] not in ("missing", "value_error")
+            got = f" (got {str(first['input'])[:60]!r})" if has_value else ""
             said = first["msg"].removeprefix("Value error, ")
             raise UserError(f"{where}: {column}: {said}{got}; mend or delete the row") from error
 
@@ -125,44 +115,31 @@ class Row(BaseModel):
     @property
     def passages(self) -> list[tuple[str, str]]:
         """(title, text) of every paragraph that the row has."""
-        own = [
-            (title, " ".join(sentence.strip() for sentence in sentences))
-            for title, sentences in self.context
-        ]
-        return own + [
-            (paragraph.title, paragraph.paragraph_text.strip()) for paragraph in self.paragraphs
-        ]
+        own = [(title, " ".join(map(str.strip, sentences))) for title, sentences in self.context]
+        return own + [(p.title, p.paragraph_text.strip()) for p in self.paragraphs]
 
     def problem(self, task: str) -> Problem:
         """The question with all that is known about its answer; see tasks/qa.py."""
         passages = self.passages
-        titles = list(
-            dict.fromkeys([*self.gold_titles, *(title for title, _ in self.supporting_facts)])
-        )
+        facts = [title for title, _ in self.supporting_facts]
+        titles = list(dict.fromkeys([*self.gold_titles, *facts]))
         gold = [passage for title in titles for passage in passages if passage[0] == title]
-        by_idx = {
-            paragraph.idx: passage
-            for paragraph, passage in zip(
-                self.paragraphs, passages[len(self.context) :], strict=True
-            )
-        }
+        indices = [paragraph.idx for paragraph in self.paragraphs]
+        by_idx = dict(zip(indices, passages[len(self.context) :], strict=True))
         hops = [(hop, by_idx[hop.paragraph_support_idx]) for hop in self.question_decomposition]
-        gold += [passage for _, passage in hops] or [
-            by_idx[paragraph.idx] for paragraph in self.paragraphs if paragraph.is_supporting
-        ]
+        supporting = [by_idx[p.idx] for p in self.paragraphs if p.is_supporting]
+        gold += [passage for _, passage in hops] or supporting
         answer = {
             "golds": self.golds,
             "titles": list(dict.fromkeys([*titles, *(title for title, _ in gold)])),
             "paragraphs": [list(passage) for passage in dict.fromkeys(gold)],
             "steps": [[hop.question, hop.answer, title] for hop, (title, _) in hops],
         }
-        return Problem(
-            f"{task}/{self.identity or digest(self.question).hex()}", self.question, answer
-        )
+        identity = self.identity or digest(self.question).hex()
+        return Problem(f"{task}/{identity}", self.question, answer)
 
 
 def digest(question: str) -> bytes:
-    """What two rows that ask the same share, whatever their case and spacing."""
-    return blake2b(
-        " ".join(question.casefold().split()).encode("utf-8", "surrogatepass"), digest_size=16
-    ).digest()
+    """A digest that is equal for questions that differ in case and spacing alone."""
+    normal = " ".join(question.casefold().split())
+    return blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=16).digest()
