@@ -419,7 +419,6 @@ def test_every_real_row_accepts_its_gold_answer_in_each_form() -> None:
 @needs_data
 @pytest.mark.parametrize("miss", NEAR_MISSES)
 def test_every_real_row_rejects_near_misses(miss: str) -> None:
-    assert len(NEAR_MISSES) >= 20
     change, expected = NEAR_MISSES[miss]
     tried = 0
     for row in rows():

@@ -353,10 +353,15 @@ def test_recipes_that_cannot_be(kind: type[Gsm8k], fields: dict[str, Any], said:
 @pytest.mark.parametrize(
     ("kind", "row", "said"),
     [
-        (Gsm8k, {"question": "q"}, "got the columns question, expected question, answer, or question, answer_value and perhaps answer_cot"),
-        (Svamp, {"Body": "b"}, "got the columns Body, expected Body, Question, Answer, or question"),
-        (Mathqa, {"Problem": "q"}, "got the columns Problem, expected Problem, Rationale, options, correct, or question"),
-        (Svamp, mathqa("q", "r", "a"), "got the columns Problem, Rationale, options, correct, expected Body"),
+        (Gsm8k, {"question": "q"},
+         "got the columns question, expected question, answer, or question, answer_value and"
+         " perhaps answer_cot"),
+        (Svamp, {"Body": "b"},
+         "got the columns Body, expected Body, Question, Answer, or question"),
+        (Mathqa, {"Problem": "q"},
+         "got the columns Problem, expected Problem, Rationale, options, correct, or question"),
+        (Svamp, mathqa("q", "r", "a"),
+         "got the columns Problem, Rationale, options, correct, expected Body"),
         (Gsm8k, gsm("q", "It is 5."), "answer: got '', expected a number"),
         (Gsm8k, gsm("q", "It is 5.\n#### five"), "answer: got ' five', expected a number"),
         (Gsm8k, gsm(" ", "#### 5"), "question: got ' ', expected text"),
@@ -367,9 +372,13 @@ def test_recipes_that_cannot_be(kind: type[Gsm8k], fields: dict[str, Any], said:
         (Svamp, reft("q", "NaN"), "answer_value: got 'NaN', expected a number"),
         (Svamp, reft("q", "1e301"), "answer_value: got '1e301', expected a number"),
         (Svamp, reft("q", 5, ""), "answer_cot: got '', expected text"),
-        (Mathqa, mathqa("q", "r", "f"), "with the right one 'f', expected a question, `a ) ... , b ) ...` up to e and a letter"),
-        (Mathqa, mathqa("q", "r", "a", "a ) 1 , b ) 2"), "got options 'a ) 1 , b ) 2' with the right one 'a'"),
-        (Mathqa, mathqa("q", "r", "a", "a ) 1 , b ) 2 , c ) , d ) 4 , e ) 5"), "expected a question"),
+        (Mathqa, mathqa("q", "r", "f"),
+         "with the right one 'f', expected a question, `a ) ... , b ) ...` up to e and a"
+         " letter"),
+        (Mathqa, mathqa("q", "r", "a", "a ) 1 , b ) 2"),
+         "got options 'a ) 1 , b ) 2' with the right one 'a'"),
+        (Mathqa, mathqa("q", "r", "a", "a ) 1 , b ) 2 , c ) , d ) 4 , e ) 5"),
+         "expected a question"),
         (Mathqa, mathqa("q", "r", "a", OPTIONS + " " * 2000), "expected a question"),
         (Mathqa, reft("no options", "a"), "or set task.numeric=true for data without options"),
     ],
@@ -496,6 +505,7 @@ def real(kind: type[Gsm8k | Svamp | Mathqa], source: str, test: str, **fields: A
     return task
 
 
+@pytest.mark.slow
 @needs_data
 def test_real_gsm8k() -> None:
     task = real(Gsm8k, "gsm8k/train.jsonl", "gsm8k/test.jsonl")
@@ -535,6 +545,7 @@ def test_real_svamp_programs() -> None:
     assert all(task.verify(p, shown(task, p)).passed for p in task.train[:50])
 
 
+@pytest.mark.slow
 @needs_data
 def test_real_mathqa_letters() -> None:
     task = real(Mathqa, "mathqa/dev.json", "mathqa/test.json")
@@ -559,6 +570,7 @@ def test_real_mathqa_letters() -> None:
     assert sum(map(bool, wrong)) / len(wrong) < 0.03
 
 
+@pytest.mark.slow
 @needs_data
 def test_real_mathqa_numbers() -> None:
     task = real(Mathqa, "mathqa/dev.json", "mathqa/test_numeric.json", numeric=True, train=500)

@@ -52,13 +52,19 @@ def listed(block: str) -> list[str]:
 
 
 FIVE = listed("""
-5 ¦ 5. ¦ 5.0 ¦ 05 ¦ +5 ¦ : 5 ¦ 5! ¦ (5) ¦ [5] ¦ <5> ¦ `5` ¦ **5**. ¦ *5* ¦ 5 apples. ¦ 5 apples in total. ¦
-5 red and blue apples ¦ 5 (five) ¦ 5 apples, because 2 + 3 = 5 ¦ 5. Then 6 more came. ¦ 5th ¦ $5 ¦ $ 5 ¦ $5.00 ¦ 5 $ ¦ €5 ¦
-5 times ¦ 5 times a day ¦ 5 times as many ¦ 5 more apples than Tom ¦ 5 three-legged stools ¦ 5 twenty-one-year-olds ¦ 5 hundred ¦
+5 ¦ 5. ¦ 5.0 ¦ 05 ¦ +5 ¦ : 5 ¦ 5! ¦ (5) ¦ [5] ¦ <5> ¦ `5` ¦ **5**. ¦ *5* ¦ 5 apples. ¦
+5 apples in total. ¦
+5 red and blue apples ¦ 5 (five) ¦ 5 apples, because 2 + 3 = 5 ¦ 5. Then 6 more came. ¦ 5th ¦ $5 ¦
+$ 5 ¦ $5.00 ¦ 5 $ ¦ €5 ¦
+5 times ¦ 5 times a day ¦ 5 times as many ¦ 5 more apples than Tom ¦ 5 three-legged stools ¦
+5 twenty-one-year-olds ¦ 5 hundred ¦
 5 horsepower ¦ 5 tenpins ¦ 5 of the ones ¦
-USD 5 ¦ Rs. 5 ¦ rs . 5 ¦ 5 dollars per day at the farmers' market. ¦ 5 rs ¦ 5 miles/hour ¦ 5 miles / hour ¦ 5 km/h ¦ 5 m^2 ¦
-5 cm2 ¦ 5m² ¦ 5°C ¦ 5-year-olds ¦ 5 hours to finish ¦ approximately 5 ¦ ≈ 5 ¦ 10/2 ¦ 20 / 4 ¦ 10⁄2 ¦ $5$ ¦ 5e0 ¦ .5e1 ¦
-0.5E+1 ¦ 0.5 x 10^1 ¦ 50 × 10^-1 ¦ 0.05*10**2 ¦ 2 + 3 = 5 ¦ x = 5 ¦ x = 2 + 3 = 5. ¦ = 5 ¦ 1,000 / 200 = 5 ¦ 5% ¦ 500% ¦
+USD 5 ¦ Rs. 5 ¦ rs . 5 ¦ 5 dollars per day at the farmers' market. ¦ 5 rs ¦ 5 miles/hour ¦
+5 miles / hour ¦ 5 km/h ¦ 5 m^2 ¦
+5 cm2 ¦ 5m² ¦ 5°C ¦ 5-year-olds ¦ 5 hours to finish ¦ approximately 5 ¦ ≈ 5 ¦ 10/2 ¦ 20 / 4 ¦
+10⁄2 ¦ $5$ ¦ 5e0 ¦ .5e1 ¦
+0.5E+1 ¦ 0.5 x 10^1 ¦ 50 × 10^-1 ¦ 0.05*10**2 ¦ 2 + 3 = 5 ¦ x = 5 ¦ x = 2 + 3 = 5. ¦ = 5 ¦
+1,000 / 200 = 5 ¦ 5% ¦ 500% ¦
 5 percent
 """)
 FIVE += [
@@ -84,21 +90,30 @@ FIVE += [
 FIVE += ["\\fbox{5}", "\\boxed{\\frac{10}{2}}", "therefore \\boxed{5}"]
 
 NOT_FIVE = listed("""
-6 ¦ -5 ¦ −5 ¦ – 5 ¦ minus 5 ¦ negative 5 ¦ $-5 ¦ 0.5 ¦ .5 ¦ 50 ¦ 15 ¦ 5.5 ¦ 5.02 ¦ 4.98 ¦ 5,000 ¦ 1/5 ¦ 005/2 ¦ 5/6 ¦
+6 ¦ -5 ¦ −5 ¦ – 5 ¦ minus 5 ¦ negative 5 ¦ $-5 ¦ 0.5 ¦ .5 ¦ 50 ¦ 15 ¦ 5.5 ¦ 5.02 ¦ 4.98 ¦ 5,000 ¦
+1/5 ¦ 005/2 ¦ 5/6 ¦
 5 1/2 ¦ 5½ ¦ 5e3 ¦ 5 x 10^3 ¦ 25/5 + 1 = 6 ¦ 5 = 6 ¦ 0.05 ¦ 55 ¦ 5,555
 """)
 NOT_FIVE += ["\\boxed{-5}"]
 
 NO_NUMBER = listed("""
-. ¦ five ¦ unknown ¦ none ¦ ? ¦ $ ¦ - ¦ not 5 ¦ isn't 5 ¦ 5? ¦ 5 or 6 ¦ 5 or so ¦ 5, 6 ¦ 5; 6 ¦ 5 and 6 ¦ 5 6 ¦ 5-6 ¦
-5 - 6 ¦ 5–6 ¦ 5 to 6 ¦ 5, or 6 ¦ 5 (6) ¦ 5 (or 6) ¦ 5. Or 6 ¦ either 5 ¦ between 3 and 5 ¦ at least 5 ¦ more than 5 ¦ < 5 ¦
-> 5 ¦ ≤ 5 ¦ <5 ¦ 5+ ¦ 5 ± 1 ¦ ~5~6 ¦ 5x ¦ 5 x ¦ 5 n ¦ 5π ¦ 5 π ¦ √5 ¦ 5^2 ¦ 5² ¦ 5**2 ¦ 5*2 ¦ 5 + 3 ¦ 5 squared ¦ 5 cubed ¦
-5 thousand two hundred ¦ 5 thousand, two hundred ¦ 5 hundred twenty ¦ 5 hundred, twenty ¦ 5 thousand million ¦ 5 times two ¦
-5 times the price ¦ 5 multiplied by ten ¦ 5 multiplied ¦ 5 divided by two ¦ 5 to the power of three ¦ 5 more than twenty ¦ 5 less than Tom ¦
-5 below zero ¦ 5 degrees below ¦ 5 feet six inches ¦ 5 twenty-one ¦ 5 three-quarters ¦ 5 dollars fifty ¦ 5 point one ¦ 5 over ten ¦
+. ¦ five ¦ unknown ¦ none ¦ ? ¦ $ ¦ - ¦ not 5 ¦ isn't 5 ¦ 5? ¦ 5 or 6 ¦ 5 or so ¦ 5, 6 ¦ 5; 6 ¦
+5 and 6 ¦ 5 6 ¦ 5-6 ¦
+5 - 6 ¦ 5–6 ¦ 5 to 6 ¦ 5, or 6 ¦ 5 (6) ¦ 5 (or 6) ¦ 5. Or 6 ¦ either 5 ¦ between 3 and 5 ¦
+at least 5 ¦ more than 5 ¦ < 5 ¦
+> 5 ¦ ≤ 5 ¦ <5 ¦ 5+ ¦ 5 ± 1 ¦ ~5~6 ¦ 5x ¦ 5 x ¦ 5 n ¦ 5π ¦ 5 π ¦ √5 ¦ 5^2 ¦ 5² ¦ 5**2 ¦ 5*2 ¦
+5 + 3 ¦ 5 squared ¦ 5 cubed ¦
+5 thousand two hundred ¦ 5 thousand, two hundred ¦ 5 hundred twenty ¦ 5 hundred, twenty ¦
+5 thousand million ¦ 5 times two ¦
+5 times the price ¦ 5 multiplied by ten ¦ 5 multiplied ¦ 5 divided by two ¦
+5 to the power of three ¦ 5 more than twenty ¦ 5 less than Tom ¦
+5 below zero ¦ 5 degrees below ¦ 5 feet six inches ¦ 5 twenty-one ¦ 5 three-quarters ¦
+5 dollars fifty ¦ 5 point one ¦ 5 over ten ¦
 5 apples in two bags ¦
-5 and a half ¦ 5 halves ¦ 5 tenths ¦ 5 point five ¦ 5 plus two ¦ 5 is wrong ¦ 5 is not right ¦ 5/0 ¦ 0/0 ¦ --5 ¦ -$-5 ¦
-5 ≠ 6 ¦ x = 5 or x = 6 ¦ x = 5, y = 6 ¦ x = 5 and y = 6 ¦ 5, 6 = 6 ¦ 5:30 ¦ 5.5.5 ¦ 5,5 ¦ 1,23 ¦ 0,005 ¦ 12/5/2020 ¦ 0x5 ¦
+5 and a half ¦ 5 halves ¦ 5 tenths ¦ 5 point five ¦ 5 plus two ¦ 5 is wrong ¦ 5 is not right ¦
+5/0 ¦ 0/0 ¦ --5 ¦ -$-5 ¦
+5 ≠ 6 ¦ x = 5 or x = 6 ¦ x = 5, y = 6 ¦ x = 5 and y = 6 ¦ 5, 6 = 6 ¦ 5:30 ¦ 5.5.5 ¦ 5,5 ¦ 1,23 ¦
+0,005 ¦ 12/5/2020 ¦ 0x5 ¦
 ٥ ¦ ５ ¦ ⑤ ¦ 5 7/3 ¦ 5 / 6 / 7 ¦ the number 5 ¦ that she has 5 ¦ 1e9999
 """)
 NO_NUMBER += [
@@ -420,6 +435,7 @@ def test_every_way_to_write_a_decimal_is_read(value: object, tail: str, commas: 
     assert kind(str(value), f"The answer is {written}{tail}", tolerance=0.0) is None
 
 
+@pytest.mark.slow
 @needs_data
 def test_every_gold_answer_of_gsm8k() -> None:
     lines = [

@@ -39,9 +39,12 @@ def listed(block: str) -> list[str]:
 
 
 B = listed("""
-b ¦ B ¦ b. ¦ b . ¦ b! ¦ (b) ¦ (B). ¦ [b] ¦ <b> ¦ b) ¦ b ) ¦ "b" ¦ `b` ¦ **b** ¦ **(B)**. ¦ $b$ ¦ : b ¦ b ) 27.675 ¦ (b) 27.675. ¦
-b: 27.675 ¦ b. 27.675 ¦ b (27.675) ¦ option b ¦ Option (B) ¦ choice b. ¦ the letter b ¦ answer choice B ¦ option b : 27.675 ¦
-b, because 3 * 9 is more ¦ b ; done ¦ (b) 27.675, which is more than a third ¦ b ) data inadequate ¦ b ) 38
+b ¦ B ¦ b. ¦ b . ¦ b! ¦ (b) ¦ (B). ¦ [b] ¦ <b> ¦ b) ¦ b ) ¦ "b" ¦ `b` ¦ **b** ¦ **(B)**. ¦ $b$ ¦
+: b ¦ b ) 27.675 ¦ (b) 27.675. ¦
+b: 27.675 ¦ b. 27.675 ¦ b (27.675) ¦ option b ¦ Option (B) ¦ choice b. ¦ the letter b ¦
+answer choice B ¦ option b : 27.675 ¦
+b, because 3 * 9 is more ¦ b ; done ¦ (b) 27.675, which is more than a third ¦
+b ) data inadequate ¦ b ) 38
 """)
 B += [
     "\n\n(b)",
@@ -54,9 +57,12 @@ B += [
 ]
 NOT_B = listed("a ¦ c ¦ (a) ¦ (E) ¦ a ) 27.675 ¦ option c ¦ D. ¦ not b, the answer is c")
 NO_LETTER = listed("""
-. ¦ ? ¦ f ¦ (f) ¦ g ¦ 2 ¦ option 2 ¦ 27.675 ¦ none ¦ unknown ¦ the second ¦ the option ¦ not b ¦ not (b) ¦ isn't b ¦ neither b ¦ b? ¦
-b or c ¦ a or b ¦ b and c ¦ either b or c ¦ a, b ¦ b, c ¦ (a) or (b) ¦ (b) or 5 ¦ (b)(c) ¦ b), (c) ¦ [a, b] ¦ b/c ¦ b & c ¦ b c ¦ a b ¦
-b-c ¦ b+c ¦ ab ¦ bee ¦ be ¦ best ¦ B2 ¦ b2 ¦ b's ¦ a banana ¦ a number ¦ a number b ¦ b 27.675 ¦ b = 27.675 ¦ b ) 27.675 , c ) 30 ¦
+. ¦ ? ¦ f ¦ (f) ¦ g ¦ 2 ¦ option 2 ¦ 27.675 ¦ none ¦ unknown ¦ the second ¦ the option ¦ not b ¦
+not (b) ¦ isn't b ¦ neither b ¦ b? ¦
+b or c ¦ a or b ¦ b and c ¦ either b or c ¦ a, b ¦ b, c ¦ (a) or (b) ¦ (b) or 5 ¦ (b)(c) ¦
+b), (c) ¦ [a, b] ¦ b/c ¦ b & c ¦ b c ¦ a b ¦
+b-c ¦ b+c ¦ ab ¦ bee ¦ be ¦ best ¦ B2 ¦ b2 ¦ b's ¦ a banana ¦ a number ¦ a number b ¦ b 27.675 ¦
+b = 27.675 ¦ b ) 27.675 , c ) 30 ¦
 b, not a ¦ b is wrong ¦ (b) is not right ¦ b.c ¦ B.C. ¦ β ¦ в ¦ ｂ ¦ ⓑ ¦ e.g. 5 ¦ that b holds ¦ C++
 """)
 NO_LETTER += [

