@@ -1,4 +1,4 @@
-"""Where a text states its answer: the last "the answer is", `####` (GSM8K's own mark) or
+"""The statement of an answer in a text: the last "the answer is", `####` (GSM8K's own mark) or
 \\boxed{...}.
 
 Invariant: only a statement counts. A sentence that denies or doubts ("the answer is not", "I doubt
@@ -15,21 +15,22 @@ MAX_CHARS = 16_384
 MAX_STATEMENT = 240
 PHRASE = "The answer is"
 
-# `####` is also a Markdown heading: it is a mark only where a number follows, and not that of "####
-# 2. Compute the total".
+# `####` is also a Markdown heading: it is a mark only if a number follows, and not one as in
+# "#### 2. Compute the total".
 _MARK = re.compile(
     r"\bthe\s++(?:(?:final|correct|right)\s++)?answer\s++is(?P<denied>n['’]t)?\b"
-    r"|####(?![ \t]*+[0-9]++[.):][ \t]+\S)(?=[ \t]*+[^\s\w#]{0,3}["
-    r" \t]*+\.?[0-9])|\\(?:boxed|fbox)\s*+\{",
+    r"|####(?![ \t]*+[0-9]++[.):][ \t]+\S)(?=[ \t]*+[^\s\w#]{0,3}[ \t]*+\.?[0-9])"
+    r"|\\(?:boxed|fbox)\s*+\{",
     re.IGNORECASE,
 )
 # A denial counts where it governs the mark, with such words alone between them: "I do not think it
 # is", but not "who do not play is".
 _DENIED = re.compile(
     r"(?:\b(?:(?:can)?not|never|n?either|nor|or|doubts?|whether|unless)|n['’]t)\b"
-    r"(?:[\s$(*_=\[\\\"'“‘]|(?:think|thinks|thought|believe|say|said|claim|mean|know|knows|sure|certain|convinced|clear|true|right|correct|possible"
-    r"|likely|obvious|the|case|that|if|whether|is|was|are|be|been|it|this|so|an?|final|answer|equals?|to|just|conclude|exactly|simply|really"
-    r"|yet|always|necessarily|actually|only|even|[a-z])\b)*+\Z",
+    r"(?:[\s$(*_=\[\\\"'“‘]|(?:think|thinks|thought|believe|say|said|claim|mean|know|knows|sure"
+    r"|certain|convinced|clear|true|right|correct|possible|likely|obvious|the|case|that|if|whether"
+    r"|is|was|are|be|been|it|this|so|an?|final|answer|equals?|to|just|conclude|exactly|simply"
+    r"|really|yet|always|necessarily|actually|only|even|[a-z])\b)*+\Z",
     re.IGNORECASE,
 )
 _CLAUSE_END = re.compile(r"[.,;:!?\n]")
@@ -40,8 +41,8 @@ _HEDGED = re.compile(
 
 
 class Statement(NamedTuple):
-    """text: one line of at most MAX_STATEMENT characters, or what a box holds. before: the
-    text up to where the answer is stated."""
+    """text: one line of at most MAX_STATEMENT characters, or the content of a box. before: the text
+    that leads to the statement."""
 
     text: str
     before: str
