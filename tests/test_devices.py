@@ -73,7 +73,8 @@ def policy_on_meta(folder: Path, **overrides: Any) -> Policy:
 
 
 def slots_of(policy: Policy, count: int, budget_tokens: int | None = None) -> Slots:
-    return Slots(policy.model.get_base_model().config.num_hidden_layers, count, META, budget_tokens)
+    layers = policy.model.get_base_model().config.num_hidden_layers
+    return Slots(layers, count, META, policy.backend, budget_tokens)
 
 
 def prefill(policy: Policy, slots: Slots, rows: int, length: int) -> Tensor:
@@ -100,7 +101,7 @@ def test_sampling_stays_on_its_device(tmp_path: Path) -> None:
     policy = policy_on_meta(tmp_path)
     slots = slots_of(policy, 6)
     slots.reserve(40, 0)
-    with FixedLora(policy.model, 6):
+    with FixedLora(policy.model, 6, policy.backend):
         assert prefill(policy, slots, 3, 16).shape[:2] == (3, 16)
         logits = Decoder(policy, slots)([1, 2, 3], [16, 15, 16])
         chosen, logprobs = pick(logits, [1.0] * 3, torch.rand(3, device=META))
@@ -130,7 +131,7 @@ def test_a_step_of_decoding_is_few_kernels(tmp_path: Path) -> None:
         policy = policy_on_meta(tmp_path / str(layers), num_hidden_layers=layers)
         slots = slots_of(policy, 4)
         slots.reserve(40, 0)
-        with FixedLora(policy.model, 4):
+        with FixedLora(policy.model, 4, policy.backend):
             prefill(policy, slots, 4, 16)
             with Kernels() as kernels:
                 Decoder(policy, slots)([1] * 4, [16] * 4)

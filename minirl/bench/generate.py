@@ -16,9 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from minirl.chat import Chat
-from minirl.engine.cpu.norm import lean_norms
-from minirl.engine.model.gated import lean_gates
-from minirl.engine.model.lora import lean_lora
+from minirl.engine import lean
 from minirl.engine.model.policy import Policy
 from minirl.episode import Ask, Completion
 
@@ -105,18 +103,13 @@ def stock(policy: Policy, attention: str, adapter: torch.dtype = torch.float32) 
     base = policy.model.get_base_model()
     ours = base.config._attn_implementation
     masters = {name: p.data for name, p in policy.trainable.items()}
-    ours_too = [module for module in policy.model.modules() if "forward" in vars(module)]
     try:
         base.set_attn_implementation(attention)
-        for module in ours_too:
-            del module.forward
         for p in policy.trainable.values():
             p.data = p.data.to(adapter)
-        yield base
+        with lean.stock(policy.model):
+            yield base
     finally:
         for name, p in policy.trainable.items():
             p.data = masters[name]
-        lean_lora(policy.model)
-        lean_norms(policy.model)
-        lean_gates(policy.model)
         base.set_attn_implementation(ours)

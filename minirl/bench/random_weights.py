@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from minirl.engine.model.adapter import LOAD_ERRORS
-from minirl.engine.model.source import quiet
+from minirl.engine.model.device import prepare
 from minirl.errors import UserError, first_line
 from minirl.io.hub import hub_answers
 
@@ -43,7 +43,7 @@ def write_random_model(source: str, folder: Path, dtype: torch.dtype, device: to
     one with a chat template, else one token a byte. Raises UserError where there is no
     configuration of a causal language model.
     """
-    quiet()
+    prepare()
     path = Path(source).expanduser()
     where = f"--random-weights: {source}"
     if not path.exists() and not hub_answers():

@@ -21,6 +21,7 @@ from minirl.bench.random_weights import write_random_model
 from minirl.chat import Chat
 from minirl.engine.learn.learner import Learner
 from minirl.engine.model import load as models
+from minirl.engine.model.device import DTYPES, pick_device, pick_dtype
 from minirl.engine.model.policy import Policy
 from minirl.engine.sample.live import LiveSampler, open_sampler
 from minirl.engine.sample.plain import PlainSampler
@@ -86,7 +87,7 @@ class Options:
         for name, value, known in (
             *(("--sections", section, SECTIONS) for section in options.sections),
             ("--quantize", options.quantize, ("none", "nf4", "int8")),
-            ("--dtype", options.dtype, ("auto", *models.DTYPES)),
+            ("--dtype", options.dtype, ("auto", *DTYPES)),
         ):
             if value not in known:
                 raise UserError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
@@ -152,8 +153,8 @@ def open_bench(options: Options, folder: Path) -> Bench:
     UserError for what cannot be had."""
     name = options.model
     if options.random_weights is not None:
-        device = models.pick_device()
-        dtype = models.pick_dtype(options.dtype, device)
+        device = pick_device()
+        dtype = pick_dtype(options.dtype, device)
         name = str(write_random_model(options.random_weights, folder / "model", dtype, device))
     model = recipe.Model(
         name=name,

@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 from minirl import recipe
 from minirl.chat import Chat
 from minirl.engine.model import load as models
+from minirl.engine.model.device import dtype_name
 from minirl.engine.model.policy import Policy
 from minirl.engine.sample.agreement import measure_agreement
 from minirl.engine.sample.live import LiveSampler, open_sampler
@@ -236,7 +237,7 @@ def open_session(
     run.check_task(fingerprint(task), len(task.train), len(task.held_out))
     with accelerator.main_process_first():  # the others find the model in the cache
         loaded = models.load_model(node.model, node.seed, accelerator.device)
-    run.check_model(models.fingerprint(loaded.model), models.dtype_name(loaded.dtype))
+    run.check_model(models.fingerprint(loaded.model), dtype_name(loaded.dtype))
     chat = Chat(
         loaded.tokenizer, eos=models.eos(loaded.model), plain=node.model.template == "plain"
     )

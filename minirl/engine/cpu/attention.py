@@ -20,21 +20,12 @@ from minirl.engine.cpu.compiled import array, flat_rows, kernels
 CHUNK_SCORES = 2**20  # scores alive at once, 2 MiB: what follows finds them in the cache
 
 
-def serves(query: Tensor) -> bool:
-    """Whether this is the faster way: on a CPU that multiplies bf16 in hardware (models.pick_dtype
-    chooses the type by that)."""
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16
-
-
-def bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a bool mask adds to scores: 0, or minus infinity."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-
-
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """query (B, H, T, D), key and value (B, H, T', D); bias: what a mask adds to the scores, (T,
-    T') or (B * H, T, T') where the rows' masks differ. Every query must see a key. Returns (B, H,
-    T, D)."""
+    """query (B, H, T, D), key and value (B, H, T', D); returns (B, H, T, D).
+
+    bias: added to the scores, (T, T'), or (B, 1, T, T') where the rows' masks differ. Every query
+    must see a key.
+    """
     if not torch.is_grad_enabled():
         return _forward(query, key, value, bias, scale)
     out: Tensor = _Attention.apply(query, key, value, bias, scale)
@@ -111,15 +102,11 @@ def _chunks(query: Tensor, key: Tensor) -> list[slice]:
 def _probabilities(query: Tensor, key: Tensor, bias: Tensor, scale: float, c: slice) -> Tensor:
     query, key = query[c], key[c]
     rows, heads, length, _ = query.shape
-    own = (
-        bias.expand(rows * heads, -1, -1)
-        if bias.dim() == 2
-        else bias[c.start * heads : c.stop * heads]
-    )
+    bias = bias if bias.dim() == 2 else bias[c].expand(-1, heads, -1, -1).flatten(0, 1)
     # Scale and mask come with the product: each would be another pass over the scores.
-    scores = torch.baddbmm(
-        own, query.flatten(0, 1), key.flatten(0, 1).transpose(-1, -2), beta=1.0, alpha=scale
-    )
+    columns = key.flatten(0, 1).transpose(-1, -2)
+    bias = bias.expand(rows * heads, -1, -1)
+    scores = torch.baddbmm(bias, query.flatten(0, 1), columns, beta=1.0, alpha=scale)
     return torch.softmax(scores, dim=-1).view(rows, heads, length, -1)
 
 

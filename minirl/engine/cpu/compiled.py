@@ -26,6 +26,14 @@ def kernels(x: Tensor) -> Any:
     return _kernels() if x.device.type == "cpu" and x.dtype in DTYPES else None
 
 
+def share_threads() -> None:
+    """Let numba, where it is installed, take its threads from torch's own pool."""
+    if importlib.util.find_spec("numba") is not None:
+        import numba
+
+        numba.config.THREADING_LAYER = OPENMP
+
+
 @cache
 def _kernels() -> Any:
     """kernels.py, once it has run and its threads are torch's; None where that cannot be had."""
@@ -35,7 +43,6 @@ def _kernels() -> Any:
 
     said = logging.getLogger("minirl")
     try:
-        numba.config.THREADING_LAYER = OPENMP
         from minirl.engine.cpu import kernels as found
 
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))

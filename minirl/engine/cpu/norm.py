@@ -8,7 +8,6 @@ the same order of rounding; the gradient is that of the formula, with its sums i
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minirl.engine.cpu.compiled import array, kernels
+from minirl.engine.lean import Lean, is_lean, swap
 
 PROBE_ROWS = 4
 
@@ -23,23 +23,27 @@ PROBE_ROWS = 4
 def lean_norms(model: nn.Module) -> int:
     """Let a model's RMSNorms on a CPU compute here; returns how many. One whose weight is trained
     or that computes anything else stays."""
-    changed = 0
-    for module in model.modules():
-        if (
-            type(module).__name__.endswith("RMSNorm")
-            and hasattr(module, "variance_epsilon")
-            and _is_plain(module)
-        ):
-            module.forward = MethodType(lean_forward, module)
-            changed += 1
-    return changed
+    norms = [module for module in model.modules() if not is_lean(module) and _is_plain(module)]
+    for module in norms:
+        swap(module, LeanNorm)
+    return len(norms)
 
 
-def lean_forward(self: Any, x: Tensor) -> Tensor:
+class LeanNorm(Lean):
+    """w * x / sqrt(mean(x^2) + eps), (..., D) -> (..., D)."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.variance_epsilon)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """w * x / sqrt(mean(x^2) + eps), (..., D) -> (..., D)."""
     if not torch.is_grad_enabled():
-        return _norm(x, self.weight, self.variance_epsilon)[0]
-    out: Tensor = _Norm.apply(x, self.weight, self.variance_epsilon)
+        return _norm(x, weight, eps)[0]
+    out: Tensor = _Norm.apply(x, weight, eps)
     return out
 
 
@@ -83,15 +87,13 @@ class _Norm(torch.autograd.Function):
 def _is_plain(module: Any) -> bool:
     """Whether it computes this formula: by trying, because families write theirs in many ways
     (Gemma's weight is 1 + w)."""
+    if not (type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")):
+        return False
     weight = module.weight
     if weight.device.type != "cpu" or weight.requires_grad:
         return False
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(PROBE_ROWS, weight.shape[-1], generator=rng).to(weight.dtype)
     with torch.no_grad():
-        return torch.allclose(
-            lean_forward(module, x).float(),
-            type(module).forward(module, x).float(),
-            rtol=1e-2,
-            atol=1e-6,
-        )
+        ours, theirs = rms_norm(x, weight, module.variance_epsilon), module(x)
+        return torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-6)

@@ -8,17 +8,17 @@ step's products took 0.45 (8 rows) and 0.6 (64 rows) of the time in bf16, and a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
-MOST_BYTES = (
-    2**31
-)  # packed weights stand beside the plain ones, which learning needs: not for models that fill the memory
+# Packed weights stand beside the plain ones, which learning needs: not for models that fill memory.
+MOST_BYTES = 2**31
 
 
-def fits(weights: list[Tensor]) -> bool:
+def fits(weights: Sequence[Tensor]) -> bool:
     """Whether these weights can be packed here, and are not too large to be held twice."""
     size = sum(w.numel() * w.element_size() for w in weights)
     return (

@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from minirl import recipe
 from minirl.engine.model import load as models
 from minirl.engine.model.adapter import adapter_state, load_adapter_state, save_adapter
+from minirl.engine.model.chunks import chunks
 from minirl.engine.model.source import public_name
 from minirl.errors import UserError
 from minirl.record.statistics import auc
@@ -90,17 +91,13 @@ class RewardModel:
         """The probability that each row of token ids is right."""
         self.loaded.model.eval()
         chances = [0.0] * len(rows)
-        chunk: list[int] = []
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for i, following in zip(by_length, [*by_length[1:], None], strict=True):
-            chunk.append(i)
-            if following is None or (len(chunk) + 1) * len(rows[following]) > SCORED_TOKENS:
-                batch = self._collate([{"tokens": rows[i]} for i in chunk])
-                batch = {name: tensor.to(self.loaded.device) for name, tensor in batch.items()}
-                wrong, right = self.loaded.model(**batch).logits.double().cpu().unbind(1)
-                for i, chance in zip(chunk, torch.sigmoid(right - wrong).tolist(), strict=True):
-                    chances[i] = chance
-                chunk = []
+        for chunk in chunks(by_length, lambda c: len(c) * len(rows[c[-1]]), SCORED_TOKENS):
+            batch = self._collate([{"tokens": rows[i]} for i in chunk])
+            batch = {name: tensor.to(self.loaded.device) for name, tensor in batch.items()}
+            wrong, right = self.loaded.model(**batch).logits.double().cpu().unbind(1)
+            for i, chance in zip(chunk, torch.sigmoid(right - wrong).tolist(), strict=True):
+                chances[i] = chance
         return chances
 
     def _collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ every token sees exactly the tokens it would see in a plain row of its own, at t
 so log-probabilities and gradients are those of plain rows up to rounding.
 
 The layout reaches the function as the keyword `layout` of `model(...)`. Without it the function is
-stock attention over the mask it is given, with the query heads that share a key head seen as a
-longer query, so that keys and values are never repeated.
+stock attention over the mask it is given. Either way the query heads that share a key head stand
+one after the other as one longer query, so that keys and values are never repeated.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
-from minirl.engine.cpu import attention as cpu_attention
+from minirl.engine.backend import LIBRARY, Backend
 
 NAME = "minirl"
 # Families whose attention is plain softmax attention through the interface, with or without sliding
@@ -31,6 +29,63 @@ NAME = "minirl"
 FAMILIES = frozenset(
     {"llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "gemma2", "gemma3", "gemma3_text"}
 )
+
+
+def supports(config: Any) -> bool:
+    """Whether every layer of a model can share a prefix, by its config."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    return (
+        text.model_type in FAMILIES
+        and kinds <= {"full_attention", "sliding_attention"}
+        and not getattr(text, "use_bidirectional_attention", False)
+    )
+
+
+def stock_attention(config: Any) -> str:
+    """The library's own attention for a model: sdpa, which has no soft cap on scores (Gemma 2) and
+    refuses such models."""
+    is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if is_capped else "sdpa"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How a layer's scores are made, and by whom. window: keys that a token sees, itself included;
+    None for all. softcap: scores s become softcap * tanh(s / softcap) (Gemma 2)."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    backend: Backend
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """Softmax attention of query (B, H, T, D) to key and value (B, K, T', D), H = shared * K.
+
+        bias: a bool mask of the keys that are seen, or numbers added to the scores; (shared * T,
+        T') or (B, 1, shared * T, T').
+        """
+        longer = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+        if self.softcap is None:
+            out = self.backend.attention(longer, key, value, bias, self.scale)
+        else:
+            scores = (longer @ key.transpose(-1, -2)).float() * self.scale
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+            # A padded row sees nothing: the least number, not minus infinity, keeps it from NaN.
+            scores = (
+                scores.masked_fill(~bias, torch.finfo(scores.dtype).min)
+                if bias.dtype == torch.bool
+                else scores + bias
+            )
+            out = torch.softmax(scores, dim=-1).to(query.dtype) @ value
+        return out.reshape(query.shape)
+
+    def unmasked(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        """Causal attention without a bias; None where it takes one."""
+        length = query.shape[2]
+        if self.softcap is not None or (self.window is not None and self.window < length):
+            return None
+        return self.backend.unmasked(query, key, value, self.scale, is_causal=length > 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +103,6 @@ class Bundle:
     take: Tensor  # (G * R,) int64
     place: Tensor  # (sum of lengths,) int64
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Completions, and the length of the longest."""
-        return len(self.lengths), max(self.lengths)
-
     @classmethod
     def of(cls, prefix: int, lengths: Sequence[int], device: torch.device) -> Bundle:
         """The bundle of these lengths, with its index tensors on `device`."""
@@ -62,6 +112,62 @@ class Bundle:
         take[place] = torch.arange(len(place))
         return cls(prefix, tuple(lengths), take.to(device), place.to(device))
 
+    def to_grid(self, x: Tensor) -> Tensor:
+        """Packed completions (1, H, C, D) as (G, H, R, D)."""
+        grid: Tensor = _Rearrange.apply(x, self.take, self.place)
+        count, width = len(self.lengths), max(self.lengths)
+        return grid.view(x.shape[1], count, width, x.shape[3]).transpose(0, 1)
+
+    def from_grid(self, x: Tensor) -> Tensor:
+        """(G, H, R, D) as packed completions (1, H, C, D)."""
+        flat = x.transpose(0, 1).reshape(1, x.shape[1], -1, x.shape[3])
+        packed: Tensor = _Rearrange.apply(flat, self.place, self.take)
+        return packed
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The bundles of one packed row, in order. Biases are made once for all layers of a kind, and
+    autograd keeps each once."""
+
+    bundles: tuple[Bundle, ...]
+    biases: dict[Any, Tensor] = field(default_factory=dict)
+
+    def attend(self, rule: Rule, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(1, H, T, D), where query is (1, H, T, D) and key and value are (1, K, T, D)."""
+        sizes = [size for bundle in self.bundles for size in (bundle.prefix, sum(bundle.lengths))]
+        pieces = [torch.split(x, sizes, dim=2) for x in (query, key, value)]
+        out: list[Tensor] = []
+        for i, bundle in enumerate(self.bundles):
+            prefix_q, prefix_k, prefix_v = (piece[2 * i] for piece in pieces)
+            if bundle.prefix:
+                alone = rule.unmasked(prefix_q, prefix_k, prefix_v)
+                if alone is None:
+                    bias = self.bias(0, bundle.prefix, rule, prefix_q, prefix_k)
+                    alone = rule.attention(prefix_q, prefix_k, prefix_v, bias)
+                out.append(alone)
+            q, k, v = (bundle.to_grid(piece[2 * i + 1]) for piece in pieces)
+            if bundle.prefix:
+                k = torch.cat([prefix_k.expand(len(k), -1, -1, -1), k], dim=2)
+                v = torch.cat([prefix_v.expand(len(v), -1, -1, -1), v], dim=2)
+            # A padded place stands after every real one of its row: causality alone hides it.
+            bias = self.bias(bundle.prefix, q.shape[2], rule, q, k)
+            out.append(bundle.from_grid(rule.attention(q, k, v, bias)))
+        return torch.cat(out, dim=2)
+
+    def bias(self, prefix: int, width: int, rule: Rule, query: Tensor, key: Tensor) -> Tensor:
+        """0 for the keys up to each of `width` queries after the prefix, minus infinity for later
+        ones and those outside the window; (shared * width, prefix + width)."""
+        shared, window = query.shape[1] // key.shape[1], rule.window
+        multiple = rule.backend.bias_multiple
+        made_for = (prefix, width, window, shared, multiple, query.dtype)
+        if made_for not in self.biases:
+            at = torch.arange(prefix, prefix + width, device=query.device)[:, None]
+            bias = _bias(at - torch.arange(prefix + width, device=query.device), window, query)
+            padded = F.pad(bias, (0, -(prefix + width) % multiple)).repeat(shared, 1)
+            self.biases[made_for] = padded[:, : prefix + width]
+        return self.biases[made_for]
+
 
 @dataclass(slots=True)
 class Cached:
@@ -70,76 +176,27 @@ class Cached:
 
     positions: Tensor
     width: int
-    biases: dict[int | None, Tensor] = field(default_factory=dict)
+    biases: dict[Any, Tensor] = field(default_factory=dict)
 
-    def bias(self, window: int | None, heads: int, shared: int, dtype: torch.dtype) -> Tensor:
-        """What hides all cached keys behind each new token, added to the scores of its query heads,
-        (B, heads, shared * T, width).
+    def attend(self, rule: Rule, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(B, H, T, D), where query is (B, H, T, D) and key and value are (B, K, width, D)."""
+        if query.shape[2] == 1 and rule.softcap is None:
+            longer = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+            out = rule.backend.decode(longer, key, value, self.positions, rule.window, rule.scale)
+            if out is not None:
+                return out.view(query.shape)
+        return rule.attention(query, key, value, self.bias(rule, query, key))
 
-        heads: key heads, or 1 to have it broadcast over them; shared: query heads of each, which
-        stand as one longer query.
-        """
-        if window not in self.biases:
-            behind = self.positions[:, None, None, :, None] - torch.arange(
-                self.width, device=self.positions.device
-            )
-            mask = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
-            rows, _, _, length, width = mask.shape
-            mask = mask.expand(rows, heads, shared, length, width).reshape(
-                rows, heads, shared * length, width
-            )
-            self.biases[window] = cpu_attention.bias(mask, dtype)
-        return self.biases[window]
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The bundles of one packed row, in order; what their masks add to scores is made once for all
-    layers of a kind, and kept for the backward pass once."""
-
-    bundles: tuple[Bundle, ...]
-    biases: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
-
-    def bias(
-        self, prefix: int, width: int, window: int | None, shared: int, like: Tensor
-    ) -> Tensor:
-        """What hides from each of `width` queries after the prefix all keys behind it, (shared *
-        width, prefix + width) of `like`'s kind.
-
-        shared: query heads of a key head, which stand as one longer query.
-        """
-        key = (prefix, width, window)
-        if key not in self.biases:
-            query = torch.arange(prefix, prefix + width, device=like.device)[:, None]
-            seen = torch.arange(prefix + width, device=like.device)[None, :]
-            mask = seen <= query if window is None else (seen <= query) & (query - seen < window)
-            room = -(prefix + width) % row_multiple(like.device)
-            padded = F.pad(cpu_attention.bias(mask, like.dtype), (0, room)).repeat(shared, 1)
-            self.biases[key] = padded[:, : prefix + width]
-        return self.biases[key]
-
-
-def supports(config: Any) -> bool:
-    """Whether a model's every layer can share a prefix, by its config."""
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    return (
-        text.model_type in FAMILIES
-        and kinds <= {"full_attention", "sliding_attention"}
-        and not _is_bidirectional(text)
-    )
-
-
-def install(model: Any) -> str:
-    """Let a supported model compute its attention here, with and without a layout; the name of the
-    library's own way that it came with."""
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    if model.config._attn_implementation != NAME:
-        model.stock_attention = model.config._attn_implementation
-        model.set_attn_implementation(NAME)
-    stock: str = model.stock_attention
-    return stock
+    def bias(self, rule: Rule, query: Tensor, key: Tensor) -> Tensor:
+        """0 for the cached keys up to each new token, minus infinity for later ones and those
+        outside the window; (B, 1, shared * T, width)."""
+        shared = query.shape[1] // key.shape[1]
+        made_for = (rule.window, shared, query.dtype)
+        if made_for not in self.biases:
+            keys = torch.arange(self.width, device=query.device)
+            bias = _bias(self.positions[:, None, :, None] - keys, rule.window, query)
+            self.biases[made_for] = bias.repeat(1, 1, shared, 1)
+        return self.biases[made_for]
 
 
 def attend(
@@ -152,6 +209,7 @@ def attend(
     layout: Layout | Cached | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    backend: Backend = LIBRARY,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The interface's function: query (B, H, T, D), key and value (B, K, T', D) with H a multiple
@@ -160,192 +218,38 @@ def attend(
     With a layout attention_mask is ignored (and B is 1 where it is packed). Without: a bool mask
     (B, 1, T, T'), or None for causal.
     """
-    if isinstance(layout, Cached):
-        out = _cached(query, key, value, layout, scaling, sliding_window, softcap)
-    elif layout is not None:
-        out = _shared(query, key, value, layout, scaling, sliding_window, softcap)
-    elif attention_mask is None and softcap is None:
-        out = _unmasked(query, key, value, scaling, causal=query.shape[2] > 1)
-    else:
-        if attention_mask is None:
-            size = (query.shape[2], key.shape[2])
-            attention_mask = torch.ones(size, dtype=torch.bool, device=query.device).tril(
-                size[1] - size[0]
-            )
-        shared = query.shape[1] // key.shape[1]
-        # The rows of heads that share a key head stand one after the other; a single row is
-        # broadcast.
-        mask = (
-            attention_mask.repeat(*(1,) * (attention_mask.dim() - 2), shared, 1)
-            if query.shape[2] > 1
-            else attention_mask
-        )
-        out = _masked(query, key, value, mask, scaling, softcap)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if layout is not None:
+        rule = Rule(scale, sliding_window, softcap, backend)
+        out = layout.attend(rule, query, key, value)
+    else:  # the mask has the window in it
+        out = _plain(Rule(scale, None, softcap, backend), query, key, value, attention_mask)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _shared(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    sizes = [size for bundle in layout.bundles for size in (bundle.prefix, sum(bundle.lengths))]
-    pieces = [torch.split(x, sizes, dim=2) for x in (query, key, value)]
-    out: list[Tensor] = []
-    for i, bundle in enumerate(layout.bundles):
-        prefix_q, prefix_k, prefix_v = (piece[2 * i] for piece in pieces)
-        if bundle.prefix:
-            out.append(_causal(prefix_q, prefix_k, prefix_v, layout, scaling, window, softcap))
-        q, k, v = (_to_grid(piece[2 * i + 1], bundle) for piece in pieces)
-        count, width = bundle.grid
-        if bundle.prefix:
-            k = torch.cat([prefix_k.expand(count, -1, -1, -1), k], dim=2)
-            v = torch.cat([prefix_v.expand(count, -1, -1, -1), v], dim=2)
-        # A padded place stands after every real one of its row, so causality alone hides it.
-        bias = layout.bias(bundle.prefix, width, window, q.shape[1] // k.shape[1], q)
-        out.append(_from_grid(_masked(q, k, v, bias, scaling, softcap), bundle))
-    return torch.cat(out, dim=2)
+def _plain(rule: Rule, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        out = rule.unmasked(query, key, value)
+        if out is not None:
+            return out
+        size = (query.shape[2], key.shape[2])
+        mask = torch.ones(size, dtype=torch.bool, device=query.device).tril(size[1] - size[0])
+    if query.shape[2] > 1:  # a single query's mask is broadcast over the heads
+        mask = mask.repeat(*(1,) * (mask.dim() - 2), query.shape[1] // key.shape[1], 1)
+    return rule.attention(query, key, value, mask)
 
 
-def _cached(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Cached,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    batch, heads, length, size = query.shape
-    shared = heads // key.shape[1]
-    if softcap is not None or key.stride(-1) == 1:
-        return _masked(
-            query, key, value, layout.bias(window, 1, shared, query.dtype), scaling, softcap
-        )
-    scale = size**-0.5 if scaling is None else scaling
-    query = query.reshape(batch, key.shape[1], shared * length, size)
-    if (
-        length == 1
-        and (out := cpu_attention.decode(query, key, value, layout.positions, window, scale))
-        is not None
-    ):
-        return out.view(batch, heads, length, size)
-    bias = layout.bias(window, key.shape[1], shared, query.dtype).flatten(0, 1)
-    return cpu_attention.attention(query, key, value, bias, scale).reshape(
-        batch, heads, length, size
-    )
-
-
-def _causal(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    if softcap is None and (window is None or window >= q.shape[2]) and not cpu_attention.serves(q):
-        return _unmasked(q, k, v, scaling, causal=True)
-    return _masked(
-        q, k, v, layout.bias(0, q.shape[2], window, q.shape[1] // k.shape[1], q), scaling, softcap
-    )
-
-
-def _unmasked(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, causal: bool
-) -> Tensor:
-    if not shares_heads(query.device, query.dtype):
-        key, value = (
-            x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value)
-        )
-    return F.scaled_dot_product_attention(
-        query, key, value, is_causal=causal, scale=scaling, enable_gqa=True
-    )
-
-
-def shares_heads(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the library's fast kernels let query heads share a key head. Of CUDA's only flash
-    attention does, from Ampere on and in half precision; without it the library falls back to a
-    kernel that holds all scores in float32."""
-    return device.type != "cuda" or (
-        dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(device)[0] >= 8
-    )
-
-
-def row_multiple(device: torch.device) -> int:
-    """Of how many numbers the rows of a bias are multiples. CUDA's kernels want 16 bytes, and would
-    copy a whole bias in every layer."""
-    return 8 if device.type == "cuda" else 1
-
-
-def _masked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scaling: float | None,
-    softcap: float | None,
-) -> Tensor:
-    """Softmax attention; the query heads of a key head stand one after the other as one query of
-    shared * T.
-
-    mask: which keys are seen (bool), or what is added to the scores; (shared * T, T') or (B, 1,
-    shared * T, T').
-    """
-    batch, heads, length, size = query.shape
-    shared = heads // key.shape[1]
-    query = query.reshape(batch, key.shape[1], shared * length, size)
-    if (
-        softcap is None
-        and mask.dim() == 2
-        and mask.dtype == query.dtype
-        and cpu_attention.serves(query)
-    ):
-        out = cpu_attention.attention(
-            query, key, value, mask, size**-0.5 if scaling is None else scaling
-        )
-    elif softcap is None:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    else:
-        scores = (query @ key.transpose(-1, -2)).float() * (
-            size**-0.5 if scaling is None else scaling
-        )
-        # A padded row sees nothing: the least number, not minus infinity, keeps it from becoming
-        # NaN.
-        scores = softcap * torch.tanh(scores / softcap)
-        scores = (
-            scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-            if mask.dtype == torch.bool
-            else scores + mask
-        )
-        out = torch.softmax(scores, dim=-1).to(query.dtype) @ value
-    return out.reshape(batch, heads, length, size)
-
-
-def _to_grid(x: Tensor, bundle: Bundle) -> Tensor:
-    """Packed completions (1, H, C, D) as (G, H, R, D)."""
-    count, width = bundle.grid
-    grid: Tensor = _Rearrange.apply(x, bundle.take, bundle.place)
-    return grid.view(x.shape[1], count, width, x.shape[3]).transpose(0, 1)
-
-
-def _from_grid(x: Tensor, bundle: Bundle) -> Tensor:
-    """(G, H, R, D) as packed completions (1, H, C, D)."""
-    flat = x.transpose(0, 1).reshape(1, x.shape[1], -1, x.shape[3])
-    packed: Tensor = _Rearrange.apply(flat, bundle.place, bundle.take)
-    return packed
+def _bias(behind: Tensor, window: int | None, like: Tensor) -> Tensor:
+    """0 for keys that are 0 .. window - 1 places behind, else minus infinity."""
+    mask = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+    bias = torch.zeros(mask.shape, dtype=like.dtype, device=like.device)
+    return bias.masked_fill_(~mask, -torch.inf)
 
 
 class _Rearrange(torch.autograd.Function):
     """x[:, :, forward], whose gradient is gathered by `backward` in place of a scatter: the two
-    undo each other on all real tokens, and what stands in padded places reaches nothing, so its
-    gradient is dropped (into the grid) or zero (out of it)."""
+    undo each other on all real tokens. Padded places reach nothing, so their gradient is dropped
+    (into the grid) or zero (out of it)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
@@ -360,7 +264,3 @@ class _Rearrange(torch.autograd.Function):
             padded[ctx.forward_index] = False
             out = out.masked_fill(padded[:, None], 0.0)
         return out, None, None
-
-
-def _is_bidirectional(text: Any) -> bool:
-    return bool(getattr(text, "use_bidirectional_attention", False))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minirl.engine.model.attention import Bundle, Layout
+from minirl.engine.model.chunks import chunks
 from minirl.episode import Episode
 
 MIN_SHARED = 16  # tokens; a shorter common prefix is not worth an attention call of its own
@@ -120,27 +121,14 @@ def pack(rows: Sequence[Row], budget_tokens: int) -> Iterator[list[Shared]]:
         else:
             loose += members
     bundles += _fit_loose(loose, budget_tokens)
-    chunk: list[Shared] = []
-    for bundle in bundles:
-        if chunk and sum(b.cost for b in chunk) + bundle.cost > budget_tokens:
-            yield chunk
-            chunk = []
-        chunk.append(bundle)
-    if chunk:
-        yield chunk
+    return chunks(bundles, lambda chunk: sum(b.cost for b in chunk), budget_tokens)
 
 
 def pack_plain(rows: Sequence[Row], budget_tokens: int) -> Iterator[list[Row]]:
     """Micro-batches of rows of like length, at most `budget_tokens` padded tokens each (a longer
     row goes alone)."""
-    chunk: list[Row] = []
-    for item in sorted(rows, key=lambda r: (r.length, r.episode)):
-        if chunk and (len(chunk) + 1) * item.length > budget_tokens:
-            yield chunk
-            chunk = []
-        chunk.append(item)
-    if chunk:
-        yield chunk
+    by_length = sorted(rows, key=lambda r: (r.length, r.episode))
+    return chunks(by_length, lambda chunk: len(chunk) * chunk[-1].length, budget_tokens)
 
 
 def common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
@@ -238,14 +226,8 @@ def _advantages(r: Row) -> tuple[float, ...]:
 
 def _fit(bundle: Shared, budget: int) -> list[Shared]:
     """A bundle cut into ones that fit the budget, the prefix computed again in each."""
-    cut: list[Shared] = []
-    chunk: list[Row] = []
-    for r in bundle.rows:
-        if chunk and Shared(bundle.prefix, (*chunk, r)).cost > budget:
-            cut.append(Shared(bundle.prefix, tuple(chunk)))
-            chunk = []
-        chunk.append(r)
-    return [*cut, Shared(bundle.prefix, tuple(chunk))]
+    cut = chunks(bundle.rows, lambda rows: Shared(bundle.prefix, tuple(rows)).cost, budget)
+    return [Shared(bundle.prefix, tuple(rows)) for rows in cut]
 
 
 def _fit_loose(rows: Sequence[Row], budget: int) -> list[Shared]:

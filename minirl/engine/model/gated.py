@@ -9,32 +9,38 @@ own.
 
 from __future__ import annotations
 
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from minirl.engine.lean import Lean, is_lean, swap
+
 
 def lean_gates(model: nn.Module) -> int:
     """Let a model's gated MLPs compute here; returns how many. One that computes anything else
     stays."""
-    gates = [
-        module for module in model.modules() if hasattr(module, "down_proj") and _is_plain(module)
-    ]
+    gates = [module for module in model.modules() if not is_lean(module) and _is_plain(module)]
     for module in gates:
-        module.forward = MethodType(lean_forward, module)
+        swap(module, LeanGate)
     return len(gates)
 
 
-def lean_forward(self: Any, x: Tensor) -> Tensor:
+class LeanGate(Lean):
     """down(silu(gate(x)) * up(x)), (..., D) -> (..., D)."""
-    gate, up = self.gate_proj(x), self.up_proj(x)
-    out: Tensor = self.down_proj(
-        _Gated.apply(gate, up) if torch.is_grad_enabled() else silu(gate).mul_(up)
-    )
-    return out
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        out: Tensor = self.down_proj(
+            _Gated.apply(gate, up) if torch.is_grad_enabled() else silu(gate).mul_(up)
+        )
+        return out
 
 
 class _Gated(torch.autograd.Function):
@@ -51,7 +57,7 @@ class _Gated(torch.autograd.Function):
 
 def _is_plain(module: Any) -> bool:
     """Whether it computes this formula: by trying, with projections that can be seen through."""
-    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "act_fn")):
+    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         return False
     parts = SimpleNamespace(
         gate_proj=lambda x: x,

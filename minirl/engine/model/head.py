@@ -13,19 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minirl.engine.cpu import packed
+from minirl.engine.backend import LIBRARY, Backend, Product
 
-# Logits alive at once. On a GPU 128 MiB in float32 and as much again for their probabilities; on a
-# CPU 16 MiB, which its cache may hold.
-CHUNK_LOGITS, CHUNK_LOGITS_CPU = 2**25, 2**22
+FEWEST_ROWS = 64  # computed together, however large the vocabulary
 
 
 class Head:
     """A model's output embeddings with what its family does to logits: a scale (Cohere, Granite)
     and a soft cap (Gemma 2)."""
 
-    def __init__(self, linear: Any, config: Any) -> None:
+    def __init__(self, linear: Any, config: Any, backend: Backend = LIBRARY) -> None:
         self.linear = linear
+        self.backend = backend
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.scale: float = getattr(config, "logit_scale", None) or 1.0 / getattr(
             config, "logits_scaling", 1.0
@@ -36,19 +35,18 @@ class Head:
             and not linear.weight.requires_grad
             and self.softcap is None
         )
-
-        self._packed: Tensor | None = None
+        self._packed: Product | None = None
 
     def pack(self, rows: int) -> None:
-        """Let `logits` be computed from packed weights without a gradient, laid out for some `rows`
-        rows, where that can be."""
-        if self._packed is None and self._is_plain and packed.fits([self.linear.weight]):
-            self._packed = packed.pack(self.linear.weight, rows)
+        """Where the backend gains by it, let `logits` without a gradient be computed from packed
+        weights, laid out for some `rows` rows."""
+        if self._packed is None and self._is_plain and self.backend.fits([self.linear.weight]):
+            self._packed = self.backend.pack(self.linear.weight, rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits in float32, (..., V), of hidden states (..., D)."""
         if self._packed is not None and not torch.is_grad_enabled():
-            logits = packed.product(hidden, self._packed).float()
+            logits = self._packed(hidden).float()
         else:
             logits = self.linear(hidden).float()
         logits = logits if self.scale == 1.0 else logits * self.scale
@@ -69,11 +67,7 @@ class Head:
         With entropy_grad the entropy carries a gradient, else it is a number to log.
         """
         parts: list[tuple[Tensor, Tensor]] = []
-        size = max(
-            64,
-            (CHUNK_LOGITS_CPU if hidden.device.type == "cpu" else CHUNK_LOGITS)
-            // self.linear.weight.shape[0],
-        )
+        size = max(FEWEST_ROWS, self.backend.chunk_logits // self.linear.weight.shape[0])
         for h, t in zip(torch.split(hidden, size), torch.split(target, size), strict=True):
             if self._is_plain and not entropy_grad:
                 parts.append(

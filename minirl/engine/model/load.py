@@ -25,16 +25,15 @@ from transformers import (
 )
 
 from minirl import recipe
-from minirl.engine.cpu.allocator import keep_freed_memory
-from minirl.engine.cpu.norm import lean_norms
 from minirl.engine.model.adapter import ADAPTER, LOAD_ERRORS, fresh_adapter, start_from
+from minirl.engine.model.attention import stock_attention
+from minirl.engine.model.device import dtype_name, pick_device, pick_dtype, prepare
 from minirl.engine.model.gated import lean_gates
 from minirl.engine.model.lora import lean_lora
-from minirl.engine.model.source import public_name, quiet, resolve
+from minirl.engine.model.source import public_name, resolve
 from minirl.errors import UserError, first_line
 
 HEAD = "score"  # what transformers calls the output layer of a sequence classifier
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -50,44 +49,10 @@ class LoadedModel:
     node: recipe.Model
 
 
-def pick_device() -> torch.device:
-    """The current CUDA device, else the CPU. Apple's MPS is passed over: bitsandbytes and the dtype
-    rules are untested there."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-
-
-def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """What to compute in: the recipe's word, or for "auto" the fastest type the device does in
-    hardware.
-
-    CUDA: bf16 from compute capability 8 (Ampere) on, else fp16 (a T4 has no bf16). CPU: bf16 with
-    AVX512-BF16 or AMX, else fp32.
-    """
-    if wanted != "auto":
-        return DTYPES[wanted]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    has = torch.cpu.get_capabilities()
-    return (
-        torch.bfloat16
-        if device.type == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16"))
-        else torch.float32
-    )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A recipe's word for it."""
-    return next(name for name, value in DTYPES.items() if value is dtype)
-
-
 def load_tokenizer(path: str, name: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, with a pad token. `name` is what the user called it.
     UserError without a chat template."""
-    quiet()
+    prepare()
     name = name or path
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -127,7 +92,6 @@ def load_model(
             module.lora_A.float()
             module.lora_B.float()
     lean_lora(model)
-    lean_norms(model)
     lean_gates(model)
     _checkpoint(base, node)
     return LoadedModel(model.eval(), tokenizer, device, dtype, node)
@@ -199,14 +163,8 @@ def _settle(
 ) -> tuple[torch.device, torch.dtype, str, PreTrainedTokenizerBase]:
     """Device, dtype, where the weights are, and the tokenizer; and what the process sets once for
     all that it will compute there."""
-    quiet()
+    prepare()
     device = device or pick_device()
-    if device.type == "cpu":
-        keep_freed_memory()
-    elif device.type == "cuda":
-        # cuDNN's attention, the library's first choice on Hopper and Blackwell, plans anew for
-        # every shape (others measured 0.4 s), and here nearly every pass has its own.
-        torch.backends.cuda.enable_cudnn_sdp(False)
     path = resolve(node.name)
     return device, pick_dtype(node.dtype, device), path, load_tokenizer(path, node.name)
 
@@ -245,10 +203,7 @@ def _load_base(
             dtype=dtype,
             device_map={"": device},
             quantization_config=_quantization(node.quantize, dtype, [HEAD] if labels else None),
-            # sdpa has no soft-cap on attention scores (Gemma 2) and refuses such models.
-            attn_implementation=(
-                "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"
-            ),
+            attn_implementation=stock_attention(config),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,

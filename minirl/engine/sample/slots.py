@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from minirl.engine.cpu import attention as cpu_attention
+from minirl.engine.backend import Backend
 
 ROUND = 64  # capacities are multiples of this many tokens
 
@@ -33,6 +33,7 @@ class Slots(Cache):  # type: ignore[misc]
         layers: int,
         most: int,
         device: torch.device,
+        backend: Backend,
         budget_tokens: int | None = None,
         *,
         keeps_memory: bool = False,
@@ -42,6 +43,7 @@ class Slots(Cache):  # type: ignore[misc]
         self.keeps_memory = keeps_memory
         self.budget_tokens = budget_tokens
         self.device = device
+        self._backend = backend
         self._layers = layers
         self._spare: list[
             Tensor
@@ -130,17 +132,14 @@ class Slots(Cache):  # type: ignore[misc]
         self._blocks[which] = new
 
     def _make(self, which: int, like: Tensor, *, heads: int, size: int) -> Tensor:
-        """Empty keys (0) or values (1). On a CPU a head's keys stand by column: one query meets
-        them in a third of the time."""
-        shape = self._layers, self.count, heads
+        """Empty keys (0) or values (1)."""
+        shape = self._layers, self.count, heads, self.capacity, size
         wanted = self._layers * self.count * heads * self.capacity * size
         if self._spare[which].numel() < wanted:
             self._spare[which] = like.new_zeros(0)  # before the new memory is taken
             self._spare[which] = like.new_zeros(wanted)
         memory = self._spare[which][:wanted]
-        if self.device.type == "cpu" and which == 0:
-            return memory.view(*shape, size, self.capacity).transpose(-1, -2)
-        return memory.view(*shape, self.capacity, size)
+        return self._backend.view_keys(memory, shape) if which == 0 else memory.view(shape)
 
     def aim(self, rows: slice | Tensor, positions: Tensor, width: int) -> None:
         """Where the next forward pass writes, positions (B, T) of slots `rows` (B), and how many
@@ -165,7 +164,7 @@ class Slots(Cache):  # type: ignore[misc]
                 for which in (0, 1)
             ]
         keys, values = (block[layer_idx] for block in self._blocks)
-        is_stored = isinstance(self._rows, slice) and cpu_attention.store(
+        is_stored = isinstance(self._rows, slice) and self._backend.store(
             key_states, value_states, keys[self._rows], values[self._rows], self._positions
         )
         if not is_stored:

@@ -29,6 +29,10 @@ def reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
     return torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1) @ value
 
 
+def bias_of(mask: Tensor) -> Tensor:
+    return torch.zeros(mask.shape).masked_fill(~mask, -torch.inf).bfloat16()
+
+
 def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
@@ -45,7 +49,7 @@ def test_values_and_gradients_are_those_of_softmax_attention(
     mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
     doubles = [x.detach().double().requires_grad_() for x in inputs]
     found, wanted = (
-        cpu_attention.attention(*inputs, cpu_attention.bias(mask, torch.bfloat16), 0.3),
+        cpu_attention.attention(*inputs, bias_of(mask), 0.3),
         reference(*doubles, mask, 0.3),
     )
     grad = torch.randn(found.shape).bfloat16()
@@ -67,7 +71,7 @@ def test_it_is_about_as_far_from_float64_as_the_library_s_kernel() -> None:
     for ours in (True, False):
         for x in inputs:
             x.grad = None
-        bias = cpu_attention.bias(mask, torch.bfloat16)
+        bias = bias_of(mask)
         out = (
             cpu_attention.attention(*inputs, bias, 32**-0.5)
             if ours
@@ -90,9 +94,7 @@ def test_what_is_hidden_gets_no_gradient_at_all() -> None:
     query, key, value = tensors((2, 2, 4, 9, 8))
     mask = torch.ones(4, 9, dtype=torch.bool)
     mask[:, 5:] = False
-    cpu_attention.attention(
-        query, key, value, cpu_attention.bias(mask, torch.bfloat16), 0.5
-    ).sum().backward()
+    cpu_attention.attention(query, key, value, bias_of(mask), 0.5).sum().backward()
     assert key.grad is not None
     assert value.grad is not None
     assert not key.grad[:, :, 5:].any()
@@ -100,7 +102,13 @@ def test_what_is_hidden_gets_no_gradient_at_all() -> None:
     assert key.grad[:, :, :5].any()
 
 
-def test_only_bf16_on_a_cpu_takes_it() -> None:
-    assert cpu_attention.serves(torch.zeros(1, dtype=torch.bfloat16))
-    assert not cpu_attention.serves(torch.zeros(1))
-    assert not cpu_attention.serves(torch.zeros(1, dtype=torch.bfloat16, device="meta"))
+@pytest.mark.parametrize("chunk", [1, 300, 2**20])
+def test_rows_may_see_different_keys(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a row's bias under another row, or under one head alone."""
+    monkeypatch.setattr(cpu_attention, "CHUNK_SCORES", chunk)
+    query, key, value = (x.detach() for x in tensors((4, 3, 5, 9, 8)))
+    mask = torch.rand(4, 1, 5, 9) < 0.5
+    mask[..., 0] = True
+    with torch.no_grad():
+        found = cpu_attention.attention(query, key, value, bias_of(mask), 0.5)
+    assert error(found, reference(query.double(), key.double(), value.double(), mask, 0.5)) < 0.01

@@ -22,10 +22,12 @@ from minirl.engine.cpu import attention as cpu_attention
 from minirl.engine.cpu import compiled, kernels, norm
 from minirl.engine.cpu.compiled import array
 from minirl.engine.model import load as models
+from minirl.engine.model.device import prepare
 from minirl.engine.model.policy import Policy
 from minirl.engine.sample.live import LiveSampler
 from minirl.episode import Ask
 
+prepare()  # numba takes torch's threads
 HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float32: 1e-5}
 
 
@@ -226,32 +228,27 @@ def test_new_tokens_are_stored_each_in_its_own_place(dtype: torch.dtype) -> None
     assert torch.equal(keys, expected[0])
 
 
-class Norm:
-    def __init__(self, weight: Tensor) -> None:
-        self.weight, self.variance_epsilon = weight, 1e-6
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @torch.no_grad()
 def test_norms_are_those_of_the_formula(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    module = Norm((1 + torch.randn(576) / 4).to(dtype))
+    weight = (1 + torch.randn(576) / 4).to(dtype)
     for shape in ((64, 1, 576), (3, 5, 576), (1, 576)):
         x = (torch.randn(*shape) * 10 ** torch.randn(*shape[:-1], 1)).to(dtype)
-        compiled_ = norm.lean_forward(module, x)
+        compiled_ = norm.rms_norm(x, weight, 1e-6)
         assert compiled_.shape == x.shape
         with monkeypatch.context() as patch:
             patch.setattr(compiled, "_kernels", lambda: None)
-            plain = norm.lean_forward(module, x)
+            plain = norm.rms_norm(x, weight, 1e-6)
         assert not torch.equal(compiled_, torch.zeros_like(x))
         torch.testing.assert_close(compiled_, plain, rtol=2 * HALF_ULP[dtype], atol=1e-7)
         if dtype == torch.bfloat16:
             assert (compiled_ == plain).float().mean() > 0.999, "rounded in the same places"
     strided = torch.randn(6, 576).to(dtype)[::2]
     assert torch.equal(
-        norm.lean_forward(module, strided), norm.lean_forward(module, strided.clone())
+        norm.rms_norm(strided, weight, 1e-6), norm.rms_norm(strided.clone(), weight, 1e-6)
     )
 
 

@@ -13,7 +13,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from minirl import recipe
 from minirl.engine.cpu import norm
+from minirl.engine.lean import is_lean
 from minirl.engine.model import load as models
+from minirl.engine.model.policy import Policy
 
 CPU = torch.device("cpu")
 OTHER_FORMULA = {"gemma2", "gemma3_text"}  # 1 + w, all in float32
@@ -82,9 +84,10 @@ def test_in_bf16_it_is_as_near_to_float32_as_the_library() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_model_s_norms_are_taken_where_they_are_this_formula(arch: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, arch)
-    model = models.load_model(recipe.Model(name=str(tmp_path), dtype="fp32"), device=CPU).model
+    loaded = models.load_model(recipe.Model(name=str(tmp_path), dtype="fp32"), device=CPU)
+    model = Policy(loaded.model, loaded.device, loaded.dtype).model
     all_norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    taken = [module for module in all_norms if "forward" in vars(module)]
+    taken = [module for module in all_norms if is_lean(module)]
     assert all_norms
     assert taken == ([] if arch in OTHER_FORMULA else all_norms)
 

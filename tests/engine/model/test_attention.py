@@ -16,6 +16,8 @@ from torch import Tensor
 
 from minirl import recipe
 from minirl.chat import Chat
+from minirl.engine import cuda
+from minirl.engine.cuda import Cuda
 from minirl.engine.model import attention
 from minirl.engine.model import load as models
 from minirl.engine.model.batch import Batch, Row, collate, collate_plain, pack, pack_plain
@@ -277,17 +279,15 @@ def test_what_cuda_needs_changes_no_number(tmp_path: Path, monkeypatch: pytest.M
     policy, rows = Policy(model.model, model.device, model.dtype), rows_of(Random(0))
     expected, gradient = both(policy, policy.batches(rows, 300, pad=258))
     biases: list[Tensor] = []
-    masked = attention._masked
 
-    def watched(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *rest: Any) -> Tensor:
-        biases.append(mask)
-        return masked(query, key, value, mask, *rest)
+    class Watched(Cuda):
+        def attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
+            biases.append(args[0])
+            return super().attention(query, key, value, *args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(attention, "row_multiple", lambda device: 8)
-        patch.setattr(attention, "shares_heads", lambda device, dtype: False)
-        patch.setattr(attention, "_masked", watched)
-        found, other = both(policy, policy.batches(rows, 300, pad=258))
+    monkeypatch.setattr(cuda, "shares_heads", lambda query: False)
+    policy.backend = Watched()
+    found, other = both(policy, policy.batches(rows, 300, pad=258))
     assert found.keys() == expected.keys()
     for episode, values in found.items():
         assert values == pytest.approx(expected[episode], abs=1e-5)
@@ -297,19 +297,18 @@ def test_what_cuda_needs_changes_no_number(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("device", "capability", "dtype", "shares"),
+    ("capability", "dtype", "shares"),
     [
-        ("cuda:0", (7, 5), torch.float16, False),
-        ("cuda:0", (8, 9), torch.bfloat16, True),
-        ("cuda:0", (9, 0), torch.float32, False),
-        ("cpu", None, torch.float32, True),
+        ((7, 5), torch.float16, False),
+        ((8, 9), torch.bfloat16, True),
+        ((9, 0), torch.float32, False),
     ],
 )
 def test_where_heads_may_share_keys(
-    device: str, capability: Any, dtype: torch.dtype, shares: bool, monkeypatch: pytest.MonkeyPatch
+    capability: Any, dtype: torch.dtype, shares: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert attention.shares_heads(torch.device(device), dtype) is shares
+    assert cuda.shares_heads(torch.empty(1, dtype=dtype, device="meta")) is shares
 
 
 def test_what_is_supported() -> None:

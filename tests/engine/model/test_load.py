@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import pytest
@@ -18,9 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from minirl import recipe
+from minirl.engine import lean
 from minirl.engine.model import load as models
 from minirl.engine.model import lora
 from minirl.engine.model.adapter import adapter_state, load_adapter_state, save_adapter
+from minirl.engine.model.device import pick_dtype
 from minirl.errors import UserError
 
 CPU = torch.device("cpu")
@@ -119,42 +120,37 @@ def test_the_seed_alone_draws_the_adapter(folders: Any) -> None:
 def test_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     capabilities: dict[str, bool] = {}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert models.pick_dtype("auto", CPU) == torch.float32
+    assert pick_dtype("auto", CPU) == torch.float32
     capabilities["avx512_bf16"] = True
-    assert models.pick_dtype("auto", CPU) == torch.bfloat16
-    assert models.pick_dtype("fp32", CPU) == torch.float32
+    assert pick_dtype("auto", CPU) == torch.bfloat16
+    assert pick_dtype("fp32", CPU) == torch.float32
     for capability, dtype in (
         ((7, 5), torch.float16),
         ((8, 0), torch.bfloat16),
         ((9, 0), torch.bfloat16),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert models.pick_dtype("auto", torch.device("cuda:0")) == dtype
-
-
-def unlean(model: torch.nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.__dict__.pop("forward", None)
+        assert pick_dtype("auto", torch.device("cuda:0")) == dtype
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
 def test_lean_forward_is_peft_s_own_in_float32(folders: Any, quantize: str) -> None:
     model = models.load_model(node(folders("qwen2"), quantize=quantize), device=CPU).model
     stir(model)
-    lean, lean_grads = model(input_ids=ids()).logits, lora_gradients(model, ids())
+    ours, our_grads = model(input_ids=ids()).logits, lora_gradients(model, ids())
     with model.disable_adapter():
         off = model(input_ids=ids()).logits
-    unlean(model)
-    own, own_grads = model(input_ids=ids()).logits, lora_gradients(model, ids())
+    assert lean.is_lean(next(m for m in model.modules() if isinstance(m, LoraLayer)))
+    with lean.stock(model):
+        own, own_grads = model(input_ids=ids()).logits, lora_gradients(model, ids())
     # INT8 layers round their input to 8 bits as well, so the last bit of a float32 can flip a step
     # of 1/127.
     bound = 1e-2 if quantize == "int8" else 1e-6
-    assert float((lean - own).detach().norm() / own.detach().norm()) < bound
-    assert relative_error(lean_grads, own_grads) < bound
+    assert float((ours - own).detach().norm() / own.detach().norm()) < bound
+    assert relative_error(our_grads, own_grads) < bound
     with model.disable_adapter():
         assert torch.equal(model(input_ids=ids()).logits, off)
-    assert (lean - off).abs().max() > 0.1
+    assert (ours - off).abs().max() > 0.1
 
 
 def test_lean_forward_follows_switched_and_merged_adapters(folders: Any) -> None:
@@ -218,7 +214,6 @@ def dequantised(model: PeftModel) -> PeftModel:
             if base.bias is not None:
                 linear.bias.data.copy_(base.bias.data)
             module.base_layer = linear.requires_grad_(False)
-            module.forward = MethodType(lora.lean_forward, module)
     return plain
 
 

@@ -4,6 +4,7 @@ family."""
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tiny import ARCHITECTURES, save_tiny, tiny_model
 from torch import nn
 
 from minirl import recipe
-from minirl.engine.cpu import packed
+from minirl.engine.cpu import Cpu, packed
 from minirl.engine.model import load as models
 from minirl.engine.model import lora
 from minirl.engine.model.head import Head
@@ -58,17 +59,17 @@ def test_packed_layers_compute_what_plain_ones_do(arch: str, tmp_path: Path) -> 
     """Catches: siblings' outputs in the wrong order, a scaling left out or taken twice, a bias
     lost, B of one layer under another."""
     model = stirred(tmp_path, arch)
-    layers = [module for module in model.modules() if hasattr(module, "joint")]
-    fixed = lora.FixedLora(model, rows=4)
+    layers = [module for module in model.modules() if isinstance(module, lora.LeanLora)]
+    fixed = lora.FixedLora(model, rows=4, backend=Cpu())
     own, off = logits(model), None
     with model.disable_adapter():
         off = logits(model)
     with fixed:
-        assert all(layer.joint is not None for layer in layers)
+        assert all(layer.fixed.joint(layer) is not None for layer in layers)
         torch.testing.assert_close(logits(model), own, atol=2e-5, rtol=1e-5)
         with model.disable_adapter():
             assert torch.equal(logits(model), off)
-    assert all(layer.joint is None for layer in layers)
+    assert all(layer.fixed is None for layer in layers)
     assert (own - off).abs().max() > 0.05
     assert torch.equal(logits(model), own)
 
@@ -76,19 +77,18 @@ def test_packed_layers_compute_what_plain_ones_do(arch: str, tmp_path: Path) -> 
 @needs_packing
 def test_layers_with_one_input_are_one_product(tmp_path: Path) -> None:
     model = stirred(tmp_path, lora={"targets": "all-linear"})
-    sizes = [len(joint.layers) for joint in lora.FixedLora(model, rows=4)._joints]
+    sizes = [len(joint.layers) for joint in lora.FixedLora(model, rows=4, backend=Cpu()).joints]
     depth = model.get_base_model().config.num_hidden_layers
     assert sorted(sizes) == sorted([3, 1, 2, 1] * depth)  # q k v, o, gate up, down
     some = stirred(tmp_path / "some", lora={"targets": ["q_proj", "v_proj"]})
-    assert [len(joint.layers) for joint in lora.FixedLora(some, rows=4)._joints] == [1] * (
-        2 * depth
-    )
+    joints = lora.FixedLora(some, rows=4, backend=Cpu()).joints
+    assert [len(joint.layers) for joint in joints] == [1] * (2 * depth)
 
 
 @needs_packing
 def test_new_weights_are_taken_after_clear_alone(tmp_path: Path) -> None:
     model = stirred(tmp_path)
-    fixed = lora.FixedLora(model, rows=4)
+    fixed = lora.FixedLora(model, rows=4, backend=Cpu())
     before = inside(model, fixed)
     stir(model, 1)
     assert torch.equal(inside(model, fixed), before)
@@ -100,7 +100,7 @@ def test_new_weights_are_taken_after_clear_alone(tmp_path: Path) -> None:
 @needs_packing
 def test_another_adapter_or_a_merged_one_is_not_served_by_what_was_packed(tmp_path: Path) -> None:
     model = stirred(tmp_path)
-    fixed = lora.FixedLora(model, rows=4)
+    fixed = lora.FixedLora(model, rows=4, backend=Cpu())
     own = inside(model, fixed)
     model.add_adapter("other", model.peft_config["default"])
     with model.disable_adapter():
@@ -122,7 +122,7 @@ def test_siblings_that_are_given_different_inputs_compute_each_its_own(tmp_path:
     one, two = torch.randn(3, q.in_features), torch.randn(3, q.in_features)
     with torch.no_grad():
         wanted = [q(one), k(two), k(one), q(two)]
-        with lora.FixedLora(model, rows=4):
+        with lora.FixedLora(model, rows=4, backend=Cpu()):
             found = [q(one), k(two), k(one), q(two)]
             one.mul_(2)  # the same tensor, written over: the first of the siblings computes anew
             torch.testing.assert_close(q(one), 2 * wanted[0], atol=1e-5, rtol=1e-5)
@@ -134,15 +134,15 @@ def test_nothing_is_packed_where_it_cannot_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (
-        lora.FixedLora(stirred(tmp_path / "a", quantize="nf4"), rows=4)._joints == []
+        lora.FixedLora(stirred(tmp_path / "a", quantize="nf4"), rows=4, backend=Cpu()).joints == []
     )  # 4-bit layers are not plain ones
     dora = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules="all-linear", use_dora=True))
     lora.lean_lora(dora)
-    assert lora.FixedLora(dora, rows=4)._joints == []
+    assert lora.FixedLora(dora, rows=4, backend=Cpu()).joints == []
     model = stirred(tmp_path / "b")
     monkeypatch.setattr(packed, "MOST_BYTES", 1000)
-    fixed = lora.FixedLora(model, rows=4)
-    assert fixed._joints == []
+    fixed = lora.FixedLora(model, rows=4, backend=Cpu())
+    assert fixed.joints == []
     assert torch.equal(inside(model, fixed), logits(model))
 
 
@@ -153,9 +153,9 @@ def test_held_factors_stand_where_they_stood(
     master that has moved."""
     monkeypatch.setattr(packed, "MOST_BYTES", 0)
     model = stirred(tmp_path)
-    fixed = lora.FixedLora(model, rows=4)
+    fixed = lora.FixedLora(model, rows=4, backend=Cpu())
     before = inside(model, fixed)
-    held = [factor for layer in fixed._held for pair in layer.values() for factor in pair]
+    held = [factor for pair in fixed._factors.values() for factor in pair]
     places = [factor.data_ptr() for factor in held]
     masters = [p for p in model.parameters() if p.requires_grad]
     assert len(held) == len(masters) > 0
@@ -201,7 +201,7 @@ def test_a_torch_without_the_operators_packs_nothing(monkeypatch: pytest.MonkeyP
 def test_the_head_is_packed_for_sampling_and_plain_for_learning() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(16, 40, bias=False).requires_grad_(False)
-    head = Head(linear, type("Config", (), {"logit_scale": 0.5}))
+    head = Head(linear, SimpleNamespace(logit_scale=0.5), Cpu())
     hidden = torch.randn(3, 16, requires_grad=True)
     plain = head.logits(hidden)
     head.pack(3)
