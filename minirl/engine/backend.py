@@ -55,13 +55,6 @@ class Backend:
         """Flat memory as a cache of keys, (..., T, D), in whatever order of memory serves best."""
         return memory.view(*shape)
 
-    def store(
-        self, new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, positions: Tensor
-    ) -> bool:
-        """Write new keys and values (B, K, S, D) at `positions` (B, S) into the cache (B, K, T, D);
-        False, and nothing is written, where the caller has to do it."""
-        return False
-
     def fits(self, weights: Sequence[Tensor]) -> bool:
         """Whether `pack` makes products with these weights faster, and there is room for it."""
         return False

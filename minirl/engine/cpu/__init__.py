@@ -62,11 +62,6 @@ class Cpu(Backend):
         *rows, length, size = shape
         return memory.view(*rows, size, length).transpose(-1, -2)
 
-    def store(
-        self, new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, positions: Tensor
-    ) -> bool:
-        return attention.store(new_keys, new_values, keys, values, positions)
-
     def fits(self, weights: Sequence[Tensor]) -> bool:
         return packed.fits(weights)
 

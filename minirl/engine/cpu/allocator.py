@@ -17,11 +17,9 @@ KEPT = {_MMAP_THRESHOLD: 2**27, _TRIM_THRESHOLD: 2**29}
 
 
 def keep_freed_memory() -> bool:
-    """Do so from now on; whether the C library took it."""
+    """Set glibc's limits for this process; False if the C library does not take them."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, TypeError, AttributeError):  # not glibc: macOS, musl, Windows
         return False
-    return not [
-        name for name, value in KEPT.items() if mallopt(name, value) != 1
-    ]  # all are set, whatever the first says
+    return all(mallopt(name, value) == 1 for name, value in KEPT.items())

@@ -2,7 +2,7 @@
 some rows at a time.
 
 The library's own kernel multiplies bf16 in float32 there and takes about twice as long, forward and
-backward; and it would copy keys that stand by column (slots.py). Scores are computed again in the
+backward; and it would copy cached keys, which stand by column. Scores are computed again in the
 backward pass, so nothing of their size is kept. Invariant: values and gradients are those of
 softmax(scale * Q K^T) V under the mask, up to bf16 rounding.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirl.engine.cpu.compiled import array, flat_rows, kernels
+from minirl.engine.cpu.compiled import array, kernels
 
 CHUNK_SCORES = 2**20  # scores alive at once, 2 MiB: what follows finds them in the cache
 
@@ -38,22 +38,19 @@ def decode(
     """One new token's attention to its row's own cached keys, by compiled kernels; None where they
     do not serve.
 
-    query (B, K, S, D), S query heads to a key head; key and value (B, K, T', D) as slots.py holds
-    them; positions (B, 1) of the new tokens, each of which sees at most `window` keys. Returns (B,
-    K, S, D).
+    query (B, K, S, D), S query heads to a key head; key and value (B, K, T', D), part of a cache
+    with keys by column; positions (B, 1) of the new tokens, each of which sees at most `window`
+    keys. Returns (B, K, S, D).
     """
     found = kernels(query)
     if found is None or torch.is_grad_enabled() or query.shape[-1] % 4:
         return None
     (batch, heads, _, size), capacity = query.shape, key.stride(-1)
-    by_column, by_row = (
-        (heads * size * capacity, size * capacity, 1, capacity),
-        (heads * size * capacity, size * capacity, size, 1),
-    )
-    if key.stride() != by_column or value.stride() != by_row:
+    outer = heads * size * capacity, size * capacity
+    if key.stride() != (*outer, 1, capacity) or value.stride() != (*outer, size, 1):
         return None
-    key = key.as_strided((batch, heads, size, capacity), (*by_column[:2], capacity, 1))
-    value = value.as_strided((batch, heads, capacity, size), by_row)
+    key = key.as_strided((batch, heads, size, capacity), (*outer, capacity, 1))
+    value = value.as_strided((batch, heads, capacity, size), (*outer, size, 1))
     query, out = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
     found.attend(
         array(query),
@@ -65,28 +62,6 @@ def decode(
         array(out),
     )
     return out
-
-
-def store(
-    new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, positions: Tensor
-) -> bool:
-    """Write one new token of each row, (B, K, 1, D), at its position (B, 1) into its keys and
-    values (B, K, T', D), by a compiled kernel.
-
-    False, and nothing is written, where that does not serve.
-    """
-    found, columns = kernels(new_keys), keys.transpose(-1, -2)
-    if (
-        found is None
-        or new_keys.shape[2] != 1
-        or not (columns.is_contiguous() and values.is_contiguous())
-    ):
-        return False
-    one_a_row = (
-        part for new in (new_keys, new_values) for part in flat_rows(new.squeeze(2).flatten(1))
-    )
-    found.store(*one_a_row, positions.contiguous().numpy(), array(columns), array(values))
-    return True
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -128,12 +103,7 @@ class _Attention(torch.autograd.Function):
             p_grad = grad[c] @ value[c].transpose(-1, -2)
             # d softmax: p * (dp - sum(dp * p)), in one kernel with float32 sums
             s_grad = torch.ops.aten._softmax_backward_data(p_grad, p, -1, p.dtype).mul_(ctx.scale)
-            parts.append(
-                (
-                    s_grad @ key[c],
-                    s_grad.transpose(-1, -2) @ query[c],
-                    p.transpose(-1, -2) @ grad[c],
-                )
-            )
+            of_key = s_grad.transpose(-1, -2) @ query[c]
+            parts.append((s_grad @ key[c], of_key, p.transpose(-1, -2) @ grad[c]))
         of_query, of_key, of_value = (torch.cat(part) for part in zip(*parts, strict=True))
         return of_query, of_key, of_value, None, None

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minirl.errors import first_line
+
 DTYPES = (torch.bfloat16, torch.float32)
 # numba's other pools of threads would contend with torch's own for the cores; this one is the same
 OPENMP = "omp"
@@ -49,49 +51,23 @@ def _kernels() -> Any:
         with torch.no_grad():
             works = _works(found)
         if not works or numba.config.DISABLE_JIT or numba.threading_layer() != OPENMP:
-            said.info(
-                "numba's kernels are left out: they run on other threads than torch, or not as they"
-                " should"
-            )
+            reason = "they run on other threads than torch, or not as they should"
+            said.info("numba's kernels are left out: %s", reason)
             return None
     except (numba.errors.NumbaError, ImportError, OSError, RuntimeError, ValueError) as error:
-        said.info("numba's kernels are left out (%s)", str(error).split("\n")[0])
+        said.info("numba's kernels are left out (%s)", first_line(error))
         return None
     return found
 
 
 def _works(found: Any) -> bool:
     """Whether RMSNorm of one row comes out right; it compiles nothing else."""
-    x, normed, out, scale = (
-        torch.tensor([[3.0, 4.0, 0.0, 0.0]]),
-        torch.empty(1, 4),
-        torch.zeros(1, 4),
-        torch.empty(1),
-    )
-    found.rms_norm(
-        *map(array, (x, normed, out, torch.full((4,), 2.0))), np.float32(0.0), array(scale)
-    )
+    x, out = torch.tensor([[3.0, 4.0, 0.0, 0.0]]), torch.zeros(1, 4)
+    weight, normed, scale = torch.full((4,), 2.0), torch.empty(1, 4), torch.empty(1)
+    found.rms_norm(*map(array, (x, normed, out, weight)), np.float32(0.0), array(scale))
     return torch.allclose(out, torch.tensor([[2.4, 3.2, 0.0, 0.0]]))
 
 
 def array(x: Tensor) -> Any:
     """A contiguous tensor's memory as a numpy array; bf16 by its bits."""
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
-
-
-def flat_rows(x: Tensor) -> tuple[Any, int]:
-    """A tensor's rows (..., N) as one flat array, for kernels that go on along it, and how many
-    numbers there are from one row to the next.
-
-    Rows that do not stand evenly are copied; a part of a wider tensor's columns is not.
-    """
-    size = x.shape[-1]
-    step = x.stride(-2) if x.dim() > 1 else size
-    if (
-        x.stride(-1) != 1
-        or step < size
-        or any(x.stride(i) != x.shape[i + 1] * x.stride(i + 1) for i in range(x.dim() - 2))
-    ):
-        x, step = x.contiguous(), size
-    count = x.numel() // max(1, size)
-    return array(x.as_strided(((count - 1) * step + size,), (1,))), step

@@ -1,5 +1,5 @@
-"""A decode step's attention and cache, and RMSNorm, on a CPU, compiled by numba: one pass over
-memory each. Import it through `compiled`.
+"""A decode step's attention, and RMSNorm, on a CPU, compiled by numba: one pass over memory each.
+Import it through `compiled`.
 
 The library's matrix kernels lay out every head's keys anew for the three or so queries that meet
 them, and read as many keys for each row as the longest row has. Here each key is read once, in
@@ -31,28 +31,24 @@ def widen(context: Any, x: Any) -> Any:
     """A bf16's bits, or a float32, as a float32."""
 
     def from_bits(_: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(
-            builder.shl(builder.zext(args[0], _BITS), ir.Constant(_BITS, 16)), _FLOAT
-        )
+        high = builder.shl(builder.zext(args[0], _BITS), ir.Constant(_BITS, 16))
+        return builder.bitcast(high, _FLOAT)
 
-    return (
-        (float32(uint16), from_bits)
-        if x == uint16
-        else (float32(float32), lambda _context, _builder, _signature, args: args[0])
-    )
+    if x == uint16:
+        return float32(uint16), from_bits
+    return float32(float32), lambda _context, _builder, _signature, args: args[0]
 
 
 @intrinsic
 def narrow(context: Any, x: Any, like: Any) -> Any:
-    """A float32 as what `like` is: itself, or the bits of the nearest bf16, of two the even one."""
+    """A float32 in the type of `like`: itself, or the bits of the nearest bf16 (ties to even)."""
 
     def to_bits(_: Any, builder: Any, signature: Any, args: Any) -> Any:
         bits = builder.bitcast(args[0], _BITS)
         odd = builder.and_(builder.lshr(bits, ir.Constant(_BITS, 16)), ir.Constant(_BITS, 1))
         rounded = builder.add(bits, builder.add(odd, ir.Constant(_BITS, 0x7FFF)))
-        is_nan = builder.fcmp_unordered(
-            "uno", args[0], args[0]
-        )  # rounding could carry a NaN's bits over into a number
+        # Rounding could carry a NaN's bits over into a number.
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
         high = builder.trunc(builder.lshr(rounded, ir.Constant(_BITS, 16)), ir.IntType(16))
         return builder.select(is_nan, ir.Constant(ir.IntType(16), 0x7FC0), high)
 
@@ -66,10 +62,8 @@ def power_of_two(context: Any, n: Any) -> Any:
     """2 ** n of an int32 from -126 to 127, as a float32."""
 
     def build(_: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(
-            builder.shl(builder.add(args[0], ir.Constant(_BITS, 127)), ir.Constant(_BITS, 23)),
-            _FLOAT,
-        )
+        exponent = builder.add(args[0], ir.Constant(_BITS, 127))
+        return builder.bitcast(builder.shl(exponent, ir.Constant(_BITS, 23)), _FLOAT)
 
     return float32(types.int32), build
 
@@ -110,27 +104,18 @@ def _score(
     shared, length = scores.shape
     end, line = begin + length, CACHE_LINE // keys.itemsize
     for d in range(0, len(keys), 4):  # four at a time: a score is written a quarter as often
-        k0, k1, k2, k3 = (
-            keys[d, begin:end],
-            keys[d + 1, begin:end],
-            keys[d + 2, begin:end],
-            keys[d + 3, begin:end],
-        )
+        k0, k1 = keys[d, begin:end], keys[d + 1, begin:end]
+        k2, k3 = keys[d + 2, begin:end], keys[d + 3, begin:end]
         for r in range(4):
             for j in range(begin, end, line):
                 fetch(after[d + r], j)
         for i in range(shared):
             s, q = scores[i], query[i]
-            q0, q1, q2, q3 = (
-                widen(q[d]) * scale,
-                widen(q[d + 1]) * scale,
-                widen(q[d + 2]) * scale,
-                widen(q[d + 3]) * scale,
-            )
+            q0, q1 = widen(q[d]) * scale, widen(q[d + 1]) * scale
+            q2, q3 = widen(q[d + 2]) * scale, widen(q[d + 3]) * scale
             for j in range(length):
-                s[j] += (q0 * widen(k0[j]) + q1 * widen(k1[j])) + (
-                    q2 * widen(k2[j]) + q3 * widen(k3[j])
-                )
+                first = q0 * widen(k0[j]) + q1 * widen(k1[j])
+                s[j] += first + (q2 * widen(k2[j]) + q3 * widen(k3[j]))
 
 
 @njit(fastmath=FAST)
@@ -163,9 +148,8 @@ def _sum(weights: Any, values: Any, begin: Any, after: Any, sums: Any) -> None: 
             s, w = sums[i], weights[i]
             w0, w1, w2, w3 = w[j], w[j + 1], w[j + 2], w[j + 3]
             for d in range(size):
-                s[d] += (w0 * widen(v0[d]) + w1 * widen(v1[d])) + (
-                    w2 * widen(v2[d]) + w3 * widen(v3[d])
-                )
+                first = w0 * widen(v0[d]) + w1 * widen(v1[d])
+                s[d] += first + (w2 * widen(v2[d]) + w3 * widen(v3[d]))
     for j in range(whole, length):
         v0 = values[begin + j]
         for i in range(shared):
@@ -192,10 +176,8 @@ def attend(
         next_row, next_head = after // heads, after % heads
         end = positions[row, 0] + 1
         begin = max(0, end - window)
-        weights, sums = (
-            np.zeros((shared, end - begin), np.float32),
-            np.zeros((shared, size), np.float32),
-        )
+        weights = np.zeros((shared, end - begin), np.float32)
+        sums = np.zeros((shared, size), np.float32)
         _score(query[row, head], key[row, head], scale, begin, key[next_row, next_head], weights)
         for i in range(shared):
             _softmax(weights[i])
@@ -203,29 +185,6 @@ def attend(
         for i in range(shared):
             for d in range(size):
                 out[row, head, i, d] = narrow(sums[i, d], query[row, head, i, d])
-
-
-@njit(parallel=True, nogil=True, cache=True)
-def store(
-    new_key: Any,
-    key_step: Any,
-    new_value: Any,
-    value_step: Any,
-    positions: Any,
-    key: Any,
-    value: Any,
-) -> None:  # pragma: no cover
-    """Write one new token a row, its K * D numbers in rows as `compiled.flat_rows` gives them, at
-    its position (B, 1) into the cache that `attend` reads."""
-    rows, heads, _, size = value.shape
-    for one in prange(rows * heads):
-        row, head = one // heads, one % heads
-        at = positions[row, 0]
-        k, v = new_key[row * key_step + head * size :], new_value[row * value_step + head * size :]
-        for d in range(size):
-            value[row, head, at, d] = v[d]
-        for d in range(size):
-            key[row, head, d, at] = k[d]
 
 
 @njit(parallel=True, fastmath=FAST, nogil=True, cache=True)

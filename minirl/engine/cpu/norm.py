@@ -53,13 +53,10 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor
     found = kernels(x)
     if found is not None and weight.dtype == x.dtype:
         x = x.contiguous()
-        out, normed, scale = (
-            torch.empty_like(x),
-            torch.empty_like(x),
-            x.new_empty(*x.shape[:-1], 1, dtype=torch.float32),
-        )
-        flat = (array(part.view(-1, x.shape[-1])) for part in (x, normed, out))
-        found.rms_norm(*flat, array(weight), np.float32(eps), array(scale.view(-1)))
+        out, normed = torch.empty_like(x), torch.empty_like(x)
+        scale = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        rows = (array(part.view(-1, x.shape[-1])) for part in (x, normed, out))
+        found.rms_norm(*rows, array(weight), np.float32(eps), array(scale.view(-1)))
         return out, normed, scale
     wide = x.float()
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)

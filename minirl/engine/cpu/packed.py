@@ -21,22 +21,17 @@ MOST_BYTES = 2**31
 def fits(weights: Sequence[Tensor]) -> bool:
     """Whether these weights can be packed here, and are not too large to be held twice."""
     size = sum(w.numel() * w.element_size() for w in weights)
-    return (
-        bool(weights)
-        and size <= MOST_BYTES
-        and all(w.device.type == "cpu" and works(w.dtype) for w in weights)
-    )
+    can_be = all(w.device.type == "cpu" and works(w.dtype) for w in weights)
+    return bool(weights) and size <= MOST_BYTES and can_be
 
 
 @cache
 def works(dtype: torch.dtype) -> bool:
-    """Whether this build of torch multiplies by packed weights of this type, and rightly. The
-    operators are those of its own compiler."""
+    """Whether this build of torch has its compiler's packed products for this type, and they are
+    right."""
     try:
-        x, weight = (
-            torch.arange(64).view(2, 32).to(dtype),
-            torch.arange(512).view(16, 32).remainder(7).to(dtype),
-        )
+        x = torch.arange(64).view(2, 32).to(dtype)
+        weight = torch.arange(512).view(16, 32).remainder(7).to(dtype)
         return torch.equal(product(x, pack(weight, 2)), torch.nn.functional.linear(x, weight))
     except (RuntimeError, AttributeError, NotImplementedError):
         return False

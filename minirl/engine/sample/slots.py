@@ -164,12 +164,8 @@ class Slots(Cache):  # type: ignore[misc]
                 for which in (0, 1)
             ]
         keys, values = (block[layer_idx] for block in self._blocks)
-        is_stored = isinstance(self._rows, slice) and self._backend.store(
-            key_states, value_states, keys[self._rows], values[self._rows], self._positions
-        )
-        if not is_stored:
-            keys[self._index, :, self._positions] = key_states.transpose(1, 2)
-            values[self._index, :, self._positions] = value_states.transpose(1, 2)
+        keys[self._index, :, self._positions] = key_states.transpose(1, 2)
+        values[self._index, :, self._positions] = value_states.transpose(1, 2)
         return keys[self._rows, :, : self._width], values[self._rows, :, : self._width]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -176,58 +176,6 @@ def test_what_the_kernel_does_not_know_is_left_to_the_library() -> None:
         assert cpu_attention.decode(query, keys, values, positions, None, 1.0) is None
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.randoms(use_true_random=False),
-    st.lists(st.integers(1, 4), min_size=1, max_size=4),
-    st.booleans(),
-)
-def test_flat_rows(rng: Random, shape: list[int], is_part: bool) -> None:
-    """Rows of whole tensors, of a part of the columns, and in an order that is not the memory's."""
-    torch.manual_seed(rng.randrange(2**31))
-    x = torch.randn(*shape[:-1], shape[-1] + 3 * is_part)[..., 2 * is_part :][..., : shape[-1]]
-    if len(shape) > 2 and rng.random() < 0.5:
-        x = x.transpose(0, 1)
-    flat, step = compiled.flat_rows(x)
-    for number, row in enumerate(x.reshape(-1, shape[-1])):
-        assert flat[number * step :][: shape[-1]].tolist() == row.tolist()
-    if is_part and len(shape) == 2:
-        assert flat.base is not None
-        assert step == shape[-1] + 3, "nothing was copied"
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@torch.no_grad()
-def test_new_tokens_are_stored_each_in_its_own_place(dtype: torch.dtype) -> None:
-    """Laid out as the model gives them: keys as rotary embeddings return them, values a part of the
-    joint projection's columns."""
-    keys, values = cache(Random(2), 5, 3, 64, 16, dtype)
-    expected = keys.clone(), values.clone()
-    joint = torch.randn(4, 1, 160).to(dtype)
-    new_values = joint[..., 100:148].view(4, 1, 3, 16).transpose(1, 2)
-    new_keys = 2 * joint[..., 40:88].view(4, 1, 3, 16).transpose(1, 2)
-    positions = torch.tensor([[0], [63], [17], [17]])
-    assert cpu_attention.store(new_keys, new_values, keys[:4], values[:4], positions)
-    for row, (at,) in enumerate(positions.tolist()):
-        expected[0][row, :, at], expected[1][row, :, at] = (
-            new_keys[row, :, 0],
-            new_values[row, :, 0],
-        )
-    assert torch.equal(keys, expected[0])
-    assert torch.equal(values, expected[1])
-    assert not cpu_attention.store(
-        new_keys, new_values, keys[:4].contiguous(), values[:4], positions
-    ), "keys by row"
-    assert not cpu_attention.store(
-        new_keys.expand(4, 3, 2, 16),
-        new_values.expand(4, 3, 2, 16),
-        keys[:4],
-        values[:4],
-        positions,
-    )
-    assert torch.equal(keys, expected[0])
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @torch.no_grad()
 def test_norms_are_those_of_the_formula(
