@@ -83,7 +83,7 @@ class RewardModel:
         """Write the adapter with its head as plain peft, and beside it the base model's name and
         `facts` about the training."""
         save_adapter(self.loaded.model, folder)
-        described = {"base": public_name(self.loaded.node.name), "labels": LABELS, **facts}
+        described = {"base": public_name(self.loaded.settings.name), "labels": LABELS, **facts}
         (folder / CONFIG).write_text(json.dumps(described, indent=1) + "\n")
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """The adapter: drawn afresh or started from a folder, copied, saved.
 
-Invariant: what is saved is what plain peft loads, the same weights as the same bytes; no pickle is
+Invariant: plain peft loads what is saved, and the same weights give the same bytes; no pickle is
 read.
 """
 
@@ -29,21 +29,23 @@ from minirl import recipe
 from minirl.errors import UserError, first_line
 
 ADAPTER = "default"
-# What a folder that cannot be loaded makes transformers raise: files missing or torn, an unknown
-# architecture, a package it would need.
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's own names
+# transformers' errors for a folder that it cannot load: files missing or torn, an unknown
+# architecture, a package that is not installed.
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 
 
-def fresh_adapter(base: PreTrainedModel, node: recipe.Model, seed: int, **more: Any) -> PeftModel:
-    """A LoRA adapter on every target layer, A drawn from `seed`, B zero. more: further settings of
-    peft's LoraConfig."""
-    targets, alpha = node.lora.targets, node.lora.alpha
-    settings: dict[str, Any] = {
-        "r": node.lora.rank,
-        "lora_alpha": (
-            int(alpha) if alpha.is_integer() else alpha
-        ),  # readers of adapter_config.json expect a whole number
-        "target_modules": targets if isinstance(targets, str) else list(targets),
+def fresh_adapter(
+    base: PreTrainedModel, settings: recipe.Model, seed: int, **more: Any
+) -> PeftModel:
+    """A LoRA adapter in float32 on every target layer, A drawn from `seed`, B zero. more: further
+    arguments of peft's LoraConfig. Raises UserError if no layer is a target."""
+    lora = settings.lora
+    arguments: dict[str, Any] = {
+        "r": lora.rank,
+        # Readers of adapter_config.json expect a whole number.
+        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
+        "target_modules": lora.targets if isinstance(lora.targets, str) else list(lora.targets),
         "lora_dropout": 0.0,
         "bias": "none",
         "task_type": "CAUSAL_LM",
@@ -52,40 +54,35 @@ def fresh_adapter(base: PreTrainedModel, node: recipe.Model, seed: int, **more: 
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(base, LoraConfig(**settings), adapter_name=ADAPTER)
+            return get_peft_model(base, LoraConfig(**arguments), adapter_name=ADAPTER)
         except ValueError as error:
-            known = sorted(
-                {
-                    name.rpartition(".")[2]
-                    for name, module in base.named_modules()
-                    if isinstance(module, nn.Linear)
-                }
-            )
+            layers = [n for n, module in base.named_modules() if isinstance(module, nn.Linear)]
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
             raise UserError(
-                f"model.lora.targets: got {targets!r}, expected all-linear or some of"
-                f" {', '.join(known)}"
+                f"model.lora.targets: got {lora.targets!r}, expected all-linear or some of {known}"
             ) from error
 
 
-def check_adapter(node: recipe.Model) -> None:
-    """Raises UserError where the recipe starts from an adapter that is not there."""
-    for file in (
-        ("adapter_config.json", "adapter_model.safetensors") if node.adapter is not None else ()
-    ):
-        if not (folder := Path(str(node.adapter)).expanduser()).joinpath(file).is_file():
+def check_adapter(settings: recipe.Model) -> None:
+    """Raises UserError if the recipe starts from an adapter that is not there."""
+    if settings.adapter is None:
+        return
+    folder = Path(settings.adapter).expanduser()
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
             raise UserError(
                 f"model.adapter: {folder} has no {file}, expected a folder that peft saved; check"
                 " the path, or run the recipe that makes it"
             )
 
 
-def start_from(model: PeftModel, node: recipe.Model) -> None:
-    """Load the adapter of a folder into the fresh one. Its rank, alpha and targets must be the
-    recipe's: there a run's numbers stand."""
-    check_adapter(node)
-    folder, lora = Path(str(node.adapter)).expanduser(), node.lora
+def start_from(model: PeftModel, settings: recipe.Model) -> None:
+    """Load the adapter of a folder into the fresh one. Raises UserError unless its rank, alpha and
+    targets are the recipe's, which holds a run's numbers."""
+    check_adapter(settings)
+    folder, lora = Path(str(settings.adapter)).expanduser(), settings.lora
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = json.loads((folder / CONFIG).read_text())
         rank, alpha = config.get("r"), config.get("lora_alpha")
         if (rank, alpha) != (lora.rank, lora.alpha):
             raise UserError(
@@ -94,10 +91,10 @@ def start_from(model: PeftModel, node: recipe.Model) -> None:
             )
         if config.get("use_rslora") or config.get("alpha_pattern"):
             raise ValueError("it scales its layers otherwise than by alpha / rank")
-        load_adapter_state(model, load_file(folder / "adapter_model.safetensors"))
+        load_adapter_state(model, load_file(folder / WEIGHTS))
     except LOAD_ERRORS as error:
         raise UserError(
-            f"model.adapter: {folder} does not fit {node.name} with"
+            f"model.adapter: {folder} does not fit {settings.name} with"
             f" model.lora.targets={lora.targets} ({first_line(error)}); use the model and the"
             " targets it was trained with"
         ) from error
@@ -112,8 +109,8 @@ def adapter_state(model: PeftModel) -> dict[str, Tensor]:
 
 
 def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
-    """Put the weights of `adapter_state` back. ValueError unless these are the adapter's names and
-    shapes, all of them."""
+    """Put the weights of `adapter_state` back. Raises ValueError unless names and shapes are the
+    adapter's."""
     shapes = {name: tuple(tensor.shape) for name, tensor in _peft_state(model).items()}
     wrong = shapes.items() ^ {name: tuple(tensor.shape) for name, tensor in state.items()}.items()
     if wrong:
@@ -127,12 +124,12 @@ def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
     """Write the adapter so that plain `peft.PeftModel.from_pretrained(base, folder)` loads it.
 
-    The same weights give the same bytes: peft's own save_pretrained lists target modules in hash
-    order and may ask the hub about the base.
+    peft's own save_pretrained lists target modules in hash order and may ask the hub about the
+    base.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_state(model), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(adapter_state(model), folder / WEIGHTS, metadata={"format": "pt"})
     config = copy.copy(model.peft_config[ADAPTER])
     config.inference_mode = True
     if isinstance(config.target_modules, set):
@@ -141,12 +138,6 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
 
 
 def _peft_state(model: PeftModel) -> dict[str, Tensor]:
-    # save_embedding_layers=False: to decide it by itself, peft would ask the hub about the base
-    # model.
-    return dict(
-        sorted(
-            get_peft_model_state_dict(
-                model, adapter_name=ADAPTER, save_embedding_layers=False
-            ).items()
-        )
-    )
+    # save_embedding_layers: left to decide by itself, peft would ask the hub about the base model.
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    return dict(sorted(state.items()))

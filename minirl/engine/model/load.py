@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -38,20 +37,19 @@ HEAD = "score"  # what transformers calls the output layer of a sequence classif
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """model: base with one trainable adapter named "default", in eval mode (train mode computes the
-    same: every dropout is zero, but gradient checkpointing is at work in train mode only, and
-    key-value caches in eval mode only). node: the recipe it came from."""
+    """model: base with one trainable adapter named "default", in eval mode. Train mode computes the
+    same, as every dropout is zero; it has gradient checkpointing where eval mode has caches."""
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     dtype: torch.dtype
-    node: recipe.Model
+    settings: recipe.Model
 
 
 def load_tokenizer(path: str, name: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id, with a pad token. `name` is what the user called it.
-    UserError without a chat template."""
+    """The tokenizer of a folder or hub id, with a pad token. name: the user's word for the model.
+    Raises UserError if it cannot be loaded or has no chat template."""
     prepare()
     name = name or path
     try:
@@ -71,71 +69,65 @@ def load_tokenizer(path: str, name: str | None = None) -> PreTrainedTokenizerBas
 
 
 def load_model(
-    node: recipe.Model, seed: int = 0, device: torch.device | None = None
+    settings: recipe.Model, seed: int = 0, device: torch.device | None = None
 ) -> LoadedModel:
     """The recipe's model with its adapter, on `device` (default: `pick_device()`). `seed` draws a
     fresh adapter's A; B starts at zero.
 
-    A model that cannot be had, has no chat template or cannot be quantised here, and an adapter
-    that does not fit, raise UserError.
+    Raises UserError if the model cannot be had, has no chat template or cannot be quantised here,
+    or if the adapter does not fit.
     """
-    device, dtype, path, tokenizer = _settle(node, device)
-    base = _load_base(path, node, device, dtype)
-    model = fresh_adapter(base, node, seed)
-    if node.adapter is not None:
-        start_from(model, node)
-    model.peft_config[ADAPTER].base_model_name_or_path = public_name(node.name)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            # peft promotes half-precision adapters by itself; here it is a promise, and optimisers
-            # rely on it.
-            module.lora_A.float()
-            module.lora_B.float()
+    device = device or pick_device()
+    dtype = pick_dtype(settings.dtype, device)
+    base, tokenizer = _load_base(settings, device, dtype)
+    model = fresh_adapter(base, settings, seed)
+    if settings.adapter is not None:
+        start_from(model, settings)
+    model.peft_config[ADAPTER].base_model_name_or_path = public_name(settings.name)
     lean_lora(model)
     lean_gates(model)
-    _checkpoint(base, node)
-    return LoadedModel(model.eval(), tokenizer, device, dtype, node)
+    _checkpoint(base, settings)
+    return LoadedModel(model.eval(), tokenizer, device, dtype, settings)
 
 
 def load_classifier(
-    node: recipe.Model, labels: int, seed: int = 0, device: torch.device | None = None
+    settings: recipe.Model, labels: int, seed: int = 0, device: torch.device | None = None
 ) -> LoadedModel:
-    """The recipe's model as a sequence classifier with a fresh adapter: its head is part of that,
-    in float32, and starts at zero.
+    """The recipe's model as a sequence classifier with a fresh adapter. Its head is part of the
+    adapter, in float32, starts at zero, and reads the last token that is no padding.
 
-    It reads its last token that is no padding. Raises UserError as `load_model` does;
-    `node.adapter` is left to the caller.
+    Raises UserError as `load_model` does. `settings.adapter` is left to the caller.
     """
-    device, dtype, path, tokenizer = _settle(node, device)
-    base = _load_base(path, node, device, dtype, labels=labels)
+    device = device or pick_device()
+    dtype = pick_dtype(settings.dtype, device)
+    base, tokenizer = _load_base(settings, device, dtype, labels)
     for config in (base.config, base.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
     head = getattr(base, HEAD).float()
     torch.nn.init.zeros_(head.weight)
     head.register_forward_pre_hook(_in_float32)
-    model = fresh_adapter(base, node, seed, task_type="SEQ_CLS", modules_to_save=[HEAD])
-    model.peft_config[ADAPTER].base_model_name_or_path = public_name(node.name)
+    model = fresh_adapter(base, settings, seed, task_type="SEQ_CLS", modules_to_save=[HEAD])
+    model.peft_config[ADAPTER].base_model_name_or_path = public_name(settings.name)
     lean_lora(model)
-    _checkpoint(base, node)
-    return LoadedModel(model.eval(), tokenizer, device, dtype, node)
+    _checkpoint(base, settings)
+    return LoadedModel(model.eval(), tokenizer, device, dtype, settings)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of the frozen weights, from some thousand values of each: another model, copy or
-    rounding has another one."""
+    """A digest of some thousand values of each frozen weight: it differs for another model, and for
+    the same one rounded otherwise."""
     digest = hashlib.blake2b(digest_size=16)
     for name, p in model.named_parameters():
         if not p.requires_grad:
             flat = p.detach().flatten()
             some = flat[:: max(1, flat.numel() // 1024)].contiguous().view(torch.uint8)
-            digest.update(
-                f"{name} {tuple(p.shape)} {p.dtype}".encode() + some.cpu().numpy().tobytes()
-            )
+            digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
+            digest.update(some.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 def eos(model: Any) -> list[int]:
-    """The ids that end a completion, by the model's own generation config: one, several or none."""
+    """The ids that end a completion, by the model's own generation config; none if it has none."""
     ids = model.generation_config.eos_token_id
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
@@ -143,34 +135,20 @@ def eos(model: Any) -> list[int]:
 def describe(loaded: LoadedModel) -> str:
     """One line: model, parameters, trained parameters, quantisation, compute dtype, device."""
     trained, total = loaded.model.get_nb_trainable_parameters()
-    lora, node = loaded.model.peft_config[ADAPTER], loaded.node
+    lora, settings = loaded.model.peft_config[ADAPTER], loaded.settings
     dtype = dtype_name(loaded.dtype)
-    base = "base not quantised" if node.quantize == "none" else f"base in {node.quantize}"
-    device = (
-        torch.cuda.get_device_name(loaded.device)
-        if loaded.device.type == "cuda"
-        else loaded.device.type
-    )
+    base = "base not quantised" if settings.quantize == "none" else f"base in {settings.quantize}"
+    is_gpu = loaded.device.type == "cuda"
+    device = torch.cuda.get_device_name(loaded.device) if is_gpu else loaded.device.type
     return (
-        f"{public_name(node.name)} · {(total - trained) / 1e6:,.1f} M parameters, {base} · LoRA"
+        f"{public_name(settings.name)} · {(total - trained) / 1e6:,.1f} M parameters, {base} · LoRA"
         f" rank {lora.r}, alpha {lora.lora_alpha:g}, {trained / 1e6:,.2f} M trained in fp32 ·"
         f" computes in {dtype} on {device}"
     )
 
 
-def _settle(
-    node: recipe.Model, device: torch.device | None
-) -> tuple[torch.device, torch.dtype, str, PreTrainedTokenizerBase]:
-    """Device, dtype, where the weights are, and the tokenizer; and what the process sets once for
-    all that it will compute there."""
-    prepare()
-    device = device or pick_device()
-    path = resolve(node.name)
-    return device, pick_dtype(node.dtype, device), path, load_tokenizer(path, node.name)
-
-
-def _checkpoint(base: PreTrainedModel, node: recipe.Model) -> None:
-    if node.gradient_checkpointing:
+def _checkpoint(base: PreTrainedModel, settings: recipe.Model) -> None:
+    if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
 
@@ -180,29 +158,27 @@ def _in_float32(module: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, 
 
 
 def _load_base(
-    path: str, node: recipe.Model, device: torch.device, dtype: torch.dtype, labels: int = 0
-) -> PreTrainedModel:
-    """labels: how many a sequence classifier's head has; 0 for a language model."""
-    if node.quantize != "none" and device.type not in ("cuda", "cpu"):
+    settings: recipe.Model, device: torch.device, dtype: torch.dtype, labels: int = 0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen base model and its tokenizer. labels: of a sequence classifier; 0 for a language
+    model."""
+    prepare()
+    path = resolve(settings.name)
+    tokenizer = load_tokenizer(path, settings.name)
+    if settings.quantize != "none" and device.type not in ("cuda", "cpu"):
         raise UserError(
-            f"model.quantize: got {node.quantize} on {device.type}, which bitsandbytes is untested"
-            " on; set model.quantize=none"
+            f"model.quantize: got {settings.quantize} on {device.type}, which bitsandbytes is"
+            " untested on; set model.quantize=none"
         )
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        text = config.get_text_config()
-        for key, value in text.to_dict().items():
-            if key.endswith(("dropout", "pdrop")) and value:
-                setattr(text, key, 0.0)
-        if labels:
-            config.num_labels = labels
+        config = _read_config(path, labels)
         kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
         model, report = kind.from_pretrained(
             path,
             config=config,
             dtype=dtype,
             device_map={"": device},
-            quantization_config=_quantization(node.quantize, dtype, [HEAD] if labels else None),
+            quantization_config=_quantization(settings.quantize, dtype, [HEAD] if labels else None),
             attn_implementation=stock_attention(config),
             use_safetensors=True,
             trust_remote_code=False,
@@ -210,24 +186,35 @@ def _load_base(
         )
     except LOAD_ERRORS as error:
         raise UserError(
-            f"model {node.name}: cannot be loaded ({first_line(error)}); expected a causal language"
-            " model with safetensors weights that transformers knows without code of its own;"
-            " check model.name"
+            f"model {settings.name}: cannot be loaded ({first_line(error)}); expected a causal"
+            " language model with safetensors weights that transformers knows without code of its"
+            " own; check model.name"
         ) from error
     if missing := sorted(set(report["missing_keys"]) - {f"{HEAD}.weight"}):
         raise UserError(
-            f"model {node.name}: its files lack weights ({', '.join(missing[:3])}, ...); fetch it"
-            " again"
+            f"model {settings.name}: its files lack weights ({', '.join(missing[:3])}, ...); fetch"
+            " it again"
         )
     _keep_4bit_layout(model)
-    return model.requires_grad_(False)
+    return model.requires_grad_(False), tokenizer
+
+
+def _read_config(path: str, labels: int) -> Any:
+    """A model's config, with every dropout at zero."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    text = config.get_text_config()
+    for key, value in text.to_dict().items():
+        if key.endswith(("dropout", "pdrop")) and value:
+            setattr(text, key, 0.0)
+    if labels:
+        config.num_labels = labels
+    return config
 
 
 def _quantization(
     quantize: str, dtype: torch.dtype, skip: list[str] | None
 ) -> BitsAndBytesConfig | None:
-    """skip: modules to leave as they are; None for the library's own choice, a language model's
-    output head."""
+    """skip: modules that stay as they are; None for the library's own choice, the output head."""
     if quantize == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -236,11 +223,9 @@ def _quantization(
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=skip,
         )
-    return (
-        BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
-        if quantize == "int8"
-        else None
-    )
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return None
 
 
 def _keep_4bit_layout(model: nn.Module) -> None:
