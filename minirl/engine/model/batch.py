@@ -1,9 +1,9 @@
 """Batch: the one door from episodes to tensors.
 
 Episodes that begin alike are bundled: their longest common prefix is computed once. Sharing is
-discovered from equal token ids, never declared. Invariant: after this door the flat (N,) tensors
-hold one entry a trained token, in the same order, and index t of an episode always speaks of its
-token t. Turns after the last trained one are dropped: their reward is already known.
+discovered from equal token ids, never declared. Turns after the last trained one are dropped: their
+reward is already known. Invariant: after this door the flat (N,) tensors hold one entry a trained
+token, in the same order, and index t of an episode always speaks of its token t.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +21,13 @@ from minirl.engine.model.chunks import chunks
 from minirl.episode import Episode
 
 MIN_SHARED = 16  # tokens; a shorter common prefix is not worth an attention call of its own
-# packed rows are filled up to multiples of this: every new length costs matrix kernels built anew
-ROUND = 64
+ROUND = 64  # packed rows have a multiple of this many tokens: new lengths cost libraries time
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An episode on its way into a batch. weight is that of each of its trained tokens in the
-    step's loss.
-
-    advantage: of all its trained tokens, or one for each of them in order.
+    """An episode on its way into a batch. old: the sampler's log-probabilities. weight: of each
+    trained token in the step's loss. advantage: of all trained tokens, or one for each of them.
     """
 
     tokens: tuple[int, ...]
@@ -44,6 +42,11 @@ class Row:
     def length(self) -> int:
         """Tokens, prompt included."""
         return len(self.tokens)
+
+    @property
+    def trained(self) -> list[int]:
+        """The places of the trained tokens."""
+        return [t for t, is_trained in enumerate(self.mask) if is_trained]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +71,7 @@ class Batch:
     positions: Tensor  # (B, T) int64
     present: Tensor | None  # (B, T) int64, 0 at padding; None where packed
     layout: Layout | None
-    # (N,) int64, index into the B * T positions of what predicts each trained token: the token
-    # before it
-    seen: Tensor
+    before: Tensor  # (N,) int64, the token before each trained one: an index into B * T positions
     target: Tensor  # (N,) int64, the trained tokens
     old: Tensor  # (N,) float32, the sampler's log-probabilities
     advantages: Tensor  # (N,) float32
@@ -86,11 +87,9 @@ def row(
     number: int,
     group: int = 0,
 ) -> Row:
-    """An episode cut after its last trained token. The first token is never trained: nothing
-    predicts it.
-
-    advantage: of the episode, or one for each of its trained turns.
-    """
+    """An episode cut after its last trained token. advantage: of the episode, or one for each of
+    its trained turns. Raises ValueError without trained tokens, or if the first is trained: nothing
+    predicts it."""
     mask = episode.mask
     end = max((i for i, trained in enumerate(mask) if trained), default=-1) + 1
     if end == 0 or mask[0]:
@@ -100,9 +99,8 @@ def row(
         )
     if isinstance(advantage, Sequence):
         lengths = [len(turn.tokens) for turn in episode.turns if turn.trained]
-        advantage = tuple(
-            value for value, length in zip(advantage, lengths, strict=True) for _ in range(length)
-        )
+        each = zip(advantage, lengths, strict=True)
+        advantage = tuple(value for value, length in each for _ in range(length))
     return Row(
         episode.tokens[:end], mask[:end], episode.logprobs[:end], advantage, weight, number, group
     )
@@ -132,7 +130,7 @@ def pack_plain(rows: Sequence[Row], budget_tokens: int) -> Iterator[list[Row]]:
 
 
 def common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
-    """Length of the longest prefix that all share, short of the shortest's last token."""
+    """Length of the longest prefix that all share, which leaves the shortest a token of its own."""
     first, last = min(sequences), max(sequences)
     limit = min(map(len, sequences)) - 1
     return next((i for i in range(limit) if first[i] != last[i]), limit)
@@ -142,8 +140,7 @@ def collate(bundles: Sequence[Shared], device: torch.device) -> Batch:
     """Bundles as one packed row on `device`."""
     tokens: list[int] = []
     positions: list[int] = []
-    seen: list[int] = []
-    rows: list[Row] = []
+    before: list[int] = []
     for bundle in bundles:
         start, prefix = len(tokens), bundle.prefix
         tokens += bundle.rows[0].tokens[:prefix]
@@ -152,72 +149,53 @@ def collate(bundles: Sequence[Shared], device: torch.device) -> Batch:
             shift = len(tokens) - prefix
             tokens += r.tokens[prefix:]
             positions += range(prefix, r.length)
-            # Token t is predicted at t - 1, which stands in the prefix for the first token of a
-            # completion.
-            seen += [
-                (start if t <= prefix else shift) + t - 1
-                for t, trained in enumerate(r.mask)
-                if trained
-            ]
-            rows.append(r)
+            # The first token of a completion is predicted in the prefix.
+            before += [(start if t <= prefix else shift) + t - 1 for t in r.trained]
     layout = [Bundle.of(b.prefix, [r.length - b.prefix for r in b.rows], device) for b in bundles]
-    if filler := -len(tokens) % ROUND:
-        layout.append(
-            Bundle.of(0, [filler], device)
-        )  # a row of its own that nobody sees and that nothing is read from
+    if filler := -len(tokens) % ROUND:  # a row of its own, which nobody sees
+        layout.append(Bundle.of(0, [filler], device))
         tokens += [0] * filler
         positions += range(filler)
-    return _batch(
-        torch.tensor([tokens]),
-        torch.tensor([positions]),
+    return Batch(
+        torch.tensor([tokens]).to(device),
+        torch.tensor([positions]).to(device),
         None,
         Layout(tuple(layout)),
-        seen,
-        rows,
-        device,
+        torch.tensor(before).to(device),
+        *_of_trained([r for bundle in bundles for r in bundle.rows], device),
     )
 
 
 def collate_plain(rows: Sequence[Row], *, pad: int, device: torch.device) -> Batch:
     """Rows padded on the right, for models whose attention cannot share a prefix."""
     width = max(r.length for r in rows)
-    tokens, present = (
-        torch.full((len(rows), width), pad),
-        torch.zeros((len(rows), width), dtype=torch.int64),
-    )
+    tokens = torch.full((len(rows), width), pad)
+    present = torch.zeros((len(rows), width), dtype=torch.int64)
     for i, r in enumerate(rows):
         tokens[i, : r.length] = torch.tensor(r.tokens)
         present[i, : r.length] = 1
-    seen = [
-        i * width + t - 1 for i, r in enumerate(rows) for t, trained in enumerate(r.mask) if trained
-    ]
-    return _batch(
-        tokens, torch.arange(width).expand(len(rows), -1), present, None, seen, rows, device
-    )
-
-
-def _batch(
-    tokens: Tensor,
-    positions: Tensor,
-    present: Tensor | None,
-    layout: Layout | None,
-    seen: list[int],
-    rows: Sequence[Row],
-    device: torch.device,
-) -> Batch:
-    trained = [(r, t) for r in rows for t, is_trained in enumerate(r.mask) if is_trained]
+    before = [i * width + t - 1 for i, r in enumerate(rows) for t in r.trained]
     return Batch(
-        tokens=tokens.to(device),
-        positions=positions.to(device),
-        present=None if present is None else present.to(device),
-        layout=layout,
-        seen=torch.tensor(seen).to(device),
-        target=torch.tensor([r.tokens[t] for r, t in trained]).to(device),
-        old=torch.tensor([r.old[t] for r, t in trained]).to(device),
-        advantages=torch.tensor([a for r in rows for a in _advantages(r)]).to(device),
-        weights=torch.tensor([r.weight for r, _ in trained]).to(device),
-        episode=torch.tensor([r.episode for r, _ in trained]).to(device),
+        tokens.to(device),
+        torch.arange(width).expand(len(rows), -1).to(device),
+        present.to(device),
+        None,
+        torch.tensor(before).to(device),
+        *_of_trained(rows, device),
     )
+
+
+def _of_trained(rows: Sequence[Row], device: torch.device) -> list[Tensor]:
+    """A batch's tensors from `target` on."""
+    trained = [(r, t) for r in rows for t in r.trained]
+    lists: list[list[Any]] = [
+        [r.tokens[t] for r, t in trained],
+        [r.old[t] for r, t in trained],
+        [advantage for r in rows for advantage in _advantages(r)],
+        [r.weight for r, _ in trained],
+        [r.episode for r, _ in trained],
+    ]
+    return [torch.tensor(values).to(device) for values in lists]
 
 
 def _advantages(r: Row) -> tuple[float, ...]:
@@ -233,11 +211,8 @@ def _fit(bundle: Shared, budget: int) -> list[Shared]:
 def _fit_loose(rows: Sequence[Row], budget: int) -> list[Shared]:
     """Rows of different problems, those of like length together: their attention is padded to the
     longest. They may still begin alike, with a system prompt."""
-    chunks = [tuple(chunk) for chunk in pack_plain(rows, budget)]
-    prefixes = [
-        common_prefix([r.tokens for r in chunk]) if len(chunk) > 1 else 0 for chunk in chunks
-    ]
-    return [
-        Shared(prefix if prefix >= MIN_SHARED else 0, chunk)
-        for prefix, chunk in zip(prefixes, chunks, strict=True)
-    ]
+    bundles = []
+    for chunk in pack_plain(rows, budget):
+        prefix = common_prefix([r.tokens for r in chunk]) if len(chunk) > 1 else 0
+        bundles.append(Shared(prefix if prefix >= MIN_SHARED else 0, tuple(chunk)))
+    return bundles

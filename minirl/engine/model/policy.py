@@ -1,9 +1,7 @@
-"""Policy: the model with its adapter, the log-probabilities it gives, and the frozen reference it
-is held to.
+"""Policy: the model with its adapter, the log-probabilities it gives, and its frozen reference.
 
 Invariant: the reference is a snapshot of the adapter's weights, not "adapter off": after a warm-up
-the bare model is the wrong anchor. A value head, where a stage needs one, is no part of the
-reference.
+the bare model is the wrong anchor. A value head is no part of it.
 """
 
 from __future__ import annotations
@@ -34,8 +32,7 @@ class Policy:
     """model: a peft model with one adapter, on `device`, computing in `dtype`; only the adapter's
     parameters require a gradient.
 
-    trainable: the adapter's weights. value_head: None until PPO needs it (`add_value_head`) or a
-    saved one is loaded; it then stays.
+    trainable: the adapter's weights. value_head: None until PPO adds one or a saved one is loaded.
     """
 
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
@@ -49,7 +46,7 @@ class Policy:
         self.shares_prefixes = attention.supports(base.config)
         if self.shares_prefixes:
             base.set_attn_implementation(attention.NAME)
-        # A mask of four dimensions is handed through as it is: the layout alone says who sees whom.
+        # transformers hands a mask of four dimensions through: the layout alone says who sees whom.
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         self.trainable: dict[str, torch.nn.Parameter] = {
             n: p for n, p in model.named_parameters() if p.requires_grad
@@ -60,7 +57,7 @@ class Policy:
     def states(self, batch: Batch) -> Tensor:
         """The trunk's last hidden states where each trained token is predicted, (N, D)."""
         hidden = self.hidden(batch.tokens, batch.positions, batch.layout or batch.present)
-        return hidden.flatten(0, 1).index_select(0, batch.seen)
+        return hidden.flatten(0, 1).index_select(0, batch.before)
 
     def logprobs(
         self,
@@ -71,37 +68,37 @@ class Policy:
         entropy_grad: bool = False,
         states: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probability of each trained token under logits / temperature, (N,) float32; and the
-        entropy there, (N,), where asked.
+        """Log-probability of each trained token under logits / temperature, (N,) float32; and with
+        `entropy` the entropy there, (N,), which carries a gradient only with `entropy_grad`.
 
-        The vocabulary projection runs on trained positions alone. The entropy carries a gradient
-        only with `entropy_grad`.
-        states: those of this batch, where they are at hand already.
+        states: those of this batch, if they are known already.
         """
-        seen = self.states(batch) if states is None else states
         return self.head.logprobs(
-            seen, batch.target, temperature=temperature, entropy=entropy, entropy_grad=entropy_grad
+            self.states(batch) if states is None else states,
+            batch.target,
+            temperature=temperature,
+            entropy=entropy,
+            entropy_grad=entropy_grad,
         )
 
     def values(self, batch: Batch, *, states: Tensor | None = None) -> Tensor:
-        """The value head's estimate of the return from each trained token on, (N,) float32, made
-        before that token is seen."""
+        """The value head's estimate of the return from each trained token on, (N,) float32, before
+        that token is known."""
         if self.value_head is None:
             raise RuntimeError("expected add_value_head() before values()")
         out: Tensor = self.value_head(self.states(batch) if states is None else states)
         return out
 
     def add_value_head(self) -> ValueHead:
-        """The value head; a fresh one where there was none."""
+        """The value head; a fresh one if there was none."""
         if self.value_head is None:
-            self.value_head = ValueHead(
-                self.model.get_base_model().config.get_text_config().hidden_size, self.device
-            )
+            config = self.model.get_base_model().config.get_text_config()
+            self.value_head = ValueHead(config.hidden_size, self.device)
         return self.value_head
 
     def load_value_head(self, folder: Path) -> None:
-        """The value head that stands beside an adapter; nothing happens where none does. Raises
-        UserError for another model's."""
+        """Load the value head beside an adapter, if there is one. Raises UserError if it is another
+        model's."""
         if (folder / VALUE_HEAD).exists():
             self.add_value_head().load(folder)
 
@@ -112,17 +109,15 @@ class Policy:
         sight: Layout | Cached | Tensor | None,
         cache: Any = None,
     ) -> Tensor:
-        """Last hidden states (B, T, D) of tokens and positions (B, T); `sight` says who sees whom,
-        as a layout or a padding mask."""
-        mask, extra = (
-            (sight, {})
-            if sight is None or isinstance(sight, Tensor)
-            else (self._no_mask, {"layout": sight, "backend": self.backend})
-        )
+        """Last hidden states (B, T, D) of tokens and positions (B, T). sight: which tokens see
+        which, as a layout or a padding mask; None for causal rows without padding."""
+        if sight is None or isinstance(sight, Tensor):
+            extra: dict[str, Any] = {"attention_mask": sight}
+        else:
+            extra = {"attention_mask": self._no_mask, "layout": sight, "backend": self.backend}
         out = self._decoder(
             input_ids=tokens,
             position_ids=positions,
-            attention_mask=mask,
             past_key_values=cache,
             use_cache=cache is not None,
             **extra,
@@ -132,7 +127,7 @@ class Policy:
 
     @contextmanager
     def plain_attention(self) -> Iterator[None]:
-        """Inside, the model computes its attention by the library's own function, with no
+        """Inside, the model computes its attention by the library's own function, without a
         layout."""
         base = self.model.get_base_model()
         ours = base.config._attn_implementation
@@ -143,20 +138,18 @@ class Policy:
             base.set_attn_implementation(ours)
 
     def give_up_sharing(self) -> None:
-        """From now on plain rows and the library's own attention."""
+        """Take plain rows and the library's own attention from now on."""
         self.shares_prefixes = False
         base = self.model.get_base_model()
         base.set_attn_implementation(attention.stock_attention(base.config))
 
     def batches(self, rows: Sequence[Row], budget_tokens: int, *, pad: int) -> Iterator[Batch]:
-        """Micro-batches of at most `budget_tokens` computed tokens: packed with shared prefixes
-        where the model can, else plain rows."""
+        """Micro-batches of at most `budget_tokens` computed tokens: packed with shared prefixes if
+        the model supports it, else plain rows."""
         if self.shares_prefixes:
             return (collate(bundles, self.device) for bundles in pack(rows, budget_tokens))
-        return (
-            collate_plain(chunk, pad=pad, device=self.device)
-            for chunk in pack_plain(rows, budget_tokens)
-        )
+        chunks = pack_plain(rows, budget_tokens)
+        return (collate_plain(chunk, pad=pad, device=self.device) for chunk in chunks)
 
     def freeze_reference(self) -> None:
         """Take the adapter's present weights as the reference of KL terms."""
@@ -178,26 +171,23 @@ class Policy:
                 p.data = live[name]
 
     def save(self, folder: Path) -> None:
-        """The trainable weights, float32, as one safetensors file; the value head's, where there is
-        one, as another."""
-        save_file(
-            {name: p.detach().cpu().contiguous() for name, p in self.trainable.items()},
-            folder / WEIGHTS,
-        )
+        """Write the trainable weights, float32, as one safetensors file; the value head's, if there
+        is one, as another."""
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.trainable.items()}
+        save_file(weights, folder / WEIGHTS)
         if self.value_head is not None:
             self.value_head.save(folder)
 
     def load(self, folder: Path) -> None:
-        """Weights that `save` wrote. Raises UserError where they are another adapter's, or not to
-        be had."""
+        """Load weights that `save` wrote. Raises UserError if they are another adapter's or cannot
+        be read."""
         stored = read_tensors(folder / WEIGHTS)
-        wrong = [
-            n for n, p in self.trainable.items() if n not in stored or stored[n].shape != p.shape
-        ]
-        if wrong or len(stored) != len(self.trainable):
+        got = {(name, tensor.shape) for name, tensor in stored.items()}
+        expected = {(name, p.shape) for name, p in self.trainable.items()}
+        if got != expected:
             raise UserError(
                 f"{folder / WEIGHTS}: not the weights of this adapter (first difference:"
-                f" {(wrong or sorted(stored))[0]})"
+                f" {min(got ^ expected)[0]})"
             )
         with torch.no_grad():
             for name, p in self.trainable.items():
@@ -206,7 +196,7 @@ class Policy:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A checkpoint's safetensors file. Raises UserError where it is not there or torn."""
+    """The tensors of a checkpoint's safetensors file. Raises UserError if it is missing or torn."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

