@@ -21,7 +21,8 @@ from minirl import recipe
 from minirl.engine.learn.learner import Learner
 from minirl.engine.learn.reward_model import RewardModel, Sample
 from minirl.engine.model.adapter import adapter_state, check_adapter, save_adapter
-from minirl.engine.model.policy import Policy, read_tensors
+from minirl.engine.model.policy import Policy
+from minirl.engine.model.tensors import read_tensors
 from minirl.errors import UserError
 from minirl.io.files import write_folder
 from minirl.loop.collect_stage import collect_stage

@@ -26,15 +26,10 @@ class Head:
         self.linear = linear
         self.backend = backend
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.scale: float = getattr(config, "logit_scale", None) or 1.0 / getattr(
-            config, "logits_scaling", 1.0
-        )
-        self._is_plain = (
-            type(linear) is nn.Linear
-            and linear.bias is None
-            and not linear.weight.requires_grad
-            and self.softcap is None
-        )
+        divisor = getattr(config, "logits_scaling", 1.0)
+        self.scale: float = getattr(config, "logit_scale", None) or 1.0 / divisor
+        is_bare = type(linear) is nn.Linear and linear.bias is None
+        self._is_plain = is_bare and not linear.weight.requires_grad and self.softcap is None
         self._packed: Product | None = None
 
     def pack(self, rows: int) -> None:
@@ -62,26 +57,21 @@ class Head:
         entropy_grad: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each target under logits / temperature, (N,) float32, from hidden (N,
-        D); the entropy too where asked.
-
-        With entropy_grad the entropy carries a gradient, else it is a number to log.
-        """
+        D); and with `entropy` the entropy, (N,), which carries a gradient only with
+        `entropy_grad`."""
         parts: list[tuple[Tensor, Tensor]] = []
         size = max(FEWEST_ROWS, self.backend.chunk_logits // self.linear.weight.shape[0])
         for h, t in zip(torch.split(hidden, size), torch.split(target, size), strict=True):
             if self._is_plain and not entropy_grad:
-                parts.append(
-                    _Chosen.apply(h, t, self.linear.weight, self.scale / temperature, entropy)
-                )
+                factor = self.scale / temperature
+                parts.append(_Chosen.apply(h, t, self.linear.weight, factor, entropy))
             elif torch.is_grad_enabled() and h.requires_grad:
-                parts.append(
-                    checkpoint(self._compute, h, t, temperature, entropy, use_reentrant=False)
-                )
+                args = h, t, temperature, entropy
+                parts.append(checkpoint(self._compute, *args, use_reentrant=False))
             else:
                 parts.append(self._compute(h, t, temperature, entropy))
-        return torch.cat([p[0] for p in parts]), (
-            torch.cat([p[1] for p in parts]) if entropy else None
-        )
+        chosen, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
+        return chosen, entropies if entropy else None
 
     def _compute(
         self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool
@@ -92,12 +82,8 @@ class Head:
 
 
 class _Chosen(torch.autograd.Function):
-    """log softmax(factor * W h)[target], with the gradient's direction worked out while the
-    probabilities are at hand.
-
-    d/dh = factor * (onehot(target) - p) W, one (n, D) matrix to keep in place of the (n, V) logits,
-    and nothing to compute again.
-    """
+    """log softmax(factor * W h)[target]. Its gradient, d/dh = factor * (onehot(target) - p) W, is
+    computed in the forward pass: (n, D) numbers to keep in place of the (n, V) logits."""
 
     @staticmethod
     def forward(
@@ -105,17 +91,14 @@ class _Chosen(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # (n, D), (n,), (V, D) -> (n,), (n,)
         logits = nn.functional.linear(hidden, weight).float()
         logits = logits if factor == 1.0 else logits.mul_(factor)
-        # Every pass over (n, V) numbers counts: the sum's logarithm is read off the likeliest
-        # token, and nothing is written twice.
+        # Every pass over (n, V) numbers counts: the likeliest token gives the sum's logarithm.
         largest = logits.amax(-1, keepdim=True)
         probabilities = torch.softmax(logits, -1)
         total = largest - probabilities.amax(-1, keepdim=True).log()
         chosen = logits.gather(-1, target[:, None]) - total  # (n, 1)
-        spread = (
-            total.squeeze(-1) - torch.linalg.vecdot(probabilities, logits)
-            if entropy
-            else torch.zeros_like(chosen).squeeze(-1)
-        )
+        spread = chosen.new_zeros(len(chosen))
+        if entropy:
+            spread = total.squeeze(-1) - torch.linalg.vecdot(probabilities, logits)
         if ctx.needs_input_grad[0]:
             # p - 1 of the target by expm1, in float32: p W - W[target] would lose everything to
             # rounding where p is near 1.

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minirl.engine.model import attention
@@ -21,9 +19,9 @@ from minirl.engine.model.attention import Cached, Layout
 from minirl.engine.model.batch import Batch, Row, collate, collate_plain, pack, pack_plain
 from minirl.engine.model.device import install
 from minirl.engine.model.head import Head
+from minirl.engine.model.tensors import read_parameters, write_parameters
 from minirl.engine.model.value_head import FILE as VALUE_HEAD
 from minirl.engine.model.value_head import ValueHead
-from minirl.errors import UserError
 
 WEIGHTS = "policy.safetensors"
 
@@ -173,33 +171,12 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Write the trainable weights, float32, as one safetensors file; the value head's, if there
         is one, as another."""
-        weights = {name: p.detach().cpu().contiguous() for name, p in self.trainable.items()}
-        save_file(weights, folder / WEIGHTS)
+        write_parameters(folder / WEIGHTS, self.trainable)
         if self.value_head is not None:
             self.value_head.save(folder)
 
     def load(self, folder: Path) -> None:
         """Load weights that `save` wrote. Raises UserError if they are another adapter's or cannot
         be read."""
-        stored = read_tensors(folder / WEIGHTS)
-        got = {(name, tensor.shape) for name, tensor in stored.items()}
-        expected = {(name, p.shape) for name, p in self.trainable.items()}
-        if got != expected:
-            raise UserError(
-                f"{folder / WEIGHTS}: not the weights of this adapter (first difference:"
-                f" {min(got ^ expected)[0]})"
-            )
-        with torch.no_grad():
-            for name, p in self.trainable.items():
-                p.copy_(stored[name])
+        read_parameters(folder / WEIGHTS, self.trainable)
         self.load_value_head(folder)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's safetensors file. Raises UserError if it is missing or torn."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); bring it back, or start again with another --out"
-        ) from error
