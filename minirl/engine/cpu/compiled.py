@@ -1,8 +1,8 @@
-"""The door to kernels.py, a CPU's decode step where numba is installed (`pip install
-'minirl[cpu]'`), and tensors as numba takes them.
+"""The door to kernels.py: the compiled kernels if numba is installed (`pip install
+'minirl[cpu]'`), and tensors in the form that numba takes.
 
-Invariant: whether the kernels are used depends on the machine and what is installed alone, never on
-timing: a run that is taken up again computes as it did before.
+Invariant: whether the kernels are used depends on the machine and the installed packages alone,
+never on timing, so that a resumed run computes as before.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from minirl.errors import first_line
 
 DTYPES = (torch.bfloat16, torch.float32)
-# numba's other pools of threads would contend with torch's own for the cores; this one is the same
+# numba's other pools of threads would fight with torch's for the cores; this one is torch's own
 OPENMP = "omp"
 
 
 def kernels(x: Tensor) -> Any:
-    """The module of kernels where it computes on tensors like x, without a gradient; else None."""
+    """The module of kernels if it computes on tensors like x, without a gradient; else None."""
     return _kernels() if x.device.type == "cpu" and x.dtype in DTYPES else None
 
 
@@ -38,7 +38,7 @@ def share_threads() -> None:
 
 @cache
 def _kernels() -> Any:
-    """kernels.py, once it has run and its threads are torch's; None where that cannot be had."""
+    """kernels.py, after a trial of it; None unless it is right and its threads are torch's."""
     if importlib.util.find_spec("numba") is None:
         return None
     import numba

@@ -1,9 +1,9 @@
 """RMSNorm (Zhang & Sennrich 2019) as one autograd function, for frozen weights on a CPU.
 
-The library's writes eight small operations, and autograd keeps a float32 tensor of nearly each:
-forward and backward took 1.8 ms for 1,536 tokens of SmolLM2-135M on two cores, so they take 0.8
+The library's is eight small operations, and autograd keeps a float32 tensor of nearly each: forward
+and backward took 1.8 ms for 1,536 tokens of SmolLM2-135M on two cores, in place of 0.8 here
 (without kernels.py, which makes one pass of the forward). Invariant: values are the library's, in
-the same order of rounding; the gradient is that of the formula, with its sums in float32.
+the same order of rounding; the gradient is the formula's, with its sums in float32.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The norm (..., D); and for its gradient x / sqrt(mean(x^2) + eps), (..., D), and that factor
-    in float32, (..., 1)."""
+    """The norm (..., D); and for its gradient x / sqrt(mean(x^2) + eps), (..., D), and the factor 1
+    / sqrt(mean(x^2) + eps) in float32, (..., 1)."""
     found = kernels(x)
     if found is not None and weight.dtype == x.dtype:
         x = x.contiguous()
@@ -82,7 +82,7 @@ class _Norm(torch.autograd.Function):
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether it computes this formula: by trying, because families write theirs in many ways
+    """Whether it computes this formula: by a trial, because families write theirs in many ways
     (Gemma's weight is 1 + w)."""
     if not (type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")):
         return False

