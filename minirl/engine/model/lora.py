@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from minirl.engine.backend import Backend
 from minirl.engine.lean import Lean, is_lean, swap
@@ -60,14 +60,14 @@ class LeanLora(Lean):
             return joint(self, x)
         a, b = self.factors(x.dtype) if self.fixed is None else self.fixed.factors(self, x.dtype)
         result: Tensor = self.base_layer(x)
-        low, scaling = linear(x, a), self.scaling[ADAPTER]
+        low, scaling = F.linear(x, a), self.scaling[ADAPTER]
         if type(self.base_layer) is nn.Linear or not torch.is_grad_enabled():
             # Into the base's output, scaled on the way: a second result and a pass over both cost
             # as much as the product.
             result.flatten(0, -2).addmm_(low.flatten(0, -2), b.t(), alpha=scaling)
             return result
         # Autograd refuses to write to bitsandbytes' outputs.
-        return torch.add(result, linear(low, b), alpha=scaling)
+        return torch.add(result, F.linear(low, b), alpha=scaling)
 
     def masters(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r), float32."""
