@@ -106,8 +106,8 @@ class Talk:
             token for turn in self.turns[len(self.problem.context) or 1 :] for token in turn.tokens
         )
 
-    def cut(self) -> None:
-        """There was no room for more, however the last words ended."""
+    def mark_cut(self) -> None:
+        """Mark the episode as cut by the token limit, however its last turn ended."""
         self._finish = "length"
 
     def end(self, verdict: Verdict | None, **parts: Part) -> Episode:

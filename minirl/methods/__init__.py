@@ -14,10 +14,7 @@ from minirl.errors import UserError
 from minirl.methods.demonstrate import demonstrate
 from minirl.methods.own import Method, own_method
 from minirl.methods.reflect import reflect
-from minirl.methods.search.ircot import ircot
-from minirl.methods.search.iter_retgen import iter_retgen
-from minirl.methods.search.naive_rag import naive_rag
-from minirl.methods.search.no_rag import no_rag
+from minirl.methods.search.baselines import ircot, iter_retgen, naive_rag, no_rag
 from minirl.methods.search.search import search
 from minirl.methods.self_train import self_train
 from minirl.methods.single import single
@@ -28,7 +25,6 @@ from minirl.recipe.methods import EVALUATED_BY, facts_of
 from minirl.recipe.own import OWN, give, is_own
 from minirl.rollout import Play
 from minirl.tasks import Task
-from minirl.tasks.qa import SearchTask
 
 __all__ = ["FUNCTIONS", "Method", "evaluated_by", "method_of", "use_own"]
 FUNCTIONS: dict[str, Callable[..., Play]] = {
@@ -69,8 +65,7 @@ def evaluated_by(evaluation: recipe.Eval, task: Task) -> Method:
     reflect."""
     if evaluation.tries == 2:
         return reflect
-    kind = "search" if isinstance(task, SearchTask) else "calls" if task.verify_answer else "text"
-    return function_of(evaluation.method or EVALUATED_BY[kind], scored=True)
+    return function_of(evaluation.method or EVALUATED_BY[task.kind], scored=True)
 
 
 def use_own(

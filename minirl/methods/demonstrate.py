@@ -17,7 +17,6 @@ from minirl.methods.reflect import REFLECT, RETRY
 from minirl.methods.search.demonstrate import demonstrate_search
 from minirl.rollout import Play, Talk
 from minirl.tasks import Task
-from minirl.tasks.qa import SearchTask
 
 
 def demonstrate(talk: Talk, task: Task, *, reflections: float = 0.0) -> Play:
@@ -28,7 +27,7 @@ def demonstrate(talk: Talk, task: Task, *, reflections: float = 0.0) -> Play:
     """
     if any(turn.trained for turn in talk.problem.context):
         return talk.end(None)
-    if isinstance(task, SearchTask) and not reflections:
+    if task.kind == "search" and not reflections:
         return (yield from demonstrate_search(talk, task))
     if task.demonstrate is None:
         raise UserError(

@@ -25,6 +25,7 @@ from typing import NamedTuple
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
 from minirl.io.rows import SUFFIXES, read_dataset
+from minirl.recipe.methods import Kind
 from minirl.recipe.qa import QA
 from minirl.retrieve import Retriever
 from minirl.tasks.corpus import Corpus
@@ -81,6 +82,11 @@ class SearchTask(Task):
     tags: SearchTags = RESEARCH
     retriever: Retriever | None = field(default=None, compare=False)
     k: int = 5
+
+    @property
+    def kind(self) -> Kind:
+        """A question to search for."""
+        return "search"
 
 
 def open_task(node: QA, seed: int) -> SearchTask:

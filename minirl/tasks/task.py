@@ -9,6 +9,7 @@ from hashlib import blake2b
 from random import Random
 
 from minirl.episode import Problem, Verdict
+from minirl.recipe.methods import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,11 @@ class Task:
     demonstrate: Callable[[Problem, Random], Demonstration] | None = None
     notes: tuple[str, ...] = ()
     verify_answer: Callable[[Problem, str], Verdict] | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """How it is played, which decides the methods that can play it (see `MethodFacts`)."""
+        return "text" if self.verify_answer is None else "calls"
 
 
 def fingerprint(task: Task) -> str:

@@ -79,7 +79,7 @@ def search(talk: Talk, task: Task) -> Play:
         room = limit - len(talk.replied)
         talk.insert("result", result[:room])
         if len(result) >= room:
-            talk.cut()
+            talk.mark_cut()
             break
         seen += fresh
     verdict = task.verify(talk.problem, talk.chat.text(talk.replied))

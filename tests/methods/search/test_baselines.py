@@ -16,10 +16,7 @@ from minirl.chat import Chat
 from minirl.episode import Ask, Episode, Problem, Verdict
 from minirl.errors import UserError
 from minirl.methods import FUNCTIONS, Method, evaluated_by
-from minirl.methods.search.ircot import ircot
-from minirl.methods.search.iter_retgen import iter_retgen
-from minirl.methods.search.naive_rag import naive_rag
-from minirl.methods.search.no_rag import no_rag
+from minirl.methods.search.baselines import ircot, iter_retgen, naive_rag, no_rag
 from minirl.methods.search.rag import form, within
 from minirl.methods.search.search import instructions, search
 from minirl.methods.single import single
