@@ -172,7 +172,9 @@ def _explain(error: ValidationError, data: Any) -> str:
         if first["type"] in ("missing", "value_error")
         else f" (got {str(first['input'])[:80]!r})"
     )
-    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+    if first["type"] == "union_tag_not_found" and not isinstance(first["input"], Mapping):
+        message = EXPECTED["dict_type"]
+    elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         context = first["ctx"]
         name = context["discriminator"].strip("'").removesuffix("()")
         path, got = f"{path}.{name}", ""
