@@ -34,6 +34,7 @@ from minirl.bench.steps import measure_steps, our_step
 from minirl.bench.updates import measure_updates, resting_mb, variants
 from minirl.chat import Chat
 from minirl.cli import app
+from minirl.engine.lean import is_lean
 from minirl.engine.learn.learner import Learner
 from minirl.engine.model import attention
 from minirl.episode import Ask
@@ -199,7 +200,7 @@ def test_generate_draws_from_the_models_own_distribution(
 def test_stock_is_the_same_model_and_leaves_no_trace(opened: Bench) -> None:
     policy, ids = opened.policy, torch.arange(40, 70)[None]
     base = policy.model.get_base_model()
-    forwards = [m for m in policy.model.modules() if "forward" in vars(m)]
+    forwards = [m for m in policy.model.modules() if is_lean(m)]
     before, masters = (
         policy.model(input_ids=ids).logits,
         {n: p.data for n, p in policy.trainable.items()},
@@ -207,7 +208,7 @@ def test_stock_is_the_same_model_and_leaves_no_trace(opened: Bench) -> None:
     with stock(policy, opened.stock_attention, adapter=torch.bfloat16):
         assert base.config._attn_implementation == "sdpa"
         assert {p.dtype for p in policy.trainable.values()} == {torch.bfloat16}
-        assert not [m for m in policy.model.modules() if "forward" in vars(m)]
+        assert not [m for m in policy.model.modules() if is_lean(m)]
     with stock(policy, opened.stock_attention):
         assert torch.allclose(policy.model(input_ids=ids).logits, before, atol=1e-4)
     assert base.config._attn_implementation == attention.NAME
@@ -215,7 +216,7 @@ def test_stock_is_the_same_model_and_leaves_no_trace(opened: Bench) -> None:
         p.data is masters[n] or p.data.data_ptr() == masters[n].data_ptr()
         for n, p in policy.trainable.items()
     )
-    assert [m for m in policy.model.modules() if "forward" in vars(m)] == forwards
+    assert [m for m in policy.model.modules() if is_lean(m)] == forwards
     assert torch.equal(policy.model(input_ids=ids).logits, before)
 
 
@@ -318,7 +319,7 @@ def test_generate_has_two_adapters_in_half_precision(
 
     def seen(self: Generate, asks: Any) -> Any:
         layer = next(m for m in bench.policy.model.modules() if hasattr(m, "lora_A"))
-        held.append((layer.lora_A["default"].weight.dtype, "forward" in vars(layer)))
+        held.append((layer.lora_A["default"].weight.dtype, is_lean(layer)))
         return generate(self, asks)
 
     monkeypatch.setattr(Generate, "_generate", seen)
