@@ -1,8 +1,8 @@
-"""state.json: where a run stands, and how its folder is brought back to that point.
+"""state.json: the position of a run, and how its folder is brought back to that point.
 
 Invariant: what state.json does not name never happened. Opening a folder cuts every append-only
-file back to the length it records and drops what it does not name; where it is missing nothing is
-dropped at all.
+file back to the length recorded there and removes the checkpoints not named there; without a
+state.json nothing is removed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from minirl.errors import UserError
 from minirl.io.files import compact
@@ -33,8 +33,8 @@ class Position:
 
 @dataclass(slots=True)
 class State:
-    """What state.json holds. checkpoints: those that stay, oldest first; best: the name and score
-    of the best of them."""
+    """The contents of state.json. weights: the checkpoint to resume from; best: name and score of
+    the best one; checkpoints: all names, oldest first; sizes: bytes of each append-only file."""
 
     position: Position = Position()
     finished: bool = False
@@ -43,62 +43,51 @@ class State:
     checkpoints: list[str] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, for the state file."""
-        position = {"stage": self.position.stage, "step": self.position.step}
-        best = None if self.best is None else {"checkpoint": self.best[0], "score": self.best[1]}
-        rest = {
-            name: getattr(self, name) for name in ("finished", "weights", "checkpoints", "sizes")
-        }
-        return {"position": position, "best": best, **rest}
-
     def text(self) -> str:
-        """The contents of state.json."""
-        return compact(self.to_json()).decode() + "\n"
+        """The text of the file."""
+        best = None if self.best is None else {"checkpoint": self.best[0], "score": self.best[1]}
+        row = {
+            "position": {"stage": self.position.stage, "step": self.position.step},
+            "best": best,
+            "finished": self.finished,
+            "weights": self.weights,
+            "checkpoints": self.checkpoints,
+            "sizes": self.sizes,
+        }
+        return compact(row).decode() + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """UserError unless the file is one that `to_json` wrote."""
+        """Read the file. Raises UserError for one that `text` did not write."""
         try:
             row = json.loads(path.read_bytes())
-            position = Position(int(row["position"]["stage"]), int(row["position"]["step"]))
-            best = (
-                None
-                if row["best"] is None
-                else (str(row["best"]["checkpoint"]), float(row["best"]["score"]))
-            )
-            weights = None if row["weights"] is None else str(row["weights"])
-            sizes = {str(name): int(size) for name, size in row["sizes"].items()}
+            best, weights = row["best"], row["weights"]
             return cls(
-                position,
+                Position(int(row["position"]["stage"]), int(row["position"]["step"])),
                 bool(row["finished"]),
-                weights,
-                best,
+                None if weights is None else str(weights),
+                None if best is None else (str(best["checkpoint"]), float(best["score"])),
                 [str(name) for name in row["checkpoints"]],
-                sizes,
+                {str(name): int(size) for name, size in row["sizes"].items()},
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            message = (
+            raise UserError(
                 f"{path}: not a run's state ({type(error).__name__}: {error}); restore the file, or"
                 " delete the folder and run again"
-            )
-            raise UserError(message) from error
+            ) from error
 
 
 def read_state(folder: Path) -> State:
-    """A folder's state; a fresh one only where nothing can have been saved yet, because what a
-    state does not name is dropped.
+    """The state of a folder; a fresh one only if it holds no rows and no checkpoints, because what
+    a state does not name is removed.
 
-    Raises UserError for a damaged state.json, or where it is gone and a run's rows or checkpoints
-    are not.
+    Raises UserError for a damaged state.json, and for rows or checkpoints without one.
     """
     path = folder / "state.json"
     if path.exists():
         return State.read(path)
-    if orphans := [
-        *append_only(folder),
-        *(f"checkpoints/{p.name}" for p in folder.glob("checkpoints/*")),
-    ]:
+    checkpoints = [f"checkpoints/{p.name}" for p in folder.glob("checkpoints/*")]
+    if orphans := append_only(folder) + checkpoints:
         raise UserError(
             f"{path}: missing, yet {orphans[0]} is there; restore the file, or delete the folder"
             " and run again"
@@ -107,7 +96,7 @@ def read_state(folder: Path) -> State:
 
 
 def check_files(folder: Path, state: State) -> None:
-    """What state.json counts on must be there."""
+    """Raise UserError unless all rows and weights that the state counts on are there."""
     for name, size in state.sizes.items():
         got = (folder / name).stat().st_size if (folder / name).exists() else 0
         if got < size:
@@ -115,11 +104,11 @@ def check_files(folder: Path, state: State) -> None:
                 f"{folder / name}: has {got} bytes, state.json counts on {size}; restore it, or"
                 f" delete {folder} and run again"
             )
-    if state.weights is not None and not (folder / "checkpoints" / state.weights).is_dir():
-        where = folder / "checkpoints" / state.weights
-        raise UserError(
-            f"{where}: missing, state.json names it; restore it, or delete {folder} and run again"
-        )
+    if state.weights is None or (path := folder / "checkpoints" / state.weights).is_dir():
+        return
+    raise UserError(
+        f"{path}: missing, state.json names it; restore it, or delete {folder} and run again"
+    )
 
 
 def restore(folder: Path, state: State) -> None:
@@ -140,8 +129,7 @@ def restore(folder: Path, state: State) -> None:
 
 
 def append_only(folder: Path) -> list[str]:
-    """The append-only files that are there, as paths below the folder."""
+    """The append-only files that exist, as paths below the folder."""
+    rows = [f"{name}.jsonl" for name in NAMES if (folder / f"{name}.jsonl").exists()]
     kept = sorted(path.name for path in (folder / "kept").glob("*.jsonl"))
-    return [n for n in (f"{name}.jsonl" for name in NAMES) if (folder / n).exists()] + [
-        f"kept/{name}" for name in kept
-    ]
+    return rows + [f"kept/{name}" for name in kept]
