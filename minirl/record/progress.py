@@ -1,8 +1,8 @@
-"""What a run shows while it runs: a live panel on a terminal, else one plain line a step.
+"""The display of a running run: a live panel on a terminal, else one plain line a step.
 
-Invariant: display only. Nothing here feeds back into the run, a missing or odd number is left out
-rather than an error, and the plain lines are flushed as they come, so that a log file or a notebook
-shows them at once.
+Invariant: nothing here feeds back into the run; a missing or odd number is left out, never an
+error; and plain lines are flushed as they come, so that a log file or a notebook shows them at
+once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from math import isfinite
-from types import TracebackType
 from typing import Any, Self, TypeGuard
 
 from rich.console import Console, Group, RenderableType
@@ -26,15 +25,14 @@ from minirl.record.measures import MEASURES, OUTCOMES
 QUIET_S = 20.0
 """Without a terminal, sampling is reported when nothing was printed for this long."""
 RECENT_STEPS = 20
-"""The time left is reckoned from the mean of this many last steps."""
+"""The time left is estimated from the mean of this many last steps."""
 
 
 class Progress:
-    """Shows a run. `step` takes the rows that go to metrics.jsonl and timings.jsonl and counts one
-    step done.
+    """Shows a run.
 
-    console: where to; live only on a terminal. quiet (for the other processes of one run) shows
-    nothing. clock: seconds, monotonic.
+    console: where to; live only on a terminal. quiet: show nothing, for all but the main process of
+    a run. clock: seconds, monotonic.
     """
 
     def __init__(
@@ -62,19 +60,14 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._sampling = None
             self._live.stop()
             self._live = None
 
     def stage(self, name: str, steps: int, done: int = 0) -> None:
-        """A stage begins or is taken up: `done` of its `steps` are behind it."""
+        """A stage begins, or is resumed after `done` of its `steps`."""
         self._name, self._steps, self._done = name, steps, done
         self._shown, self._sampling = {}, None
         self._durations.clear()
@@ -83,13 +76,14 @@ class Progress:
             self._line(f"{name}: {steps} steps" + (f", {done} already done" if done else ""))
 
     def sampling(self, done: int, total: int) -> None:
-        """Episodes of the running step that are complete; cheap enough to call for each."""
+        """How many of the running step's episodes are complete; cheap enough to call for each."""
         self._sampling = (done, total) if done < total else None
         if self._live is None and done < total and self._clock() - self._last_line >= QUIET_S:
             self._line(f"{self._place(self._done + 1)}  sampling: {done} of {total} episodes")
 
     def step(self, row: Mapping[str, Any], times: Mapping[str, Any] | None = None) -> None:
-        """One step (or collect chunk) is done. Row and times may lack any key."""
+        """One step (or collect chunk) is done. row, times: its rows of metrics.jsonl and
+        timings.jsonl, which may lack any key."""
         now = self._clock()
         self._durations.append(now - self._last_step)
         self._last_step = now
@@ -101,15 +95,8 @@ class Progress:
         if self._live is None:
             left = self._eta_s()
             parts = [f"{label} {text}" for label, text in self._shown.items()]
-            self._line(
-                "  ".join(
-                    [
-                        self._place(self._done),
-                        *parts,
-                        *([f"eta {_clock_text(left)}"] if left else []),
-                    ]
-                )
-            )
+            eta = [f"eta {_clock_text(left)}"] if left else []
+            self._line("  ".join([self._place(self._done), *parts, *eta]))
 
     def say(self, text: str) -> None:
         """A line that stays: a notice, a warning, an evaluation."""
@@ -119,7 +106,7 @@ class Progress:
             self._console.print(Text(text))
 
     def evaluation(self, label: str, summary: Mapping[str, Any]) -> None:
-        """A line with the shares of an evaluation, as `evals.summarise` gives them."""
+        """A line with the intervals of an evaluation. summary: of `evals.summarise`."""
         shares = [
             f"{measure.label} {i.value:.1%} [{i.low:.1%}, {i.high:.1%}]"
             for measure in OUTCOMES
@@ -167,35 +154,25 @@ class Progress:
         ]
         for start in range(0, len(cells), width):
             numbers.add_row(*cells[start : start + width])
-        now = self._clock() - self._last_step
+        body = Group(head, numbers, self._status())
+        return Panel(body, title="minirl", title_align="left", border_style="dim")
+
+    def _status(self) -> Text:
+        now = f"{_clock_text(self._clock() - self._last_step)} into this step"
         if self._sampling:
             done, total = self._sampling
-            status = Text(
-                f"sampling {done} of {total} episodes, {_clock_text(now)} into this step",
-                style="cyan",
-            )
-        else:
-            status = Text(
-                (
-                    f"working, {_clock_text(now)} into this step"
-                    if self._done < self._steps
-                    else "stage done"
-                ),
-                style="dim",
-            )
-        return Panel(
-            Group(head, numbers, status), title="minirl", title_align="left", border_style="dim"
-        )
+            return Text(f"sampling {done} of {total} episodes, {now}", style="cyan")
+        return Text(f"working, {now}" if self._done < self._steps else "stage done", style="dim")
 
 
 def _format(values: Mapping[str, Any]) -> dict[str, str]:
-    """{label: text} of what can be shown; booleans, text, None and NaN are left out."""
-    shown = {}
-    for measure in MEASURES:
-        value = values.get(measure.key)
-        if measure.format and _is_number(value):
-            shown[measure.short or measure.label] = format(value, measure.format)
-    return shown
+    """{label: text} of the measures that have a format; booleans, text, None and NaN are left
+    out."""
+    return {
+        measure.short or measure.label: format(value, measure.format)
+        for measure in MEASURES
+        if measure.format and _is_number(value := values.get(measure.key))
+    }
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -1,8 +1,7 @@
-"""How sure a measured number is: intervals, paired tests, pass@k.
+"""Intervals, paired tests, pass@k, majority@k and AUC.
 
-Invariant: pure functions of their arguments with no randomness but a fixed seed, so a report says
-the same whenever it is made. The unit of evidence is the problem, never the sample: many samples of
-one problem are one cluster.
+Invariant: pure functions, random only by a fixed seed, so a report made again says the same. The
+unit of evidence is the problem, never the sample: many samples of one problem are one cluster.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ FLIPS = 20_000
 
 
 class Interval(NamedTuple):
-    """A share (or, from `mean_interval`, a mean) with its 95 % interval."""
+    """A share or a mean with its 95 % interval."""
 
     value: float
     low: float
@@ -31,8 +30,8 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Mean of after - before over `problems` problems, its 95 % interval, and the two-sided p of
-    "no difference"."""
+    """Mean of after - before over `problems` problems, its 95 % interval, and the two-sided p
+    of no difference."""
 
     value: float
     low: float
@@ -42,8 +41,8 @@ class Difference(NamedTuple):
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:
-    """95 % score interval of a share (Wilson 1927). n may be an effective, non-integer sample size;
-    n = 0 gives (0, 1)."""
+    """95 % score interval of a share (Wilson 1927). n: may be an effective, fractional sample size;
+    n = 0 gives (0, 1). ValueError unless 0 <= successes <= n."""
     if not 0 <= successes <= n:
         raise ValueError(f"wilson: {successes} successes of {n}")
     if n == 0:
@@ -52,20 +51,19 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z * sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
     # The bounds at 0 and 1 are exact; rounding would leave 1e-17 there.
-    return (0.0 if successes == 0 else max(0.0, centre - half)), (
-        1.0 if successes == n else min(1.0, centre + half)
-    )
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    return low, 1.0 if successes == n else min(1.0, centre + half)
 
 
 def ratio_interval(successes: Sequence[float], trials: Sequence[float]) -> Interval:
-    """Share of successes, with trials clustered in problems: Wilson's interval at the effective
+    """Share of successes among trials, one entry a problem: Wilson's interval at the effective
     sample size.
 
-    That size is what binomial sampling would need for the between-problem (linearised) variance of
-    the ratio, at most the number of trials; where every trial went the same way it is Kish's (sum
-    n)^2 / sum n^2, i.e. a problem's trials count as one. With one trial a problem it is Wilson's
-    interval itself, and unlike a bootstrap it does not collapse at 0 or 1. ValueError without
-    trials.
+    That size is the number of independent trials with the same variance as the ratio has between
+    problems (linearised), at most the number of trials; where every trial went the same way it is
+    Kish's (sum n)^2 / sum n^2, i.e. a problem's trials count as one. With one trial a problem it is
+    Wilson's interval itself, and unlike a bootstrap it does not collapse at 0 or 1. ValueError
+    without trials.
     """
     total = sum(trials)
     if total <= 0:
@@ -80,23 +78,19 @@ def ratio_interval(successes: Sequence[float], trials: Sequence[float]) -> Inter
 
 
 def cluster_interval(per_problem_means: Sequence[float], samples: int = 1) -> Interval:
-    """Mean over problems, each problem's value being a mean of `samples` samples; see
-    `ratio_interval`."""
+    """`ratio_interval` of problems that each have `samples` trials with this mean."""
     return ratio_interval(
         [mean * samples for mean in per_problem_means], [samples] * len(per_problem_means)
     )
 
 
 def mean_interval(per_problem_means: Sequence[float]) -> Interval:
-    """Mean over problems of a number that is no share, with its normal 95 % interval; that of a
-    single problem has no width."""
+    """Mean over problems of any number, with its normal 95 % interval; of no width for a single
+    problem."""
     n = len(per_problem_means)
     centre = sum(per_problem_means) / n
-    half = (
-        Z * sqrt(sum((value - centre) ** 2 for value in per_problem_means) / (n * (n - 1)))
-        if n > 1
-        else 0.0
-    )
+    squares = sum((value - centre) ** 2 for value in per_problem_means)
+    half = Z * sqrt(squares / (n * (n - 1))) if n > 1 else 0.0
     return Interval(centre, centre - half, centre + half)
 
 
@@ -110,8 +104,7 @@ def paired(before: Sequence[float], after: Sequence[float]) -> Difference:
     """
     if len(before) != len(after) or not before:
         raise ValueError(
-            f"paired: {len(before)} values before, {len(after)} after; expected as many, and at"
-            " least one"
+            f"paired: got {len(before)} values before, {len(after)} after; expected equal numbers"
         )
     changes = [b - a for a, b in zip(before, after, strict=True)]
     n = len(changes)
@@ -147,39 +140,36 @@ def _sign_flip(changes: Sequence[float]) -> float:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that one of k samples is right, estimated without bias from c right ones among n
-    (arXiv 2107.03374, eq. 1)."""
+    """Unbiased estimate from c right samples of n that at least one of k is right (arXiv
+    2107.03374, eq. 1)."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k: n {n}, c {c}, k {k}; expected 0 <= c <= n and 1 <= k <= n")
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
 def majority(answers: Sequence[str | None], passed: Sequence[bool]) -> float:
-    """Whether the answer that most samples give is right (majority@k), whatever the order of the
-    samples.
+    """Whether the answer that most samples give is right (majority@k): 0 to 1, whatever the order
+    of the samples.
 
-    None stands for no answer and has no vote; 0 where nobody has one. An answer is right where most
-    samples that give it passed (as many as
-    not: 1/2): "50%" and "50" vote for one answer, and only the first is right where a share of 0.5
-    was asked for. Of answers given equally often each counts alike, as if one of them were drawn.
+    An answer None has no vote; without any vote the result is 0. An answer is right if most of the
+    samples that give it passed, and half right if just half did: "50%" and "50" vote for one
+    answer, but only one of them may pass. Answers given equally often count as the mean of them.
     """
     votes: dict[str, list[bool]] = {}
     for answer, right in zip(answers, passed, strict=True):
         if answer is not None:
             votes.setdefault(answer, []).append(right)
-    most = max(map(len, votes.values()), default=0)
+    if not votes:
+        return 0.0
+    most = max(map(len, votes.values()))
     winners = [sum(rights) for rights in votes.values() if len(rights) == most]
-    return (
-        sum(1.0 if 2 * right > most else 0.5 if 2 * right == most else 0.0 for right in winners)
-        / len(winners)
-        if winners
-        else 0.0
-    )
+    marks = [1.0 if 2 * right > most else 0.5 if 2 * right == most else 0.0 for right in winners]
+    return sum(marks) / len(winners)
 
 
 def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
-    """Area under the ROC curve: how likely a right one scores above a wrong one, ties half (Mann
-    and Whitney 1947); NaN without both, or where a score is NaN."""
+    """Area under the ROC curve: how likely a right item scores above a wrong one, a tie counting
+    half (Mann and Whitney 1947). NaN without both kinds, or if a score is NaN."""
     right = sum(labels)
     pairs = right * (len(labels) - right)
     if not pairs or any(map(isnan, scores)):

@@ -82,7 +82,9 @@ def draw_charts(rows: Mapping[str, Rows]) -> list[Chart]:
             _step_series(m, rows["timings"] if m.source == "timing" else metrics, place)
             for m in measures
         ]
-        charts.append(_draw(title, series, len(metrics), borders))
+        evaluated = any(m.source in ("outcome", "score") for m in measures)
+        where = ", in training" if evaluated else ""
+        charts.append(_draw(title + where, series, len(metrics), borders))
     return [chart for chart in charts if chart is not None]
 
 

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from minirl.record.evals import Row
+from minirl.record.measures import measure
 from minirl.record.report.rows import Rows
 
 EPISODES_EACH = 3
@@ -40,7 +41,7 @@ def show_episode(row: Row) -> dict[str, Any]:
         "tag": f"{row.get('label', '')} · {where}",
         "problem": (row.get("problem") or {}).get("id", ""),
         "reward": "not scored" if reward is None else f"reward {reward:.3g}",
-        "parts": [(name, _short(value)) for name, value in parts if value is not None],
+        "parts": [(measure(key).label, _short(x)) for key, x in parts if x is not None],
         "turns": [
             {
                 "kind": turn.get("kind", ""),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from math import exp
 from pathlib import Path
@@ -18,7 +19,7 @@ from minirl.episode import Episode, Problem, Turn
 from minirl.errors import UserError
 from minirl.record.closed_run import add_later_eval
 from minirl.record.evals import compare, summarise
-from minirl.record.report import write_report
+from minirl.record.report import curves_html, episode_html, write_report
 from minirl.record.report.chart import ticks as _ticks
 from minirl.record.run import Run
 from minirl.record.state import Position
@@ -216,6 +217,32 @@ def test_hostile_text_is_text(page: tuple[str, Page]) -> None:
     assert "</div><script>alert('x')</script><img src=x onerror=alert(1)> ${title} &" in parsed.text
     assert "org/<b>model</b>" in parsed.text
     assert "r3 <i>countdown" in parsed.text
+
+
+def test_hostile_names_are_text_everywhere(tmp_path: Path) -> None:
+    """Labels, ids, kinds of error, parts and versions come from files that anyone may have
+    edited."""
+    row = evaluation("start", 0, 0, 0.2, 0.2) | {"label": HOSTILE}
+    row["problems"] = [{**p, "first_error": [HOSTILE] * 4} for p in row["problems"]]
+    done, texts = episode(0, HOSTILE)
+    done = replace(done, parts={HOSTILE: HOSTILE}, problem=replace(done.problem, id=HOSTILE))
+    with Run.open(tmp_path, RECIPE) as run:
+        run.log_eval(row)
+        run.log_eval({**row, "stage": 1, "label": HOSTILE * 2})
+        run.log_episodes([done], [texts], label=HOSTILE, stage=0, step=0)
+    add_later_eval(tmp_path, row | {"changed": [HOSTILE]})
+    (tmp_path / "versions.jsonl").write_text(json.dumps({HOSTILE: HOSTILE}) + "\n")
+    source = write_report(tmp_path).read_text(encoding="utf-8")
+    cell = episode_html(json.loads((tmp_path / "episodes.jsonl").read_text()))
+    for page in (source, cell, curves_html(tmp_path)):
+        parsed = Page(page)
+        assert parsed.open == []
+        assert not {"script", "img"} & {tag for tag, _ in parsed.elements}
+        assert "\x1b" not in page
+    assert Page(source).text.count("<script>alert('x')</script>") > 10
+    inner = dict(Page(cell).elements)["iframe"]["srcdoc"]
+    assert inner is not None
+    assert not {"script", "img"} & {tag for tag, _ in Page(inner).elements}
 
 
 def test_trained_turns_are_coloured(page: tuple[str, Page]) -> None:
@@ -446,11 +473,9 @@ def test_rows_that_no_run_writes_are_named(tmp_path: Path, seed: int) -> None:
         tmp_path, evaluation("base", 0, 0, 0.4, 0.2, problems=4) | {"changed": ["eval.samples=4"]}
     )
     rng, refused = Random(seed), list[str]()
+    names = ("metrics", "timings", "evals", "episodes", "later_evals", "versions")
     for _ in range(60):
-        path = (
-            tmp_path
-            / f"{rng.choice(['metrics', 'timings', 'evals', 'episodes', 'later_evals', 'versions'])}.jsonl"
-        )
+        path = tmp_path / f"{rng.choice(names)}.jsonl"
         whole = path.read_text()
         rows = [json.loads(line) for line in whole.splitlines()]
         row = rng.choice(rows)
