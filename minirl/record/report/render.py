@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from minirl.record.report.evaluations import p_value
 
@@ -19,12 +18,13 @@ def render(template: str, **values: Any) -> str:
     return _ENVIRONMENT.get_template(template).render(values)
 
 
-def _printable(value: Any) -> Any:
-    """Text in which a character that UTF-8 or a page cannot show is a replacement mark."""
-    if isinstance(value, Markup):  # a macro's result, escaped already
-        return value
-    text = str(value).encode("utf-8", "replace").decode()
-    return "".join(c if c in "\n\t" or c.isprintable() or c.isspace() else "\ufffd" for c in text)
+def _printable(value: Any) -> str:
+    """Text in which a character that UTF-8 or a page cannot show is a replacement mark. The result
+    of a macro stays markup, escaped once."""
+    text = value if isinstance(value, str) else str(value)
+    encodable = text.encode("utf-8", "replace").decode()
+    shown = (c if c in "\n\t" or c.isprintable() or c.isspace() else "\ufffd" for c in encodable)
+    return type(text)("".join(shown))
 
 
 _ENVIRONMENT = Environment(
