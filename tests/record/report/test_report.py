@@ -231,7 +231,8 @@ def test_hostile_names_are_text_everywhere(tmp_path: Path) -> None:
         run.log_eval({**row, "stage": 1, "label": HOSTILE * 2})
         run.log_episodes([done], [texts], label=HOSTILE, stage=0, step=0)
     add_later_eval(tmp_path, row | {"changed": [HOSTILE]})
-    (tmp_path / "versions.jsonl").write_text(json.dumps({HOSTILE: HOSTILE}) + "\n")
+    versions = {HOSTILE.replace("\ud800", ""): HOSTILE}  # a row's own keys are checked as UTF-8
+    (tmp_path / "versions.jsonl").write_text(json.dumps(versions) + "\n")
     source = write_report(tmp_path).read_text(encoding="utf-8")
     cell = episode_html(json.loads((tmp_path / "episodes.jsonl").read_text()))
     for page in (source, cell, curves_html(tmp_path)):
