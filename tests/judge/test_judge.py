@@ -379,7 +379,6 @@ def test_another_model_judges_in_the_dtype_that_its_node_names(tmp_path: Path) -
         judge = voices.open(
             recipe.Judge.model_validate({"kind": "model", "model": str(tmp_path), "dtype": dtype}),
             sampler,
-            patient=True,
         )
         assert judge.scorer is not None
         chances += judge.scorer(prompts, options, [0])
