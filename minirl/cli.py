@@ -144,7 +144,9 @@ def eval_(
 ) -> None:
     """Evaluate a run's adapter on its held-out problems; --samples 8 gives pass@k."""
     with _one_line():
-        from minirl.loop import trial
+        from minirl.loop.comparison import compare_runs
+        from minirl.loop.table import format_table
+        from minirl.loop.trial import evaluate_run
 
         folder = folders[0]
         if len(folders) > 1 and not table:
@@ -163,9 +165,9 @@ def eval_(
                     "--table: got it with --base or --method, expected neither: it compares all"
                     " methods, base and adapter"
                 )
-            typer.echo(trial.table(trial.compare_runs(folders, set_ or (), task=task)))
+            typer.echo(format_table(compare_runs(folders, set_ or (), task=task)))
             return
-        found = trial.evaluate_run(
+        found = evaluate_run(
             folder,
             set_ or (),
             base=base,

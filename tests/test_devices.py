@@ -31,7 +31,7 @@ from minirl.engine.sample.decode import Decoder
 from minirl.engine.sample.draw import pick
 from minirl.engine.sample.slots import Slots
 from minirl.episode import Completion, Problem, Verdict
-from minirl.loop.session import Session
+from minirl.loop.player import Player
 from minirl.rollout import Play, Talk
 
 META = torch.device("meta")
@@ -191,6 +191,8 @@ def test_the_cache_is_given_back_before_anybody_learns() -> None:
         return talk.end(Verdict(1.0, True))
 
     class Watched(Scripted):
+        tokens = 0
+
         def poll(self) -> list[tuple[int, Completion]]:
             said.append("poll")
             return super().poll()
@@ -198,12 +200,9 @@ def test_the_cache_is_given_back_before_anybody_learns() -> None:
         def reset(self) -> None:
             said.append("reset")
 
-    parts: dict[str, Any] = dict.fromkeys(Session.__dataclass_fields__)
-    parts |= {
-        "sampler": Watched(chat, lambda text, ask: "yes"),
-        "progress": SimpleNamespace(sampling=lambda done, of: None),
-    }
+    progress: Any = SimpleNamespace(sampling=lambda done, of: None)
+    player = Player(Watched(chat, lambda text, ask: "yes"), progress)  # type: ignore[arg-type]
     talks = [talk_of(Problem(f"p{i}", "Why?", None), chat) for i in range(3)]
-    assert len(Session(**parts).play([answer(talk) for talk in talks])) == 3
+    assert len(player.play([answer(talk) for talk in talks])) == 3
     assert said == ["reset", *["poll"] * (len(said) - 2), "reset"]
     assert "poll" in said

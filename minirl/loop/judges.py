@@ -1,7 +1,7 @@
-"""The judges of a run, opened: of answers and of steps.
+"""The judges of a run, of answers and of steps, and the models that they ask.
 
-Invariant: a judge never stops a run: a server that fails leaves a step without a score. The
-policy's weights, its adapter and what its sampler holds are afterwards what they were.
+Invariant: a judge never stops a run: a server that fails leaves a step without a score. Afterwards
+the policy's weights and adapter are what they were, and its sampler is empty.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from minirl import recipe
 from minirl.chat import Chat
 from minirl.engine.model import load as models
 from minirl.engine.model.policy import Policy
-from minirl.engine.sample.live import LiveSampler, open_sampler
+from minirl.engine.sample.live import LiveSampler
 from minirl.engine.sample.plain import PlainSampler
 from minirl.engine.sample.scorer import Scorer
 from minirl.episode import Ask, Completion, Problem
 from minirl.judge.endpoint import EndpointSampler, Messages
 from minirl.judge.judge import Asker, Judge, Opinion, StepCase, StepJudge
 from minirl.judge.verdicts import Verdicts
+from minirl.loop.open_model import open_model
 from minirl.methods.swirl.rules import Rules
 from minirl.rollout import Sampler
 
@@ -31,9 +32,11 @@ StepScores = Callable[[Sequence[StepCase], Sequence[Problem]], list[Opinion]]
 """An opinion on each step; the problems are for rules that may know the gold answer."""
 
 
-class Voice(NamedTuple):
-    """A model that can be asked: its chat, its sampler, and for probabilities what computes them
-    (None where its logits are elsewhere)."""
+class JudgeModel(NamedTuple):
+    """A model that a judge asks.
+
+    scorer: computes probabilities; None for a server, whose logits are not here.
+    """
 
     name: str
     chat: Chat
@@ -42,8 +45,7 @@ class Voice(NamedTuple):
 
 
 class BaseSampler:
-    """The policy's own sampler with the adapter off: between two polls of it the weights and the
-    cache are the adapter's again."""
+    """The policy's own sampler with the adapter switched off during a poll."""
 
     def __init__(self, policy: Policy, sampler: LiveSampler | PlainSampler) -> None:
         self._policy = policy
@@ -55,10 +57,10 @@ class BaseSampler:
         self._waiting.append((key, ask))
 
     def poll(self) -> list[tuple[int, Completion]]:
-        """Answer all that wait."""
+        """Answer all asks that wait."""
         self._sampler.reset()
         answers: list[tuple[int, Completion]] = []
-        with bare(self._policy):
+        with without_adapter(self._policy):
             for key, ask in self._waiting:
                 self._sampler.add(key, ask)
             while len(answers) < len(self._waiting):
@@ -69,9 +71,8 @@ class BaseSampler:
 
 
 @contextmanager
-def bare(policy: Policy) -> Iterator[None]:
-    """Inside, the model computes without what its adapter has learned: LoRA's second factor is 0,
-    as in a fresh one."""
+def without_adapter(policy: Policy) -> Iterator[None]:
+    """Inside, the model is the base model: LoRA's second factor is 0, as in a fresh adapter."""
     live = {name: p.data for name, p in policy.trainable.items() if ".lora_B." in name}
     try:
         for name in live:
@@ -82,89 +83,80 @@ def bare(policy: Policy) -> Iterator[None]:
             policy.trainable[name].data = data
 
 
-class Voices:
-    """Opens the other models of a run, each local one once."""
+class JudgeModels:
+    """Opens the models that judges ask, each local one once."""
 
-    def __init__(
-        self, policy: Policy, chat: Chat, *, rows: int, cache_tokens: int | None = None
-    ) -> None:
+    def __init__(self, policy: Policy, chat: Chat, sampling: recipe.Sampling) -> None:
         self._policy = policy
         self._chat = chat
-        self._rows = rows
-        self._cache_tokens = cache_tokens
-        self._local: dict[tuple[str, str, str], Voice] = {}
+        self._sampling = sampling.model_copy(update={"cuda_graphs": False})
+        self._local: dict[tuple[str, str, str], JudgeModel] = {}
 
-    def open(self, node: recipe.Judge, sampler: LiveSampler | PlainSampler) -> Voice:
-        """The model that a recipe names. sampler: the policy's."""
-        if node.kind == "endpoint":
-            return Voice(
-                f"{node.url} {node.model}", Messages(), EndpointSampler(node, patient=True), None
-            )
-        if node.kind == "model":
-            key = str(node.model), node.quantize, node.dtype
+    def open(self, judge: recipe.Judge, sampler: LiveSampler | PlainSampler) -> JudgeModel:
+        """The model that a judge asks. sampler: the policy's."""
+        if judge.kind == "endpoint":
+            name = f"{judge.url} {judge.model}"
+            return JudgeModel(name, Messages(), EndpointSampler(judge, patient=True), None)
+        if judge.kind == "model":
+            key = str(judge.model), judge.quantize, judge.dtype
             if key not in self._local:
                 self._local[key] = self._load(*key)
             return self._local[key]
-        scorer = Scorer(self._policy, pad=_pad(self._chat), inside=lambda: bare(self._policy))
-        return Voice(
-            f"base {models.fingerprint(self._policy.model)[:8]}",
+        policy, pad = self._policy, self._chat.tokenizer.pad_token_id
+        return JudgeModel(
+            f"base {models.fingerprint(policy.model)[:8]}",
             self._chat,
-            BaseSampler(self._policy, sampler),
-            scorer,
+            BaseSampler(policy, sampler),
+            Scorer(policy, pad=pad, inside=lambda: without_adapter(policy)),
         )
 
-    def _load(self, name: str, quantize: str, dtype: str) -> Voice:
-        node = recipe.Model.model_validate(
+    def _load(self, name: str, quantize: str, dtype: str) -> JudgeModel:
+        model = recipe.Model.model_validate(
             {"name": name, "quantize": quantize, "dtype": dtype, "lora": {"rank": 1}}
         )
-        loaded = models.load_model(node, 0, self._policy.device)
-        chat = Chat(loaded.tokenizer, eos=models.eos(loaded.model))
-        policy = Policy(loaded.model, loaded.device, loaded.dtype)
-        sampler = open_sampler(policy, chat, rows=self._rows, cache_tokens=self._cache_tokens)
-        name = f"{name} {quantize} {models.fingerprint(loaded.model)[:8]}"
-        return Voice(name, chat, sampler, Scorer(policy, pad=_pad(chat)))
+        policy, chat, sampler, _ = open_model(model, self._sampling, 0, self._policy.device)
+        digest = models.fingerprint(policy.model)
+        scorer = Scorer(policy, pad=chat.tokenizer.pad_token_id)
+        return JudgeModel(f"{name} {quantize} {digest[:8]}", chat, sampler, scorer)
 
 
-def answer_judge(node: recipe.Judge, voice: Voice, known: Verdicts | None = None) -> Judge:
+def make_answer_judge(
+    judge: recipe.Judge, model: JudgeModel, known: Verdicts | None = None
+) -> Judge:
     """A judge of answers."""
     return Judge(
-        voice.chat, voice.sampler, max_tokens=node.max_tokens, known=known, name=voice.name
+        model.chat, model.sampler, max_tokens=judge.max_tokens, known=known, name=model.name
     )
 
 
-def step_judge(
-    node: recipe.Judge, voice: Voice | None, rules: Rules, known: Verdicts
+def make_step_judge(
+    judge: recipe.Judge, model: JudgeModel | None, rules: Rules, known: Verdicts
 ) -> StepScores:
-    """A judge of steps; without a voice the rules."""
-    if voice is None:
+    """A judge of steps; the rules if there is no model."""
+    if model is None:
         return rules
     asker = Asker(
-        voice.chat, voice.sampler, max_tokens=node.max_tokens, known=known, name=voice.name
+        model.chat, model.sampler, max_tokens=judge.max_tokens, known=known, name=model.name
     )
-    judge = StepJudge(asker, voice.chat, voice.scorer if node.verdict == "probability" else None)
+    ask = StepJudge(asker, model.chat, model.scorer if judge.verdict == "probability" else None)
 
-    def opinions(cases: Sequence[StepCase], _: Sequence[Problem]) -> list[Opinion]:
-        """A turn that is no action is bad, whatever a judge would say: one action a turn is the
-        method's law."""
-        given = iter(judge([case for case in cases if rules.reads(case.message)]))
-        return [next(given) if rules.reads(case.message) else Opinion(0.0) for case in cases]
+    def give_opinions(cases: Sequence[StepCase], _: Sequence[Problem]) -> list[Opinion]:
+        """A turn that is no action gets 0, whatever a judge would say: the method demands one
+        action a turn."""
+        are_actions = [rules.reads(case.message) for case in cases]
+        given = iter(ask([case for case in cases if rules.reads(case.message)]))
+        return [next(given) if is_action else Opinion(0.0) for is_action in are_actions]
 
-    return opinions
+    return give_opinions
 
 
-def verdicts_of(folder: Path, process: int = 0, source: str | None = None) -> Verdicts:
-    """The verdicts of a run folder; each process of a run writes a file of its own, and knows those
-    that the others had when it began.
+def open_verdicts(folder: Path, process: int = 0, source: str | None = None) -> Verdicts:
+    """The verdicts of a run folder. Each process of a run writes a file of its own, and knows what
+    the others had written when it began.
 
     source: a run folder whose verdicts are known too.
     """
     own = folder / (f"verdicts-{process}.jsonl" if process else "verdicts.jsonl")
     folders = [folder, *([] if source is None else [Path(source).expanduser()])]
-    return Verdicts(
-        own,
-        [path for one in folders for path in sorted(one.glob("verdicts*.jsonl")) if path != own],
-    )
-
-
-def _pad(chat: Chat) -> int:
-    return int(chat.tokenizer.pad_token_id)
+    paths = [path for one in folders for path in sorted(one.glob("verdicts*.jsonl"))]
+    return Verdicts(own, [path for path in paths if path != own])

@@ -1,4 +1,4 @@
-"""What a stage plays: its problems, those of a step, and a group of episodes for each.
+"""The problems of a stage and of a step, and a group of episodes for each.
 
 Invariant: all of it is a function of the recipe, the weights and the step's number.
 """
@@ -7,24 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from minirl import recipe
 from minirl.episode import Group, Problem, regroup
 from minirl.errors import UserError
+from minirl.loop.agreement import check_paths
 from minirl.loop.session import Session
-from minirl.loop.trajectories import states_of
+from minirl.loop.trajectories import choose_states
 from minirl.methods import Method
 from minirl.methods.demonstrate import as_sampled
 from minirl.methods.reflect import failed
 from minirl.methods.single import single
+from minirl.recipe import Collect, Filter, Train
 from minirl.tasks import draw
 
+Numbered = Sequence[tuple[int, Problem]]
+"""Problems with their numbers in the step, which are part of the seeds of their episodes."""
 
-def problems_of(s: Session, index: int, stage: recipe.Collect | recipe.Train) -> Sequence[Problem]:
-    """What the stage plays: the task's problems, or what the collect or filter stage before it
-    kept."""
+
+def find_problems(s: Session, index: int, stage: Collect | Train) -> Sequence[Problem]:
+    """The stage's problems: the task's, or what the collect or filter stage before it kept."""
     before = s.recipe.stages[index - 1] if index else None
-    if isinstance(stage, recipe.Train) and isinstance(before, recipe.Collect | recipe.Filter):
-        return _kept_problems(s, index, stage)
+    if isinstance(stage, Train) and isinstance(before, Collect | Filter):
+        return _find_kept(s, index, stage)
     if not s.task.train:
         raise UserError(
             f"stages[{index}]: task {s.task.name!r} has no training problems; set task.train above"
@@ -33,7 +36,7 @@ def problems_of(s: Session, index: int, stage: recipe.Collect | recipe.Train) ->
     return s.task.train
 
 
-def _kept_problems(s: Session, index: int, stage: recipe.Train) -> Sequence[Problem]:
+def _find_kept(s: Session, index: int, stage: Train) -> Sequence[Problem]:
     episodes = s.run.kept(index - 1)
     if not episodes:
         raise UserError(
@@ -41,11 +44,11 @@ def _kept_problems(s: Session, index: int, stage: recipe.Train) -> Sequence[Prob
             " samples, or change `keep`"
         )
     if stage.facts.starts_from == "states":
-        return states_of(s, index, stage, episodes)
+        return choose_states(s, index, stage, episodes)
     if stage.facts.starts_from == "failures":
         if any(e.parts["first"] for e in episodes):
             raise UserError(
-                f"stages[{index}]: method reflect needs failed attempts; set keep: failed in"
+                f"stages[{index}]: method {stage.method} needs failed attempts; set keep: failed in"
                 f" stages[{index - 1}]"
             )
         return [failed(e.problem, e.turns) for e in episodes]
@@ -54,62 +57,63 @@ def _kept_problems(s: Session, index: int, stage: recipe.Train) -> Sequence[Prob
     return [e.problem for e in episodes]
 
 
-def drawn(
-    s: Session, index: int, step: int, stage: recipe.Train, problems: Sequence[Problem]
-) -> tuple[list[tuple[int, Problem]], dict[str, float]]:
-    """This process's problems of a step, numbered, and what is logged of finding them."""
+def draw_problems(
+    s: Session, index: int, step: int, stage: Train, problems: Sequence[Problem]
+) -> tuple[Numbered, dict[str, float]]:
+    """This process's problems of a step, and what is logged of finding them."""
     if stage.facts.starts_from == "failures" and not problems[0].context:
-        return _failures(s, index, step, stage, problems)
-    return (
-        list(
-            s.mine(list(enumerate(draw(problems, stage.batch, step * stage.batch, s.recipe.seed))))
-        ),
-        {},
-    )
+        return _draw_failures(s, index, step, stage, problems)
+    drawn = draw(problems, stage.batch, step * stage.batch, s.recipe.seed)
+    return s.share(list(enumerate(drawn))), {}
 
 
-def _failures(
-    s: Session, index: int, step: int, stage: recipe.Train, problems: Sequence[Problem]
-) -> tuple[list[tuple[int, Problem]], dict[str, float]]:
-    """On-line R3: failed attempts of the policy as it is now, made round by round until there are
-    enough, or `attempts` rounds are over."""
-    window = stage.batch * stage.attempts
-    tries = list(enumerate(draw(problems, window, step * window, s.recipe.seed)))
-    share, found, tried = len(s.mine(range(stage.batch))), [], 0
+def _draw_failures(
+    s: Session, index: int, step: int, stage: Train, problems: Sequence[Problem]
+) -> tuple[Numbered, dict[str, float]]:
+    """On-line R3: failed attempts of the policy as it is now, round by round until there are
+    enough of them or `attempts` rounds are over."""
+    window, temperature = stage.batch * stage.attempts, s.recipe.sampling.temperature
+    drawn = list(enumerate(draw(problems, window, step * window, s.recipe.seed)))
+    share, failures, tries = len(s.share(range(stage.batch))), list[Problem](), 0
     for start in range(0, window, stage.batch):
-        mine = s.mine(tries[start : start + stage.batch])[:share]
-        episodes = s.play(
-            [single(s.talk(p, f"{index}/{step}/attempt/{n}/{p.id}"), s.task) for n, p in mine]
+        own = s.share(drawn[start : start + stage.batch])[:share]
+        seeds = [f"{index}/{step}/attempt/{n}/{p.id}" for n, p in own]
+        episodes = s.player.play(
+            [
+                single(s.talk(p, seed, temperature=temperature), s.task)
+                for (_, p), seed in zip(own, seeds, strict=True)
+            ]
         )
-        found += [failed(e.problem, e.turns) for e in episodes if not e.parts["first"]]
-        tried += len(episodes)
-        if len(found) >= share:
+        failures += [failed(e.problem, e.turns) for e in episodes if not e.parts["first"]]
+        tries += len(episodes)
+        if len(failures) >= share:
             break
-    counts = s.gather([(len(found), tried)])
-    failures, total = sum(f for f, _ in counts), sum(t for _, t in counts)
-    return list(enumerate(found[:share])), {"first": 1.0 - failures / total, "tried": float(total)}
+    counts = s.gather([(len(failures), tries)])
+    all_failures, all_tries = (sum(column) for column in zip(*counts, strict=True))
+    numbers = {"first": 1.0 - all_failures / all_tries, "tried": float(all_tries)}
+    return list(enumerate(failures[:share])), numbers
 
 
-def played(
+def roll_out(
     s: Session,
     seed: str,
     method: Method,
-    drawn: Sequence[tuple[int, Problem]],
+    problems: Numbered,
     size: int,
     *,
     check: bool,
     temperature: float,
 ) -> list[Group]:
-    """A group of `size` episodes for each drawn problem; with `check`, once again where their
-    sampler turns out to be wrong."""
+    """A group of `size` episodes for each problem; with `check` they are played again if the
+    sampler had to be replaced."""
 
     def once() -> list[Group]:
         talks = [
             s.talk(p, f"{seed}/{n}/{p.id}/{k}", temperature=temperature)
-            for n, p in drawn
+            for n, p in problems
             for k in range(size)
         ]
-        return regroup(s.play([method(talk, s.task) for talk in talks]), size)
+        return regroup(s.player.play([method(talk, s.task) for talk in talks]), size)
 
     groups = once()
-    return once() if check and s.check(groups, temperature=temperature) else groups
+    return once() if check and check_paths(s, groups, temperature=temperature) else groups

@@ -1,4 +1,7 @@
-"""Trajectories of SWiRL (arXiv 2504.04736): with their provenance, and split into states."""
+"""Trajectories of SWiRL (arXiv 2504.04736): their provenance, and the states to train on.
+
+Invariant: a trajectory's provenance says which weights wrote it and with which seed.
+"""
 
 from __future__ import annotations
 
@@ -6,74 +9,59 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
 
-from minirl import recipe
 from minirl.engine.model import load as models
 from minirl.episode import Episode, Group, Problem
 from minirl.errors import UserError
 from minirl.loop.session import Session
 from minirl.methods.swirl.states import imitations, some, states
+from minirl.recipe import Train
 
-SHOWN = ("steps", "calls", "errors", "malformed")
+MEANS = ("steps", "calls", "errors", "malformed")
+SHARES = {"answered": "answered", "first": "right"}
 
 
-def with_provenance(
-    s: Session,
-    seed: str,
-    groups: Sequence[Group],
-    drawn: Sequence[tuple[int, Problem]],
+def note_provenance(
+    s: Session, seed: str, groups: Sequence[Group], problems: Sequence[tuple[int, Problem]]
 ) -> list[Group]:
-    """Each episode with who wrote it (`by`: the model and a digest of the adapter) and the seed
-    that it was drawn with (`seed`)."""
-    by = writer(s)
+    """The same groups, each episode with the parts `by`, the policy that wrote it, and `seed`."""
+    by = _name_policy(s)
+
+    def note(episode: Episode, number: int, sample: int) -> Episode:
+        name = f"{s.recipe.seed}/{seed}/{number}/{episode.problem.id}/{sample}"
+        return replace(episode, parts={**episode.parts, "by": by, "seed": name})
+
     return [
-        Group(
-            g.problem,
-            tuple(
-                _noted(e, by=by, seed=f"{s.recipe.seed}/{seed}/{n}/{p.id}/{k}")
-                for k, e in enumerate(g.episodes)
-            ),
-        )
-        for g, (n, p) in zip(groups, drawn, strict=True)
+        Group(g.problem, tuple(note(e, n, k) for k, e in enumerate(g.episodes)))
+        for g, (n, _) in zip(groups, problems, strict=True)
     ]
 
 
-def _noted(episode: Episode, **more: str) -> Episode:
-    return replace(episode, parts={**episode.parts, **more})
-
-
-def writer(s: Session) -> str:
-    """The policy's name: its model, a digest of the base weights, and one of the adapter's."""
+def _name_policy(s: Session) -> str:
+    """The model's name, a digest of the base weights, and one of the adapter."""
     digest = blake2b(digest_size=8)
     for name, p in sorted(s.policy.trainable.items()):
         digest.update(name.encode() + p.detach().cpu().numpy().tobytes())
-    return (
-        f"policy {s.recipe.model.name} {models.fingerprint(s.policy.model)[:8]}"
-        f" {digest.hexdigest()}"
-    )
+    base = models.fingerprint(s.policy.model)[:8]
+    return f"policy {s.recipe.model.name} {base} {digest.hexdigest()}"
 
 
-def described(kept: Sequence[Episode]) -> str:
-    """A collect stage's trajectories in a line: how many, means of their numbers, shares that
-    answered and were right."""
+def describe_trajectories(kept: Sequence[Episode]) -> str:
+    """A line about a collect stage's trajectories: how many, and means of their numbers."""
     count = max(len(kept), 1)
-    means = [
-        f"{name} {sum(float(e.parts.get(name) or 0) for e in kept) / count:.2f}" for name in SHOWN
+    numbers = [
+        f"{name} {sum(float(e.parts.get(name) or 0) for e in kept) / count:.2f}" for name in MEANS
     ]
-    shares = [
+    numbers += [
         f"{label} {sum(bool(e.parts.get(name)) for e in kept) / count:.1%}"
-        for name, label in (("answered", "answered"), ("first", "right"))
+        for name, label in SHARES.items()
     ]
-    return (
-        f"{len(kept)} trajectories of {len({e.problem.id for e in kept})} questions:"
-        f" {', '.join([*means, *shares])}"
-    )
+    questions = len({e.problem.id for e in kept})
+    return f"{len(kept)} trajectories of {questions} questions: {', '.join(numbers)}"
 
 
-def states_of(
-    s: Session, index: int, stage: recipe.Train, kept: Sequence[Episode]
-) -> list[Problem]:
-    """The states that a stage trains on, with their actions where it imitates them. Raises
-    UserError where it asks for more."""
+def choose_states(s: Session, index: int, stage: Train, kept: Sequence[Episode]) -> list[Problem]:
+    """The states that a stage trains on, with their actions if it imitates them. Raises UserError
+    if it asks for more than there are."""
     split = states(kept) if stage.facts.samples else imitations(kept)
     chosen = some(split, stage.states, s.recipe.seed)
     s.progress.say(

@@ -29,8 +29,9 @@ from minirl.io.files import read_rows
 from minirl.judge.endpoint import GIVE_UP, EndpointSampler, Messages
 from minirl.judge.judge import Case, Judge, parse, prompt
 from minirl.loop import trial
-from minirl.loop.evaluate import evaluate
-from minirl.loop.judges import BaseSampler, Voices, bare
+from minirl.loop.evaluate import Evaluator
+from minirl.loop.judges import BaseSampler, JudgeModels, without_adapter
+from minirl.loop.table import format_table
 from minirl.record.closed_run import LATER
 from minirl.record.progress import Progress
 from minirl.tasks.qa import SearchTask
@@ -121,9 +122,8 @@ def test_evaluations_are_judged() -> None:
         return f"<think></think><answer>{place}</answer>"  # in no box: bad form, but an answer
 
     judge = Judge(CHAT, Scripted(CHAT, judging), max_tokens=100)
-    rows, _ = evaluate(
-        problems, task, CHAT, Scripted(CHAT, script), recipe.Sampling(), recipe.Eval(), 0, judge
-    )
+    evaluator = Evaluator(task, CHAT, recipe.Sampling(), recipe.Eval(), 0, judge)
+    rows, _ = evaluator.evaluate(problems, Scripted(CHAT, script))
     assert [row["scores"]["judged"] for row in rows] == [[0.0], [1.0]]
     assert [row["first"] for row in rows] == [[0], [0]]
 
@@ -174,12 +174,11 @@ def tried(
     def script(text: str, ask: Ask) -> str:
         return f"<think></think><answer>\\boxed{{{answers[int(text.partition('Question ')[2][:3])]}}}</answer>"
 
-    opened = trial.Opened(folder, "base", CHAT, task, None, Resettable(CHAT, script), None)  # type: ignore[arg-type]
-    heard = Heard()
-    found = trial._evaluate(
-        opened._replace(judge=trial._judge(opened, config)), config, overrides, None, heard
-    )
-    return found, heard.lines
+    sampler: Any = Resettable(CHAT, script)
+    judges, heard = JudgeModels(None, CHAT, config.sampling), Heard()  # type: ignore[arg-type]
+    judge = trial.open_judge(config, folder, judges, sampler)
+    opened = trial.Trial(folder, "base", CHAT, task, sampler, heard, judge)
+    return opened.evaluate(config, overrides, None), heard.lines
 
 
 def test_a_judge_that_is_down_costs_no_evaluation(tmp_path: Path) -> None:
@@ -226,7 +225,7 @@ def test_judged_says_of_how_many(tmp_path: Path, serve: Callable[[Reply], Server
             pytest.approx(2 / 3),
             3,
         )
-        assert re.search(r" 66\.7 \[[^]]*\] \(3 of 4\) ", trial.table([found]))
+        assert re.search(r" 66\.7 \[[^]]*\] \(3 of 4\) ", format_table([found]))
     assert len(server.bodies) == 4
 
 
@@ -354,11 +353,15 @@ def test_the_base_judges_without_the_adapter(tmp_path: Path) -> None:
     assert trained != fresh
     assert answered(BaseSampler(policy, sampler)) == fresh
     assert answered(sampler) == trained, "the adapter is back"
-    name = Voices(policy, chat, rows=4).open(recipe.Judge(kind="base"), sampler).name
+    name = (
+        JudgeModels(policy, chat, recipe.Sampling(rows=4))
+        .open(recipe.Judge(kind="base"), sampler)
+        .name
+    )
     assert name == f"base {models.fingerprint(policy.model)[:8]}", (
         "a verdict of other weights is another's"
     )
-    with pytest.raises(ZeroDivisionError), bare(policy):
+    with pytest.raises(ZeroDivisionError), without_adapter(policy):
         raise ZeroDivisionError
     assert answered(sampler) == trained
 
@@ -371,7 +374,10 @@ def test_another_model_judges_in_the_dtype_that_its_node_names(tmp_path: Path) -
         recipe.Model(name=str(tmp_path), dtype="fp32"), 0, torch.device("cpu")
     )
     policy, chat = Policy(loaded.model, loaded.device, loaded.dtype), Chat(loaded.tokenizer)
-    sampler, voices = PlainSampler(policy, chat, rows=4), Voices(policy, chat, rows=4)
+    sampler, voices = (
+        PlainSampler(policy, chat, rows=4),
+        JudgeModels(policy, chat, recipe.Sampling(rows=4)),
+    )
     prompts = [chat.prompt(Problem("p", "Why?", None))]
     options = chat.inside("yes"), chat.inside("no")
     chances, names = [], []

@@ -16,8 +16,8 @@ from tiny import byte_tokenizer
 
 from minirl.chat import Chat
 from minirl.episode import Ask, Episode, Problem, Verdict
-from minirl.loop.evaluate import evaluate
-from minirl.loop.trial import _evaluated
+from minirl.loop.evaluate import Evaluator
+from minirl.loop.trial_recipe import sampling_recipe, trial_recipe
 from minirl.methods.reflect import REFLECT, RETRY
 from minirl.recipe import Eval, Sampling
 from minirl.record.evals import summarise
@@ -51,15 +51,8 @@ def script(text: str, ask: Ask) -> str:
 def evaluated(
     sampler: Scripted, seed: int = 0, **numbers: Any
 ) -> tuple[list[dict[str, Any]], list[Episode]]:
-    return evaluate(
-        PROBLEMS,
-        TASK,
-        CHAT,
-        sampler,
-        Sampling(attempt_tokens=20, reflection_tokens=10),
-        Eval(**numbers),
-        seed,
-    )
+    sampling = Sampling(attempt_tokens=20, reflection_tokens=10)
+    return Evaluator(TASK, CHAT, sampling, Eval(**numbers), seed).evaluate(PROBLEMS, sampler)
 
 
 def test_two_tries() -> None:
@@ -204,9 +197,8 @@ def voted(rank: Any = None, **numbers: Any) -> list[dict[str, Any]]:
     task = Task("letters", (), problems, verify_letter)
     sampler = Scripted(CHAT, lambda text, ask: seeds[ask.seed] * 2)
     node = Eval(samples=3, temperature=1.0, **numbers)
-    return evaluate(
-        problems, task, CHAT, sampler, Sampling(attempt_tokens=20), node, 0, None, rank
-    )[0]
+    evaluator = Evaluator(task, CHAT, Sampling(attempt_tokens=20), node, 0, rank=rank)
+    return evaluator.evaluate(problems, sampler)[0]
 
 
 def test_majority_of_the_samples() -> None:
@@ -276,7 +268,8 @@ def test_samples_are_as_warm_as_in_the_recipe_that_is_evaluated(tmp_path: Path) 
     many = ["eval.samples=4"]
 
     def temperature(*overrides: str, task: Path | None = None, warm: bool = True) -> float:
-        node = _evaluated(tmp_path, task, overrides, None, warm=warm)
+        choose = sampling_recipe if warm else trial_recipe
+        node = choose(tmp_path, task, overrides, None)
         assert (node.model.name, node.task.name) == (
             "own",
             "countdown" if task is None else "svamp",

@@ -22,7 +22,7 @@ from minirl import recipe as recipes
 from minirl.episode import Episode, Problem, Turn
 from minirl.errors import UserError
 from minirl.io.files import read_rows
-from minirl.loop.collect_stage import keep
+from minirl.loop.collect_stage import choose_kept
 from minirl.recipe import Collect
 from minirl.record.evals import summarise
 from minirl.record.measures import MEASURES
@@ -494,9 +494,8 @@ def test_what_was_cut_is_not_kept_as_right() -> None:
     ]
 
     def kept(which: Any, each: int = 9) -> list[int]:
-        return [
-            e.tokens[1] for e in keep(episodes, Collect(kind="collect", keep=which, keep_each=each))
-        ]
+        stage = Collect(kind="collect", keep=which, keep_each=each)
+        return [e.tokens[1] for e in choose_kept(episodes, stage)]
 
     assert kept("passed") == [3, 5]
     assert kept("passed", 1) == [3]

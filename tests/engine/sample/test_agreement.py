@@ -195,7 +195,7 @@ def test_a_run_goes_on_without_a_sampler_that_is_wrong(
     step on."""
     with monkeypatch.context() as patched:
         patched.setattr(
-            "minirl.loop.session.open_sampler",
+            "minirl.loop.open_model.open_sampler",
             lambda policy, chat, *, rows, **_: PlainSampler(policy, chat, rows=rows),
         )
         expected, _ = run(folder, tmp_path, "plain", capsys)

@@ -12,7 +12,7 @@ from minirl.engine.model import load as models
 from minirl.engine.model.policy import Policy
 from minirl.engine.sample.scorer import Scorer
 from minirl.judge.judge import BAD, GOOD
-from minirl.loop.judges import bare
+from minirl.loop.judges import without_adapter
 
 PROMPTS = [
     (256, *b"user Is it good? First."),
@@ -76,6 +76,6 @@ def test_the_base_scores_without_the_adapter(policy: tuple[Policy, Chat]) -> Non
             )
     trained = Scorer(model, pad=258)(PROMPTS, options, GROUPS)
     assert trained != pytest.approx(fresh, abs=1e-3)
-    assert Scorer(model, pad=258, inside=lambda: bare(model))(
+    assert Scorer(model, pad=258, inside=lambda: without_adapter(model))(
         PROMPTS, options, GROUPS
     ) == pytest.approx(fresh, abs=1e-6)

@@ -26,8 +26,9 @@ from minirl.engine.sample.live import LiveSampler
 from minirl.episode import Ask, Completion, Episode, Problem, Verdict
 from minirl.errors import UserError
 from minirl.io.files import read_rows
-from minirl.loop.evaluate import evaluate
-from minirl.loop.trial import compare_methods, compare_runs, table
+from minirl.loop.comparison import compare_methods, compare_runs
+from minirl.loop.evaluate import Evaluator
+from minirl.loop.table import format_table
 from minirl.methods import method_of
 from minirl.methods.demonstrate import demonstrate
 from minirl.methods.search.search import EMPTY, NO_MORE, called, instructions, search
@@ -481,14 +482,8 @@ def test_evaluation_counts_with_intervals() -> None:
     def script(text: str, ask: Ask) -> str:
         return said(FIRST, LAST)(text, ask)
 
-    rows, _ = evaluate(
-        (PROBLEM, other),
-        task_of(),
-        CHAT,
-        Scripted(CHAT, script),
-        Sampling(attempt_tokens=1000),
-        recipe.Eval(),
-        0,
+    rows, _ = Evaluator(task_of(), CHAT, Sampling(attempt_tokens=1000), recipe.Eval(), 0).evaluate(
+        (PROBLEM, other), Scripted(CHAT, script)
     )
     assert [row["first"] for row in rows] == [[1], [0]]
     assert [row["scores"]["recall"] for row in rows if "recall" in row["scores"]] == [[0.5]], (
@@ -691,7 +686,7 @@ def test_a_whole_run_and_its_table(cli: Callable[..., Any], tmp_path: Path) -> N
         ("adapter", "search"),
     ]
     assert [e.summary["scores"]["searches"].value for e in found][:3] == [0.0, 1.0, 3.0]
-    title, *lines = table(found).splitlines()
+    title, *lines = format_table(found).splitlines()
     assert title == "2 held-out problems, sampling.attempt_tokens=20"
     assert lines[0].split() == ["model", "method", "em", "f1", "recall", "searches"]
     assert lines[2].split()[:3] == ["base", "naive_rag", "0.0"]
@@ -706,7 +701,7 @@ def test_a_whole_run_and_its_table(cli: Callable[..., Any], tmp_path: Path) -> N
         (tmp_path / "run" / "recipe.yaml").read_text().replace("seed: 0", "seed: 1")
     )
     found = compare_runs([tmp_path / "run", tmp_path / "two"], progress=Progress(quiet=True))
-    title, _, *lines = table(found).splitlines()
+    title, _, *lines = format_table(found).splitlines()
     assert title == "2 held-out problems, 2 runs"
     assert [line.split()[:2] for line in lines][4:] == [
         ["base", "search"],

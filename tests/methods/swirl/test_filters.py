@@ -32,9 +32,9 @@ from minirl.judge.judge import (
     step_prompt,
 )
 from minirl.judge.verdicts import Verdicts, key_of
-from minirl.loop.filter_stage import _check_unchanged
-from minirl.loop.judges import Voice, answer_judge, step_judge, verdicts_of
-from minirl.loop.step_scores import rewarded
+from minirl.loop.judges import JudgeModel, make_answer_judge, make_step_judge, open_verdicts
+from minirl.loop.source import check_unchanged
+from minirl.loop.step_scores import score_groups
 from minirl.methods.swirl.filters import Judged, approved, marked, passes, process, tally
 from minirl.methods.swirl.rules import Rules, reader, search_reader
 from minirl.methods.swirl.states import actions
@@ -147,8 +147,8 @@ def test_a_turn_that_is_no_action_is_bad_whatever_a_judge_says(task: Task) -> No
     cases = cases_of(played(task, *FOUR))
     two = cases[0]._replace(message="<calc>1+1</calc> <answer>2</answer>")
     sampler = Scripted(CHAT, lambda text, ask: "GOOD")
-    voice, settings = Voice("scripted", CHAT, sampler, None), recipe.Judge(kind="base")
-    judge = step_judge(settings, voice, Rules(task, reader(TAGS)), Verdicts())
+    voice, settings = JudgeModel("scripted", CHAT, sampler, None), recipe.Judge(kind="base")
+    judge = make_step_judge(settings, voice, Rules(task, reader(TAGS)), Verdicts())
     opinions = judge([*cases, two], [played(task, *FOUR).problem] * 6)
     assert [o.score for o in opinions] == [1.0, 1.0, 0.0, 1.0, 1.0, 0.0]
     assert len(sampler.asks) == 4, "the judge is not asked"
@@ -236,10 +236,10 @@ def test_verdicts_of_other_processes_and_of_the_source_are_known(tmp_path: Path)
     ):
         Verdicts(path).put(key, 1.0)
     for number in (0, 1):
-        known = verdicts_of(mine, number, str(source))
+        known = open_verdicts(mine, number, str(source))
         assert all(key in known for key in ("first", "second", "theirs"))
         known.put(f"own {number}", 0.0)
-    assert "theirs" not in verdicts_of(mine)
+    assert "theirs" not in open_verdicts(mine)
     assert [row["key"] for row in read_rows(mine / "verdicts-1.jsonl")] == ["second", "own 1"]
     assert [row["key"] for row in read_rows(mine / "verdicts.jsonl")] == ["first", "own 0"]
     assert [row["key"] for row in read_rows(source / "verdicts-2.jsonl")] == ["theirs"]
@@ -248,12 +248,12 @@ def test_verdicts_of_other_processes_and_of_the_source_are_known(tmp_path: Path)
 def test_a_source_that_was_made_anew_is_noticed(task: Task) -> None:
     """Catches: a filter that was stopped halfway and goes on with other trajectories."""
     first, second = played(task, *FOUR), played(task, *FOUR[:-1], "So. <answer>7</answer>")
-    _check_unchanged([], [first, second], "stages[0].source: runs/s")
-    _check_unchanged([second], [first, second], "stages[0].source: runs/s")
+    check_unchanged([], [first, second], "stages[0].source: runs/s")
+    check_unchanged([second], [first, second], "stages[0].source: runs/s")
     with pytest.raises(
         UserError, match=r"stages\[0\].source: runs/s no longer has what this filter kept"
     ):
-        _check_unchanged([first, second], [second], "stages[0].source: runs/s")
+        check_unchanged([first, second], [second], "stages[0].source: runs/s")
 
 
 # --- a judge that fails
@@ -353,8 +353,8 @@ def test_a_judge_of_answers_is_given_another_chance(serve: Callable[[Reply], Ser
     right = json.dumps({"rationale": "Same.", "judgement": "correct"})
     server = serve(lambda body: completion(right) if alive else (503, b""))
     settings = node(server.url, retries=0)
-    judge = answer_judge(
-        settings, Voice("far", Messages(), EndpointSampler(settings, patient=True), None)
+    judge = make_answer_judge(
+        settings, JudgeModel("far", Messages(), EndpointSampler(settings, patient=True), None)
     )
     cases = [Case(str(n), ("London",), "London") for n in range(20)]
     assert judge(cases) == [None] * 20
@@ -375,14 +375,14 @@ def test_what_was_not_scored_is_neither_right_nor_wrong() -> None:
         {"kind": "train", "method": "step", "steps": 1, "judge": {"kind": "base"}}
     )
     session: Any = SimpleNamespace(gather=list)
-    found, counts = rewarded(
+    found, counts = score_groups(
         session, stage, [group], lambda wanted: [Opinion(0.0), Opinion(None, "unanswered")]
     )  # type: ignore[arg-type]
     assert found[0].rewards == (0.0, None)
     assert counts == {"unscored": 1.0, "approved": 0.0}
     online = stage.model_copy(update={"method": "stepwise", "credit": "step"})
     whole = Group(problem, (Episode(problem, turns, 0.5),))
-    found, _ = rewarded(
+    found, _ = score_groups(
         session, online, [whole], lambda wanted: [Opinion(None, "unreadable"), Opinion(1.0)]
     )  # type: ignore[arg-type]
     (episode,) = found[0].episodes
