@@ -24,6 +24,7 @@ DOCS = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 RUN = (ROOT / "README.md", ROOT / "docs" / "extending.md")
+QUOTED = r"<!-- file: (\S+) -->\n```\w+\n(.*?)```\n"  # a block that is a file's whole text
 SMALL = [f"sampling.{name}" for name in ("attempt_tokens=12", "reflection_tokens=8", "rows=16")]
 
 
@@ -37,8 +38,9 @@ class Block(NamedTuple):
 
 
 def blocks(path: Path) -> list[Block]:
-    found = re.finditer(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
-    text = path.read_text()
+    """The fenced blocks, without the files that a document quotes."""
+    text = re.sub(QUOTED, lambda m: "\n" * m[0].count("\n"), path.read_text(), flags=re.DOTALL)
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [Block(path, text.count("\n", 0, m.start()) + 2, m[1], m[2]) for m in found]
 
 
@@ -92,7 +94,7 @@ def test_commands_parse(command: Block) -> None:
     name, *words = shlex.split(command.text, comments=True)[1:]
     group = typer.main.get_command(app)
     parsed = group.commands[name].make_context(name, words).params  # type: ignore[attr-defined]
-    if name != "run" or not parsed["recipe"].is_relative_to("recipes"):
+    if name != "run":
         return
     path = ROOT / parsed["recipe"]
     forms = [path] if parsed["cpu"] is False else [recipes.cpu_form(path), path]
@@ -101,9 +103,11 @@ def test_commands_parse(command: Block) -> None:
         assert recipes.load(form, parsed["set_"] or ()).stages
 
 
-@pytest.mark.parametrize("block", [b for b in ALL if b.language == "yaml"], ids=name_of)
-def test_yaml_parses(block: Block) -> None:
-    assert yaml.safe_load(block.text)
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
+def test_files_are_quoted_as_they_are(path: Path) -> None:
+    """The quoted files themselves are run by tests/methods/test_own.py."""
+    for name, quoted in re.findall(QUOTED, path.read_text(), re.DOTALL):
+        assert quoted == (ROOT / name).read_text()
 
 
 def run_snippet(text: str, model: str, folder: str) -> None:
