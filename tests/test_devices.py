@@ -23,13 +23,12 @@ from minirl import recipe
 from minirl.chat import Chat
 from minirl.engine.learn.objective import objective
 from minirl.engine.model import load as models
-from minirl.engine.model.attention import Cached
 from minirl.engine.model.batch import Row, collate, pack
 from minirl.engine.model.lora import FixedLora
 from minirl.engine.model.policy import Policy
-from minirl.engine.sample.decode import Decoder
 from minirl.engine.sample.draw import pick
-from minirl.engine.sample.slots import Slots
+from minirl.engine.sample.kv_cache import KVCache
+from minirl.engine.sample.runner import ModelRunner
 from minirl.episode import Completion, Problem, Verdict
 from minirl.loop.player import Player
 from minirl.rollout import Play, Talk
@@ -72,20 +71,9 @@ def policy_on_meta(folder: Path, **overrides: Any) -> Policy:
     return Policy(loaded.model.to(META), META, loaded.dtype)
 
 
-def slots_of(policy: Policy, count: int, budget_tokens: int | None = None) -> Slots:
+def runner_of(policy: Policy, count: int, budget_tokens: int | None = None) -> ModelRunner:
     layers = policy.model.get_base_model().config.num_hidden_layers
-    return Slots(layers, count, META, policy.backend, budget_tokens)
-
-
-def prefill(policy: Policy, slots: Slots, rows: int, length: int) -> Tensor:
-    positions = torch.arange(length, device=META).expand(rows, -1).clone()
-    slots.aim(torch.arange(rows, device=META), positions, length)
-    return policy.hidden(
-        torch.zeros(rows, length, dtype=torch.int64, device=META),
-        positions,
-        Cached(positions, length),
-        cache=slots,
-    )
+    return ModelRunner(policy, KVCache(layers, count, META, policy.backend, budget_tokens))
 
 
 def rows_of_a_group() -> list[Row]:
@@ -99,26 +87,19 @@ def rows_of_a_group() -> list[Row]:
 @torch.no_grad()
 def test_sampling_stays_on_its_device(tmp_path: Path) -> None:
     policy = policy_on_meta(tmp_path)
-    slots = slots_of(policy, 6)
-    slots.reserve(40, 0)
+    runner = runner_of(policy, 6)
+    cache = runner.cache
+    cache.reserve(40, 0)
     with FixedLora(policy.model, 6, policy.backend):
-        assert prefill(policy, slots, 3, 16).shape[:2] == (3, 16)
-        logits = Decoder(policy, slots)([1, 2, 3], [16, 15, 16])
+        runner.prefill({(1,) * 16: [0], (2,) * 12: [1, 2]})
+        logits = runner.decode([1, 2, 3])
         chosen, logprobs = pick(logits, [1.0] * 3, torch.rand(3, device=META))
-        slots.tokens[0], slots.tokens[3] = [1] * 16, [1] * 9
-        slots.copy(0, 3, 9)
-        slots.swap(0, 3)
-        slots.reserve(100, 4)
-        assert (
-            Decoder(policy, slots)([1] * 4, [90, 91, 92, 93]).shape
-            == logits[:1].expand(4, -1).shape
-        )
-    assert {
-        chosen.device,
-        logprobs.device,
-        logits.device,
-        *(block.device for block in slots._blocks),
-    } == {META}
+        cache.fork(0, 3, 9)
+        cache.swap(0, 3)
+        cache.reserve(100, 4)
+        assert runner.decode([1] * 4).shape == logits[:1].expand(4, -1).shape
+    tensors = (chosen, logprobs, logits, *cache._blocks)
+    assert {tensor.device for tensor in tensors} == {META}
 
 
 @torch.no_grad()
@@ -129,12 +110,12 @@ def test_a_step_of_decoding_is_few_kernels(tmp_path: Path) -> None:
     counts = []
     for layers in (2, 3):
         policy = policy_on_meta(tmp_path / str(layers), num_hidden_layers=layers)
-        slots = slots_of(policy, 4)
-        slots.reserve(40, 0)
+        runner = runner_of(policy, 4)
+        runner.cache.reserve(40, 0)
         with FixedLora(policy.model, 4, policy.backend):
-            prefill(policy, slots, 4, 16)
+            runner.prefill({(1,) * 16: [0, 1, 2, 3]})
             with Kernels() as kernels:
-                Decoder(policy, slots)([1] * 4, [16] * 4)
+                runner.decode([1] * 4)
         counts.append(kernels.count)
     assert counts[1] - counts[0] <= 66
 
@@ -165,19 +146,19 @@ def test_a_growing_cache_is_never_there_twice(
     """Old keys are let go before new values are made. Catches: a T4 that runs out of memory when a
     longer prompt comes."""
     policy = policy_on_meta(tmp_path)
-    slots = slots_of(policy, 6, budget_tokens=1500)
-    slots.reserve(100, 0)
-    prefill(policy, slots, 3, 16)
-    slots.tokens[:2] = [[1] * 16, [1] * 16]
-    keys, make, seen = weakref.ref(slots._blocks[0].untyped_storage()), slots._make, []
+    runner = runner_of(policy, 6, budget_tokens=1500)
+    cache = runner.cache
+    cache.reserve(100, 0)
+    runner.prefill({(1,) * 16: [0, 1]})
+    keys, make, seen = weakref.ref(cache._blocks[0].untyped_storage()), cache._make, []
 
     def watched(which: int, like: Tensor, *, heads: int, size: int) -> Tensor:
         seen.append((which, keys() is None))
         return make(which, like, heads=heads, size=size)
 
-    monkeypatch.setattr(slots, "_make", watched)
-    slots.reserve(200, 2)
-    assert (slots.count, slots.capacity) == (5, 256)
+    monkeypatch.setattr(cache, "_make", watched)
+    cache.reserve(200, 2)
+    assert (cache.count, cache.capacity) == (5, 256)
     assert seen == [(0, False), (1, True)]
 
 

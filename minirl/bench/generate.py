@@ -18,6 +18,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from minirl.chat import Chat
 from minirl.engine import lean
 from minirl.engine.model.policy import Policy
+from minirl.engine.sample.plain import generate
 from minirl.episode import Ask, Completion
 
 
@@ -46,12 +47,8 @@ class Generate:
         replies = self._generate([ask for _, ask in chosen])
         return [(key, reply) for (key, _), reply in zip(chosen, replies, strict=True)]
 
-    @torch.no_grad()
     def _generate(self, asks: Sequence[Ask]) -> list[Completion]:
-        longest, pad = max(len(ask.tokens) for ask in asks), self.chat.tokenizer.pad_token_id
-        padding = [longest - len(ask.tokens) for ask in asks]
-        rows = [[pad] * n + [*ask.tokens] for n, ask in zip(padding, asks, strict=True)]
-        present = [[0] * n + [1] * (longest - n) for n in padding]
+        longest = max(len(ask.tokens) for ask in asks)
         limits = torch.tensor([ask.max_tokens for ask in asks], device=self.device)
         settings = GenerationConfig(
             do_sample=True,
@@ -59,22 +56,17 @@ class Generate:
             top_k=0,
             top_p=1.0,
             max_new_tokens=int(limits.max()),
-            pad_token_id=pad,
+            pad_token_id=self.chat.tokenizer.pad_token_id,
             disable_compile=True,
         )
-        # Where ours is silent, `generate` would take what the model's own generation config sets:
-        # an end token, top-k, penalties.
-        kept, self.model.generation_config = self.model.generation_config, GenerationConfig()
-        try:
-            out = self.model.generate(
-                input_ids=torch.tensor(rows, device=self.device),
-                attention_mask=torch.tensor(present, device=self.device),
-                generation_config=settings,
-                stopping_criteria=StoppingCriteriaList([Limits(limits + longest)]),
-            )
-        finally:
-            self.model.generation_config = kept
-        replies = zip(out[:, longest:].tolist(), asks, strict=True)
+        out = generate(
+            self.model,
+            [ask.tokens for ask in asks],
+            self.device,
+            settings,
+            stopping_criteria=StoppingCriteriaList([Limits(limits + longest)]),
+        )
+        replies = zip(out.tolist(), asks, strict=True)
         sampled = [reply[: ask.max_tokens] for reply, ask in replies]
         return [
             Completion(tuple(ids), (0.0,) * len(ids), self.chat.text(ids), "length")

@@ -40,13 +40,13 @@ def run_with_luck(*argv: str) -> None:
     tiny model solves nothing."""
     from hashlib import blake2b
 
-    from minirl.engine.sample.live import Live
+    from minirl.engine.sample.draw import Reply
     from minirl.episode import Verdict
     from minirl.verify import numeric, option, program
 
-    taken = Live.append
+    taken = Reply.append
 
-    def append(self: Live, *token: Any) -> None:
+    def append(self: Reply, *token: Any) -> None:
         taken(self, *token)
         self.finish = (
             self.finish and "stop"
@@ -63,7 +63,7 @@ def run_with_luck(*argv: str) -> None:
             parts | ({"value_agrees": False, "lucky": True} if passed and len(args) == 4 else {}),
         )
 
-    Live.append = append  # type: ignore[method-assign]
+    Reply.append = append  # type: ignore[method-assign]
     program.verify = numeric.verify = option.verify = verify  # type: ignore[assignment]
     minirl(*argv)
 

@@ -1,4 +1,4 @@
-"""Sampling: the few exact operations that every sampler shares.
+"""Draw: how every sampler draws a token, and when a reply ends.
 
 Invariant: sampling is exact (temperature, no top-k, no top-p) and a draw depends on its row's
 logits and its own uniform number alone.
@@ -7,19 +7,50 @@ logits and its own uniform number alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 
 import torch
 from torch import Tensor
 
 from minirl.chat import Chat
-from minirl.episode import Ask
+from minirl.episode import Ask, Completion, Finish
 from minirl.errors import UserError
 
 BLOCK = 256  # tokens of the vocabulary whose probabilities are summed together
-# how far back a stop string is looked for: it ends at the newest token and has at least a byte a
-# token
+# How far back a stop string is looked for: it ends at the newest token, and a token has at least a
+# byte.
 TAIL_TOKENS = 12
+
+
+@dataclass(slots=True)
+class Reply:
+    """An ask that is being answered. uniforms: the numbers that decide its tokens."""
+
+    key: int
+    ask: Ask
+    uniforms: list[float] = field(init=False)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: Finish | None = None
+
+    def __post_init__(self) -> None:
+        self.uniforms = uniforms(self.ask)
+
+    def append(self, token: int, logprob: float, chat: Chat) -> None:
+        """Take a drawn token, and see whether it ends the reply."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if token in chat.eos or (self.ask.stop and stops(chat, self.tokens, self.ask.stop)):
+            self.finish = "stop"
+        elif len(self.tokens) >= self.ask.max_tokens:
+            self.finish = "length"
+
+    def completion(self, chat: Chat) -> tuple[int, Completion]:
+        """The ask's key and the answer, once it has ended."""
+        assert self.finish is not None
+        text = chat.text(self.tokens)
+        return self.key, Completion(tuple(self.tokens), tuple(self.logprobs), text, self.finish)
 
 
 def uniforms(ask: Ask) -> list[float]:
@@ -40,9 +71,8 @@ def pick(logits: Tensor, temperature: Sequence[float], uniform: Tensor) -> tuple
     sum over the whole vocabulary costs as much as all the rest.
     """
     if set(temperature) - {0.0, 1.0}:
-        logits = (
-            logits / torch.tensor([t or 1.0 for t in temperature], device=logits.device)[:, None]
-        )
+        divisors = torch.tensor([t or 1.0 for t in temperature], device=logits.device)
+        logits = logits / divisors[:, None]
     largest = logits.amax(dim=-1, keepdim=True)
     weights = (logits - largest).exp_()
     if short := -weights.shape[-1] % BLOCK:
@@ -52,34 +82,27 @@ def pick(logits: Tensor, temperature: Sequence[float], uniform: Tensor) -> tuple
     block, before = _invert(running, uniform[:, None] * running[:, -1:])
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).cumsum(-1)
     token, _ = _invert(inside, uniform[:, None] * running[:, -1:] - before)
-    chosen = (
-        (block * BLOCK + token).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
-    )  # logits that are not finite are refused by the caller
+    # Clamped for logits that are not finite, which the caller rejects.
+    chosen = (block * BLOCK + token).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
     if not all(temperature):
-        chosen = torch.where(
-            torch.tensor([t == 0 for t in temperature], device=logits.device),
-            logits.argmax(-1),
-            chosen,
-        )
-    return chosen, logits.gather(-1, chosen[:, None]).squeeze(-1) - (
-        largest + running[:, -1:].log()
-    ).squeeze(-1)
+        is_greedy = torch.tensor([t == 0 for t in temperature], device=logits.device)
+        chosen = torch.where(is_greedy, logits.argmax(-1), chosen)
+    total = (largest + running[:, -1:].log()).squeeze(-1)
+    return chosen, logits.gather(-1, chosen[:, None]).squeeze(-1) - total
 
 
 def _invert(running: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
     """Where each running sum (B, N) first exceeds its point (B, 1), and the sum before that place;
     both (B, 1)."""
     total = running[:, -1:]
-    # Strictly below the total, else a rounded-up draw would fall off the end onto a token of
-    # probability zero.
+    # Strictly below the total: a draw that was rounded up would fall on a token of probability 0.
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
     found = torch.searchsorted(running, point, right=True).clamp_(max=running.shape[-1] - 1)
     return found, torch.where(found > 0, running.gather(-1, (found - 1).clamp_(min=0)), 0.0)
 
 
 def check_finite(logprobs: Sequence[float]) -> None:
-    """Raises UserError where a model's logits overflowed: a half-precision model that needs a wider
-    type."""
+    """Raises UserError if a model's logits overflowed in half precision."""
     if not all(map(isfinite, logprobs)):
         raise UserError(
             "the model's logits are not finite; expected numbers: set model.dtype=bf16 or fp32"

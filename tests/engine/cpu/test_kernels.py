@@ -85,7 +85,7 @@ def test_powers_of_two() -> None:
 def cache(
     rng: Random, rows: int, heads: int, capacity: int, size: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values (rows, heads, capacity, size) as slots.py holds them: keys by column."""
+    """Keys and values (rows, heads, capacity, size) as kv_cache.py holds them: keys by column."""
     torch.manual_seed(rng.randrange(2**31))
     keys = torch.randn(rows, heads, size, capacity).to(dtype).transpose(-1, -2)
     return keys, torch.randn(rows, heads, capacity, size).to(dtype)

@@ -20,7 +20,7 @@ from minirl.engine.model.policy import Policy
 from minirl.engine.sample.agreement import Agreement, measure_agreement
 from minirl.engine.sample.live import LiveSampler
 from minirl.engine.sample.plain import PlainSampler
-from minirl.episode import Ask, Episode, Group, Problem, Turn
+from minirl.episode import Ask, Completion, Episode, Group, Problem, Turn
 from minirl.io.files import read_rows
 from minirl.loop.train import train
 from minirl.record.progress import Progress
@@ -57,11 +57,9 @@ def groups(policy: Policy, *, shift: float = 0.0) -> list[Group]:
     ):
         for seed in range(3):
             sampler.add(number * 3 + seed, Ask(tuple(text), 12, 0.7, (), seed))
-    answers = dict(
-        answer
-        for _ in range(6)
-        for answer in (sampler.poll() if sampler._live or sampler._queue else [])
-    )
+    answers: dict[int, Completion] = {}
+    while len(answers) < 6:
+        answers |= dict(sampler.poll())
     for number, text in enumerate(
         (
             b"a prompt that is long enough to share",

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from minirl import recipe
 from minirl.chat import Chat
+from minirl.engine.backend import LIBRARY
 from minirl.engine.model import load as models
 from minirl.engine.model.policy import Policy
-from minirl.engine.sample.decode import GraphDecoder, Step
 from minirl.engine.sample.draw import check_finite, pick, stops, uniforms
+from minirl.engine.sample.kv_cache import KVCache, KVView
 from minirl.engine.sample.live import LiveSampler, open_sampler
 from minirl.engine.sample.plain import PlainSampler
-from minirl.engine.sample.slots import Slots
+from minirl.engine.sample.runner import GraphRunner, Step
 from minirl.episode import Ask, Completion
 from minirl.errors import UserError
 
@@ -127,13 +128,13 @@ def test_every_token_is_computed_once(tmp_path: Path) -> None:
     done: dict[int, Completion] = {}
     while len(done) < 8:
         done |= dict(sampler.poll())
-    assert sampler.prefilled == 100
+    assert sampler.runner.prefilled == 100
     for key, completion in done.items():
         sampler.add(key, Ask((*prompt, *completion.tokens, 1, 2, 3), 4, 1.0, (), key))
     while len(done) < 16:
         done |= {FOLLOW + key: completion for key, completion in sampler.poll()}
     # The last sampled token was never fed; with the three new ones each conversation computes four.
-    assert sampler.prefilled == 100 + 8 * 4
+    assert sampler.runner.prefilled == 100 + 8 * 4
 
 
 def test_few_numbers_of_keys_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,13 +144,13 @@ def test_few_numbers_of_keys_are_read(tmp_path: Path, monkeypatch: pytest.Monkey
     sampler = LiveSampler(policy, chat, rows=4)
     read: list[tuple[int, int]] = []
 
-    def aim(rows: slice | torch.Tensor, positions: torch.Tensor, width: int) -> None:
+    def view(rows: slice | Tensor, positions: Tensor, width: int) -> KVView:
         read.append((int(positions.max()) + 1, width))
-        assert width <= sampler._slots.capacity
-        plain(rows, positions, width)
+        assert width <= sampler.cache.capacity
+        return plain(rows, positions, width)
 
-    plain = sampler._slots.aim
-    monkeypatch.setattr(sampler._slots, "aim", aim)
+    plain = sampler.cache.view
+    monkeypatch.setattr(sampler.cache, "view", view)
     run(sampler, asks_of(Random(1)))
     assert all(needed <= width < needed + 16 for needed, width in read)
     assert {width % 16 for _, width in read} == {0}
@@ -167,34 +168,33 @@ def test_a_token_budget_bounds_the_slots_and_changes_nothing(budget: int, tmp_pa
         for n in range(14)
     ]
     sampler = LiveSampler(policy, chat, rows=8, cache_tokens=budget)
-    reserve = sampler._slots.reserve
+    reserve = sampler.cache.reserve
 
     def watched(length: int, live: int) -> None:
         nonlocal longest
         reserve(length, live)
-        slots = sampler._slots
-        assert slots.count == len(slots.tokens) == len(slots._used)
-        assert (
-            slots.count * slots.capacity <= budget or slots.count == 1
-        )  # one conversation is always let in
-        assert live <= slots.count
-        longest = max(longest, slots.capacity)
+        cache = sampler.cache
+        assert cache.count == len(cache.tokens) == len(cache._used)
+        # One conversation is always let in.
+        assert cache.count * cache.capacity <= budget or cache.count == 1
+        assert live <= cache.count
+        longest = max(longest, cache.capacity)
 
-    sampler._slots.reserve = watched  # type: ignore[method-assign]
+    sampler.cache.reserve = watched  # type: ignore[method-assign]
     bounded, free = run(sampler, asks), run(LiveSampler(policy, chat, rows=8), asks)
     assert longest >= 150
-    assert sampler._slots.count == max(1, budget // longest)
+    assert sampler.cache.count == max(1, budget // longest)
     assert [bounded[key].tokens for key in sorted(bounded)] == [
         free[key].tokens for key in sorted(free)
     ]
     for key, completion in free.items():
         assert bounded[key].logprobs == pytest.approx(completion.logprobs, abs=2e-5)
     sampler.reset()
-    assert sampler._slots.count == 8
+    assert sampler.cache.count == 8
 
 
-class EagerGraphs(GraphDecoder):
-    """The decoder of captured graphs with the one thing that needs a GPU replaced: a step is
+class EagerGraphs(GraphRunner):
+    """The runner of captured graphs with the one thing that needs a GPU replaced: a step is
     replayed by running it again."""
 
     def capture(self, step: Step) -> Step:
@@ -208,8 +208,8 @@ def test_padded_steps_change_nothing(arch: str, tmp_path: Path) -> None:
     policy, chat = opened(tmp_path, arch)
     asks = asks_of(Random(5), groups=6)
     plain, padded = LiveSampler(policy, chat, rows=7), LiveSampler(policy, chat, rows=7)
-    padded._slots.keeps_memory = True
-    decode = padded._decode = EagerGraphs(policy, padded._slots)
+    padded.cache.keeps_memory = True
+    graphs = padded.runner = EagerGraphs(policy, padded.cache)
     for _ in range(2):
         expected, found = run(plain, asks), run(padded, asks)
         assert [found[key].tokens for key in sorted(found)] == [
@@ -217,12 +217,12 @@ def test_padded_steps_change_nothing(arch: str, tmp_path: Path) -> None:
         ]
         for key, completion in expected.items():
             assert found[key].logprobs == pytest.approx(completion.logprobs, abs=2e-5)
-        assert padded.prefilled == plain.prefilled, "an idle conversation was lost"
+        assert graphs.prefilled == plain.runner.prefilled, "an idle conversation was lost"
         plain.reset()
         padded.reset()
-    assert decode.works
-    assert {rows for rows, _ in decode.graphs} <= {1, 2, 4, 7}
-    kept = dict(decode.graphs)
+    assert graphs.works
+    assert {rows for rows, _ in graphs.graphs} <= {1, 2, 4, 7}
+    kept = dict(graphs.graphs)
     with torch.no_grad():
         for p in policy.trainable.values():
             p.add_(0.05)
@@ -232,7 +232,7 @@ def test_padded_steps_change_nothing(arch: str, tmp_path: Path) -> None:
     assert [found[key].tokens for key in sorted(found)] == [
         expected[key].tokens for key in sorted(expected)
     ]
-    assert all(decode.graphs[size] is graph for size, graph in kept.items()), (
+    assert all(graphs.graphs[size] is graph for size, graph in kept.items()), (
         "graphs outlive an update of the weights"
     )
 
@@ -242,12 +242,12 @@ def test_a_capture_that_fails_is_told_once_and_decoding_goes_on(
 ) -> None:
     policy, chat = opened(tmp_path)
 
-    class Failing(GraphDecoder):
+    class Failing(GraphRunner):
         def capture(self, step: Step) -> Step:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     sampler = LiveSampler(policy, chat, rows=4)
-    sampler._decode = Failing(policy, sampler._slots)
+    sampler.runner = Failing(policy, sampler.cache)
     asks = asks_of(Random(6))
     expected = run(LiveSampler(policy, chat, rows=4), asks)
     with caplog.at_level("WARNING", logger="minirl"):
@@ -259,20 +259,20 @@ def test_a_capture_that_fails_is_told_once_and_decoding_goes_on(
 
 
 def test_a_longer_conversation_evicts_the_one_not_used_for_longest() -> None:
-    slots = Slots(1, 4, torch.device("cpu"), budget_tokens=4 * 64)
-    slots.reserve(10, live=0)
+    cache = KVCache(1, 4, torch.device("cpu"), LIBRARY, budget_tokens=4 * 64)
+    cache.reserve(10, live=0)
     for row, tokens in enumerate(([1, 2], [3, 4], [5, 6], [7, 8])):
-        slots.aim(torch.tensor([row]), torch.tensor([[0, 1]]), 2)
-        slots.update(torch.full((1, 1, 2, 4), float(row)), torch.full((1, 1, 2, 4), row + 0.5), 0)
-        slots.tokens[row] = tokens
-    slots._used = [9, 3, 8, 7]
-    slots.reserve(100, live=1)  # two slots of 128: the live one, and the idle one used last
-    assert slots.tokens == [[1, 2], [5, 6]]
-    keys, values = slots._blocks
+        view = cache.view(torch.tensor([row]), torch.tensor([[0, 1]]), 2)
+        view.update(torch.full((1, 1, 2, 4), float(row)), torch.full((1, 1, 2, 4), row + 0.5), 0)
+        cache.extend(row, tokens)
+    cache._used = [9, 3, 8, 7]
+    cache.reserve(100, live=1)  # two slots of 128: the live one, and the idle one used last
+    assert cache.tokens == ((1, 2), (5, 6))
+    keys, values = cache._blocks
     assert keys[0, :, 0, 0, 0].tolist() == [0.0, 2.0]
     assert values[0, :, 0, 1, 3].tolist() == [0.5, 2.5]
     with pytest.raises(RuntimeError, match=r"2 live slots, expected at most room\(200\) = 1"):
-        slots.reserve(200, live=2)
+        cache.reserve(200, live=2)
 
 
 @settings(max_examples=60, deadline=None)
@@ -281,9 +281,9 @@ def test_growing_moves_what_is_held_and_nothing_else(rng: Random, budget: int | 
     """Three layers in one memory, grown and shrunk in place or anew, twice. Catches: a layer laid
     over one that is still to be moved."""
     layers, heads, size = 3, 2, 4
-    slots = Slots(layers, 4, torch.device("cpu"), budget_tokens=budget)
+    cache = KVCache(layers, 4, torch.device("cpu"), LIBRARY, budget_tokens=budget)
 
-    def written(tokens: list[int], layer: int, which: int) -> Tensor:  # (heads, T, size)
+    def written(tokens: tuple[int, ...], layer: int, which: int) -> Tensor:  # (heads, T, size)
         return (
             torch.tensor(tokens)[None, :, None]
             + torch.tensor([1000.0, 2000.0])[:, None, None] * (layer + 1)
@@ -291,21 +291,22 @@ def test_growing_moves_what_is_held_and_nothing_else(rng: Random, budget: int | 
         )
 
     for _ in range(2):
-        slots.clear()
+        cache.clear()
         for length in sorted(rng.choices(range(1, 400), k=3)):
-            slots.reserve(length, live=0)
-            for row in rng.sample(range(slots.count), rng.randint(1, slots.count)):
-                slots.tokens[row] = [rng.randrange(900) for _ in range(rng.randint(1, length))]
-                positions = torch.arange(len(slots.tokens[row]))[None]
-                slots.aim(torch.tensor([row]), positions, positions.shape[1])
+            cache.reserve(length, live=0)
+            for row in rng.sample(range(cache.count), rng.randint(1, cache.count)):
+                cache.fork(row, row, 0)
+                cache.extend(row, [rng.randrange(900) for _ in range(rng.randint(1, length))])
+                positions = torch.arange(cache.length(row))[None]
+                view = cache.view(torch.tensor([row]), positions, positions.shape[1])
                 for layer in range(layers):
                     keys, values = (
-                        written(slots.tokens[row], layer, which).expand(heads, -1, size)[None]
+                        written(cache.tokens[row], layer, which).expand(heads, -1, size)[None]
                         for which in (0, 1)
                     )
-                    slots.update(keys, values, layer)
-            for which, block in enumerate(slots._blocks):
-                for row, tokens in enumerate(slots.tokens):
+                    view.update(keys, values, layer)
+            for which, block in enumerate(cache._blocks):
+                for row, tokens in enumerate(cache.tokens):
                     for layer in range(layers if tokens else 0):
                         expected = written(tokens, layer, which).expand(heads, -1, size)
                         assert torch.equal(block[layer, row, :, : len(tokens)], expected)
@@ -314,17 +315,18 @@ def test_growing_moves_what_is_held_and_nothing_else(rng: Random, budget: int | 
 def test_growing_where_there_is_room_takes_no_memory() -> None:
     """Catches: pages that the kernel clears again, and a second cache, at every longer turn of
     every rollout."""
-    slots = Slots(2, 4, torch.device("cpu"))
+    cache = KVCache(2, 4, torch.device("cpu"), LIBRARY)
     places = []
     for _ in range(2):
-        slots.clear()
+        cache.clear()
         for length in (50, 100, 300):
-            slots.reserve(length, live=0)
-            slots.aim(torch.tensor([0]), torch.tensor([[0]]), 1)
+            cache.reserve(length, live=0)
+            view = cache.view(torch.tensor([0]), torch.tensor([[0]]), 1)
             for layer in range(2):
-                slots.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), layer)
-            slots.tokens[0] = [1]
-            places.append(slots.memory[0])
+                view.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), layer)
+            cache.fork(0, 0, 0)
+            cache.extend(0, [1])
+            places.append(cache.memory[0])
     assert places[2:] == [places[2]] * 4, "from the longest on it stays where it is"
 
 
@@ -339,7 +341,7 @@ def test_the_cache_grows_once_for_all_that_wait(
     for key, length in enumerate((10, 10, 10, 10, 150)):
         sampler.add(key, Ask((key, *range(length)), 20, 1.0))
     sampler.poll()
-    assert sampler._slots.capacity == grown
+    assert sampler.cache.capacity == grown
 
 
 def test_a_reset_forgets_and_refuses_to_forget_running_asks(tmp_path: Path) -> None:
@@ -355,7 +357,7 @@ def test_a_reset_forgets_and_refuses_to_forget_running_asks(tmp_path: Path) -> N
     sampler.reset()
     sampler.add(0, Ask((1, 2, 3), 4, 1.0))
     assert sampler.poll()[0][1].logprobs != before[0][1].logprobs
-    assert sampler.prefilled == 6
+    assert sampler.runner.prefilled == 6
 
 
 def test_pick_is_exact() -> None:

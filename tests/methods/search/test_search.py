@@ -551,7 +551,7 @@ def test_three_searches_compute_every_token_once(
     )  # the first token of each reply is drawn from what was prefilled
     # Of the whole episode only the last token is not computed: it is drawn, and nothing comes after
     # it.
-    assert sampler.prefilled + decoded == len(episode.tokens) - 1
+    assert sampler.runner.prefilled + decoded == len(episode.tokens) - 1
     # And what stood in the cache was right: the log-probabilities are those of one plain pass over
     # the episode.
     batch = collate_plain(

@@ -314,7 +314,7 @@ def test_a_shared_state_is_computed_once(opened: tuple[Policy, Chat], task: Task
     policy, chat = opened
     group, sampler = second_turn_group(policy, chat, task)
     context = sum(len(t.tokens) for t in group.problem.context)
-    assert sampler.prefilled == context
+    assert sampler.runner.prefilled == context
     assert sampler.tokens == sum(e.trained_tokens for e in group.episodes)
     rows = [row(e, advantage=1.0, weight=1.0, number=n) for n, e in enumerate(group.episodes)]
     ((bundle,),) = pack(rows, 100_000)
