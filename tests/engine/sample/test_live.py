@@ -9,23 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny import ARCHITECTURES, byte_tokenizer, save_tiny
+from tiny import ARCHITECTURES, save_tiny
 from torch import Tensor
 
 from minirl import recipe
 from minirl.chat import Chat
-from minirl.engine.backend import LIBRARY
 from minirl.engine.model import load as models
 from minirl.engine.model.policy import Policy
-from minirl.engine.sample.draw import check_finite, pick, stops, uniforms
-from minirl.engine.sample.kv_cache import KVCache, KVView
+from minirl.engine.sample.kv_cache import KVView
 from minirl.engine.sample.live import LiveSampler, open_sampler
 from minirl.engine.sample.plain import PlainSampler
 from minirl.engine.sample.runner import GraphRunner, Step
 from minirl.episode import Ask, Completion
-from minirl.errors import UserError
 
 FOLLOW = 1000
 
@@ -258,78 +253,6 @@ def test_a_capture_that_fails_is_told_once_and_decoding_goes_on(
     ]
 
 
-def test_a_longer_conversation_evicts_the_one_not_used_for_longest() -> None:
-    cache = KVCache(1, 4, torch.device("cpu"), LIBRARY, budget_tokens=4 * 64)
-    cache.reserve(10, live=0)
-    for row, tokens in enumerate(([1, 2], [3, 4], [5, 6], [7, 8])):
-        view = cache.view(torch.tensor([row]), torch.tensor([[0, 1]]), 2)
-        view.update(torch.full((1, 1, 2, 4), float(row)), torch.full((1, 1, 2, 4), row + 0.5), 0)
-        cache.extend(row, tokens)
-    cache._used = [9, 3, 8, 7]
-    cache.reserve(100, live=1)  # two slots of 128: the live one, and the idle one used last
-    assert cache.tokens == ((1, 2), (5, 6))
-    keys, values = cache._blocks
-    assert keys[0, :, 0, 0, 0].tolist() == [0.0, 2.0]
-    assert values[0, :, 0, 1, 3].tolist() == [0.5, 2.5]
-    with pytest.raises(RuntimeError, match=r"2 live slots, expected at most room\(200\) = 1"):
-        cache.reserve(200, live=2)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.randoms(use_true_random=False), st.sampled_from([None, 5 * 64, 9 * 64]))
-def test_growing_moves_what_is_held_and_nothing_else(rng: Random, budget: int | None) -> None:
-    """Three layers in one memory, grown and shrunk in place or anew, twice. Catches: a layer laid
-    over one that is still to be moved."""
-    layers, heads, size = 3, 2, 4
-    cache = KVCache(layers, 4, torch.device("cpu"), LIBRARY, budget_tokens=budget)
-
-    def written(tokens: tuple[int, ...], layer: int, which: int) -> Tensor:  # (heads, T, size)
-        return (
-            torch.tensor(tokens)[None, :, None]
-            + torch.tensor([1000.0, 2000.0])[:, None, None] * (layer + 1)
-            + 0.5 * which
-        )
-
-    for _ in range(2):
-        cache.clear()
-        for length in sorted(rng.choices(range(1, 400), k=3)):
-            cache.reserve(length, live=0)
-            for row in rng.sample(range(cache.count), rng.randint(1, cache.count)):
-                cache.fork(row, row, 0)
-                cache.extend(row, [rng.randrange(900) for _ in range(rng.randint(1, length))])
-                positions = torch.arange(cache.length(row))[None]
-                view = cache.view(torch.tensor([row]), positions, positions.shape[1])
-                for layer in range(layers):
-                    keys, values = (
-                        written(cache.tokens[row], layer, which).expand(heads, -1, size)[None]
-                        for which in (0, 1)
-                    )
-                    view.update(keys, values, layer)
-            for which, block in enumerate(cache._blocks):
-                for row, tokens in enumerate(cache.tokens):
-                    for layer in range(layers if tokens else 0):
-                        expected = written(tokens, layer, which).expand(heads, -1, size)
-                        assert torch.equal(block[layer, row, :, : len(tokens)], expected)
-
-
-def test_growing_where_there_is_room_takes_no_memory() -> None:
-    """Catches: pages that the kernel clears again, and a second cache, at every longer turn of
-    every rollout."""
-    cache = KVCache(2, 4, torch.device("cpu"), LIBRARY)
-    places = []
-    for _ in range(2):
-        cache.clear()
-        for length in (50, 100, 300):
-            cache.reserve(length, live=0)
-            view = cache.view(torch.tensor([0]), torch.tensor([[0]]), 1)
-            for layer in range(2):
-                view.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), layer)
-            cache.fork(0, 0, 0)
-            cache.extend(0, [1])
-            places.append(cache.memory[0])
-    assert places[2:] == [places[2]] * 4, "from the longest on it stays where it is"
-
-
 @pytest.mark.parametrize(("budget", "grown"), [(None, 192), (4 * 64, 64)])
 def test_the_cache_grows_once_for_all_that_wait(
     budget: int | None, grown: int, tmp_path: Path
@@ -358,67 +281,6 @@ def test_a_reset_forgets_and_refuses_to_forget_running_asks(tmp_path: Path) -> N
     sampler.add(0, Ask((1, 2, 3), 4, 1.0))
     assert sampler.poll()[0][1].logprobs != before[0][1].logprobs
     assert sampler.runner.prefilled == 6
-
-
-def test_pick_is_exact() -> None:
-    """50,000 draws of a known distribution, chi-square on 4 degrees of freedom below its 99.9 %
-    point; catches a warped draw."""
-    logits = torch.tensor([[1.0, 0.0, -1.0, float("-inf"), 2.0, 0.5]]).expand(50_000, -1)
-    uniform = torch.rand(50_000, generator=torch.Generator().manual_seed(0))
-    for temperature in (1.0, 0.5):
-        chosen, logprobs = pick(logits, [temperature] * 50_000, uniform)
-        share = (logits[0] / temperature).softmax(-1)
-        counts = torch.bincount(chosen, minlength=6)
-        assert counts[3] == 0  # never a token of probability zero
-        keep = share > 0
-        assert (((counts - 50_000 * share) ** 2)[keep] / (50_000 * share)[keep]).sum() < 18.47
-        assert torch.allclose(logprobs, share.log()[chosen], atol=1e-5)
-
-
-def test_the_largest_uniform_stays_on_the_distribution() -> None:
-    logits = torch.full((1, 50_000), -40.0)
-    logits[0, 10] = 0.0
-    logits[0, -100:] = float("-inf")
-    chosen, logprobs = pick(logits, [1.0], torch.tensor([1.0 - 2**-24]))
-    assert chosen.item() < 49_900
-    assert torch.isfinite(logprobs).all()
-
-
-def test_logits_that_overflowed_are_told_in_one_line() -> None:
-    """Catches: a NaN drawn as a token, or an index error (on a GPU a lost device) in place of a
-    message."""
-    chosen, logprobs = pick(torch.full((1, 9), float("nan")), [1.0], torch.tensor([0.5]))
-    assert 0 <= chosen.item() < 9
-    with pytest.raises(
-        UserError, match=r"not finite; expected numbers: set model\.dtype=bf16 or fp32"
-    ):
-        check_finite(logprobs.tolist())
-    check_finite([-1.0, 0.0])
-
-
-def test_greedy_and_sampled_rows_mix() -> None:
-    logits = torch.tensor([[0.0, 3.0, 1.0]]).expand(2, -1)
-    chosen, logprobs = pick(logits, [0.0, 1.0], torch.tensor([0.999, 0.999]))
-    assert chosen.tolist() == [1, 2]
-    assert logprobs.tolist() == pytest.approx(
-        torch.tensor([0.0, 3.0, 1.0]).log_softmax(-1)[[1, 2]].tolist()
-    )
-
-
-def test_stop_strings_straddle_tokens() -> None:
-    """One token a byte: every stop string straddles tokens. The reply ends with the token that
-    completes it, and ids stay as they were."""
-    chat = Chat(byte_tokenizer())
-    text = list(b"x</answer>y")
-    assert [n for n in range(1, len(text) + 1) if stops(chat, text[:n], ("</answer>",))] == [10]
-    assert not stops(chat, list(b"</answer"), ("</answer>", "zz"))
-    assert stops(chat, list("é!".encode()), ("é!",))
-
-
-def test_uniforms_are_a_function_of_the_seed() -> None:
-    one, two = uniforms(Ask((1,), 5, 1.0, (), 7)), uniforms(Ask((9, 9), 8, 0.5, (), 7))
-    assert one == two[:5]
-    assert uniforms(Ask((1,), 5, 1.0, (), 8)) != one
 
 
 def test_a_family_without_slots_takes_the_plain_sampler_and_says_so(
