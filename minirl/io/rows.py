@@ -1,7 +1,7 @@
 """Rows of a data set: a local JSON, JSONL or Parquet file, or one of the hub.
 
-Invariant: data is parsed, never executed, and whoever gets a row can name where it stands (file and
-line or row number).
+Invariant: data is parsed, never executed, and each row comes with its place: file and line or row
+number.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from minirl.errors import UserError
+from minirl.errors import UserError, first_line
 from minirl.io.hub import endpoint, hub_answers, offline
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
-_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_dataset(
@@ -28,11 +27,9 @@ def read_dataset(
     "data.json, row 3", counted from 1.
 
     source: a file that ends in one of SUFFIXES (.json holds one list of objects), or a hub id,
-    "owner/name" or "owner/name:config".
-    split: of a hub id.
-    setting: what of the recipe an error tells the user to `--set`. Raises UserError for a source
-    that cannot be had and for the first row that does not parse, is no object or lacks one of
-    `columns`.
+    "owner/name" or "owner/name:config". split: of a hub id. setting: the setting that an error
+    tells the user to change. Raises UserError for a source that cannot be read and for the first
+    row that does not parse, is not an object or lacks one of `columns`.
     """
     todo = f"pass a local .json, .jsonl or .parquet file with `--set {setting}`"
     for where, row in _open(source, split, todo):
@@ -46,7 +43,7 @@ def read_dataset(
             got = ", ".join(map(str, row))[:120] or "none"
             raise UserError(
                 f"{where}: no column {missing[0]!r} (got {got}), expected {', '.join(columns)};"
-                " mend or delete the row"
+                " correct or delete the row"
             )
         yield where, row
 
@@ -82,48 +79,19 @@ def _jsonl(path: Path, source: str) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         # Bytes, so that a line that is not UTF-8 is named by its number like any other fault.
         for number, line in enumerate(file, 1):
-            where = f"{source}, line {number}"
-            text = decode(line, where)
-            if not text.strip():
-                continue
-            row, end = _parse(text, 0, where)
-            if end != len(text):
-                raise UserError(
-                    f"{where}: got {text[end : end + 20].strip()!r} after the object, expected one"
-                    " object a line"
-                )
-            yield where, row
+            text = decode(line, f"{source}, line {number}")
+            if text.strip():
+                row = parse_json(text, source, expected="one object a line", line=number)
+                yield f"{source}, line {number}", row
 
 
 def _json(path: Path, source: str) -> Iterator[tuple[str, Any]]:
-    """One list of objects, decoded element by element so that a syntax error is named by its
-    row."""
-    text = decode(path.read_bytes(), source)
-    at = _skip(text, 0)
-    if not text.startswith("[", at):
-        raise UserError(
-            f"{source}: got {text[at : at + 20]!r}..., expected a list of objects; call the file"
-            " .jsonl if it has one a line"
-        )
-    number, at = 0, _skip(text, at + 1)
-    while not (number == 0 and text.startswith("]", at)):
-        number += 1
-        where = f"{source}, row {number}"
-        row, at = _parse(text, at, where)
-        yield where, row
-        if text.startswith("]", at):
-            break
-        if not text.startswith(",", at):
-            line = text.count("\n", 0, at) + 1
-            raise UserError(
-                f"{where}: got {text[at : at + 20] or 'the end of the file'!r} at line {line},"
-                " expected a comma or ]"
-            )
-        at = _skip(text, at + 1)
-    if text[at + 1 :].strip():
-        raise UserError(
-            f"{source}: text after the list (after row {number}); expected one list of objects"
-        )
+    expected = "a list of objects; name the file .jsonl if it has one object a line"
+    rows = parse_json(decode(path.read_bytes(), source), source, expected=expected)
+    if not isinstance(rows, list):
+        raise UserError(f"{source}: got {_kind(rows)}, expected {expected}")
+    for number, row in enumerate(rows, 1):
+        yield f"{source}, row {number}", row
 
 
 def _parquet(path: Path, source: str, todo: str) -> Iterator[tuple[str, Any]]:
@@ -139,7 +107,7 @@ def _parquet(path: Path, source: str, todo: str) -> Iterator[tuple[str, Any]]:
                     yield f"{source}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
-            f"{source}, row {number + 1}: not readable as Parquet ({str(error)[:160]}); {todo}"
+            f"{source}, row {number + 1}: not readable as Parquet ({first_line(error)}); {todo}"
         ) from error
 
 
@@ -155,10 +123,9 @@ def _hub(
     # the library raises a dozen unrelated kinds, and each of them means that the data cannot be had
     except Exception as error:
         if online:
-            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise UserError(
-                f"{source}: {endpoint()} does not give the data set ({said}); log in with `hf auth"
-                f" login` if it is gated, or {todo}"
+                f"{source}: {endpoint()} does not give the data set ({type(error).__name__}:"
+                f" {first_line(error)}); log in with `hf auth login` if it is gated, or {todo}"
             ) from error
         why = (
             "the hub is switched off (HF_HUB_OFFLINE)"
@@ -173,7 +140,7 @@ def _hub(
 
 @contextmanager
 def _datasets_offline(active: bool) -> Iterator[None]:
-    """Within it, `datasets` looks in its cache and nowhere else; it reads the environment at
+    """Context in which `datasets` looks in its cache alone if `active`. It reads the environment at
     import, which is too early for us."""
     from datasets import config
 
@@ -185,33 +152,24 @@ def _datasets_offline(active: bool) -> Iterator[None]:
         config.HF_HUB_OFFLINE = before
 
 
-def _parse(text: str, at: int, where: str) -> tuple[Any, int]:
-    """The JSON value at `at`, and where the token after it begins."""
+def parse_json(
+    text: str, source: str, *, expected: str, line: int | None = None, **hooks: Any
+) -> Any:
+    """The JSON value `text`. Raises UserError that names the line: `line` if it is given, else the
+    line of the fault within `text`. hooks: arguments of json.loads."""
     try:
-        value, end = _DECODER.raw_decode(text, _skip(text, at))
+        return json.loads(text, parse_constant=_refuse, **hooks)
     except (ValueError, RecursionError) as error:
-        said = str(error)
+        fault = str(error)
         if isinstance(error, json.JSONDecodeError):
-            line = (
-                f"line {error.lineno}, " if "\n" in text.rstrip() else ""
-            )  # a JSONL line is named by `where` already
-            said = f"{error.msg} at {line}column {error.colno}"
-        raise UserError(
-            f"{where}: not valid JSON ({said}), expected an object; mend or delete the row"
-        ) from error
-    return value, _skip(text, end)
+            line = line or error.lineno
+            fault = f"{error.msg} at column {error.colno}"
+        where = source if line is None else f"{source}, line {line}"
+        raise UserError(f"{where}: not valid JSON ({fault}), expected {expected}") from error
 
 
 def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse)
-
-
-def _skip(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    return found.end() if found else at
 
 
 def decode(data: bytes, where: str) -> str:

@@ -1,8 +1,8 @@
-"""Verdicts on disk: what a judge has said, found again by the content that it judged.
+"""A judge's verdicts on disk, found again by the content that was judged.
 
-Invariant: append-only, a row a verdict, and never cut back when a run is taken up: a verdict is a
-function of its content, so none is asked for twice, whatever was killed in between. A row that a
-kill tore is left out; losing one costs a question, not a run.
+Invariant: the file is only appended to, one row a verdict, and not cut back when a run resumes: a
+verdict depends on its content alone, so a judge is not asked twice. A row torn by a kill is left
+out; that costs one question.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from minirl.io.files import compact
 
 
 def key_of(*parts: str) -> str:
-    """The name that a verdict is found by: a digest of the judge and of all that it was shown."""
+    """The key of a verdict: a digest of the judge and of everything that it was shown."""
     return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 class Verdicts:
-    """Verdicts by key: 1.0 good, 0.0 bad, a probability in between, None for a reply that cannot be
-    read. Without a path in memory alone.
+    """Verdicts by key: 1.0 good, 0.0 bad, a probability in between, None for an unreadable reply.
+    Without a path they are in memory alone.
 
     Several processes may write one file: each row is appended by one call. others: files that are
-    read as well, and never written.
+    also read, but not written.
     """
 
     def __init__(self, path: Path | None = None, others: Iterable[Path] = ()) -> None:
@@ -42,23 +42,22 @@ class Verdicts:
             torn = self._read(path)
             self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             if torn:
-                os.write(self._handle, b"\n")  # the next row must not grow on to a torn one
+                os.write(self._handle, b"\n")  # so that the next row starts a line of its own
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be used for verdicts ({error}); mend that, or name another folder"
-                " with --out"
+                f"{path}: cannot be used for verdicts ({error}); name another folder with --out"
             ) from error
 
     def __contains__(self, key: str) -> bool:
         return key in self._known
 
     def get(self, key: str) -> float | None:
-        """The verdict of a key that is there."""
+        """The verdict of a known key."""
         return self._known[key]
 
     def put(self, key: str, verdict: float | None, **said: str) -> None:
-        """Keep a verdict, on the disk when this returns. said: what a reader of the file may want
-        to know of it."""
+        """Keep a verdict; it is written when this returns. said: more fields for readers of the
+        file."""
         if key in self._known:
             return
         self._known[key] = verdict
@@ -66,13 +65,13 @@ class Verdicts:
             os.write(self._handle, compact({"key": key, "verdict": verdict, **said}) + b"\n")
 
     def close(self) -> None:
-        """Let go of the file; the end of the process does the same."""
+        """Close the file; the end of the process does the same."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
 
     def _read(self, path: Path) -> bool:
-        """Take in what the file holds; whether its last row is torn."""
+        """Read a file; return whether its last row is torn."""
         if not path.exists():
             return False
         lines = path.read_bytes().split(b"\n")

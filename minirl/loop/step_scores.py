@@ -63,9 +63,9 @@ class StepScorer:
         ]
         problems = [e.problem for e, _ in wanted]
         opinions = scores(cases, problems)
-        if self._again and any(o.came == "unanswered" for o in opinions):
+        if self._again and any(o.status == "unanswered" for o in opinions):
             opinions = scores(cases, problems)  # only what is still unanswered is asked again
-        self._warn(sum(o.came == "unanswered" for o in opinions), len(opinions))
+        self._warn(sum(o.status == "unanswered" for o in opinions), len(opinions))
         return opinions
 
     def _open(self) -> StepScores:

@@ -1,7 +1,7 @@
 """Retrievers: passages for queries, by BM25 in this process or from a server.
 
-Invariant: a search is a pure function of the corpus, the recipe and the query. The other queries of
-its batch, the machine's compiler and the cache on the disk change nothing, ties included.
+Invariant: a search by BM25 depends on the corpus, the recipe and the query alone, ties included:
+not on the other queries of its batch, numba or the cache.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ __all__ = ["Passage", "Passages", "Retriever", "open_retriever"]
 
 
 def open_retriever(
-    node: Bm25Retriever | RemoteRetriever, context: Sequence[Passage] = ()
+    retriever: Bm25Retriever | RemoteRetriever, context: Sequence[Passage] = ()
 ) -> Retriever:
     """The retriever that a recipe names.
 
-    context: the paragraphs that come with the task's problems, in order and with repeats; the
-    source `context` stands for them. Raises UserError for passages that cannot be had or read, and
-    for an empty corpus. A server is not asked before the first search.
+    context: the paragraphs that come with the task's problems, for the source `context`. Raises
+    UserError for passages that cannot be read and for an empty corpus. A server is not asked before
+    the first search.
     """
-    if isinstance(node, RemoteRetriever):
+    if isinstance(retriever, RemoteRetriever):
         from minirl.retrieve.remote import Remote
 
-        return Remote(node)
+        return Remote(retriever)
     from minirl.retrieve import cache, corpora
 
-    return cache.open_index(lambda: corpora.read(node, context), node)
+    return cache.open_index(lambda: corpora.read(retriever, context), retriever)

@@ -1,8 +1,7 @@
-"""Indexes kept on the disk, found again by the content of their passages.
+"""Indexes on the disk, found again by the content of their passages.
 
-Invariant: a folder of the cache is a whole index of exactly the passages, numbers and versions that
-its name is the digest of; two processes at once build it once. The cache may be deleted at any
-time: it changes how soon an index is there, nothing else.
+Invariant: the name of a folder is the digest of the passages, settings and versions that its index
+was built from; two processes at once build it once. The cache saves time alone and may be deleted.
 """
 
 from __future__ import annotations
@@ -23,27 +22,26 @@ from minirl.retrieve.bm25 import WORDS_VERSION, Bm25
 from minirl.retrieve.passage import Passage
 
 LOCK_LIMIT_S = 3600
-# Raise the number whenever the files of a folder change their form.
+# Raise this number with every change of the files' form.
 FORMAT = 1
 
 log = logging.getLogger(__name__)
 
 
-def open_index(corpus: Callable[[], Iterable[Passage]], node: Bm25Retriever) -> Bm25:
-    """The index over what `corpus()` gives, mapped from the cache if it is there, else built and
-    put there.
+def open_index(corpus: Callable[[], Iterable[Passage]], retriever: Bm25Retriever) -> Bm25:
+    """The index over the passages of `corpus()`, mapped from the cache or built and put there.
 
-    corpus: may be called twice, and must give the same both times. Raises UserError for an empty
-    corpus or one that changes, and for a lock that another process holds too long. A cache that
-    cannot be written or read is told in the log and done without.
+    corpus: may be called twice. Raises UserError for an empty corpus or one that changes between
+    the calls, and for a lock that another process holds too long. A cache that cannot be used is
+    reported in the log, and the index built in memory.
     """
-    if not node.cache:
-        return Bm25.build(list(corpus()), node)
-    folder = cache_dir() / "bm25" / digest(corpus(), node)
+    if not retriever.cache:
+        return Bm25.build(list(corpus()), retriever)
+    folder = cache_dir() / "bm25" / digest(corpus(), retriever)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock", timeout=LOCK_LIMIT_S):
-            return _load(folder, node) or _kept(folder, corpus, node)
+            return _load(folder, retriever) or _build(folder, corpus, retriever)
     except Timeout as error:
         raise UserError(
             f"retriever: another process has held {folder}.lock for {LOCK_LIMIT_S} s; end it and"
@@ -53,22 +51,22 @@ def open_index(corpus: Callable[[], Iterable[Passage]], node: Bm25Retriever) -> 
         log.warning(
             "retriever: no lock in the cache %s (%s); indexing in memory", folder.parent, error
         )
-        return Bm25.build(list(corpus()), node)
+        return Bm25.build(list(corpus()), retriever)
 
 
-def digest(passages: Iterable[Passage], node: Bm25Retriever) -> str:
-    """32 hexadecimal digits of all that an index depends on: passages, numbers, and the versions of
-    what cuts and scores words."""
-    made_by = (
+def digest(passages: Iterable[Passage], retriever: Bm25Retriever) -> str:
+    """32 hexadecimal digits of everything that an index depends on: passages, settings, and the
+    versions of the code that cuts and scores words."""
+    settings = (
         FORMAT,
         WORDS_VERSION,
         bm25s.__version__,
         unicodedata.unidata_version,
-        node.title_weight,
-        node.k1,
-        node.b,
+        retriever.title_weight,
+        retriever.k1,
+        retriever.b,
     )
-    total = blake2b(repr(made_by).encode(), digest_size=16)
+    total = blake2b(repr(settings).encode(), digest_size=16)
     for passage in passages:
         for field in (passage.title, passage.text, passage.id):
             data = field.encode("utf-8", "surrogatepass")
@@ -76,11 +74,11 @@ def digest(passages: Iterable[Passage], node: Bm25Retriever) -> str:
     return total.hexdigest()
 
 
-def _load(folder: Path, node: Bm25Retriever) -> Bm25 | None:
+def _load(folder: Path, retriever: Bm25Retriever) -> Bm25 | None:
     if not folder.is_dir():
         return None
     try:
-        return Bm25.load(folder, node)
+        return Bm25.load(folder, retriever)
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         log.warning(
             "retriever: the index in %s is damaged (%s: %s); building it anew",
@@ -91,14 +89,13 @@ def _load(folder: Path, node: Bm25Retriever) -> Bm25 | None:
         return None
 
 
-def _kept(folder: Path, corpus: Callable[[], Iterable[Passage]], node: Bm25Retriever) -> Bm25:
+def _build(folder: Path, corpus: Callable[[], Iterable[Passage]], retriever: Bm25Retriever) -> Bm25:
     passages = list(corpus())
-    if digest(passages, node) != folder.name:
+    if digest(passages, retriever) != folder.name:
         raise UserError(
-            f"retriever: {', '.join(node.sources)} changed while it was read; try again when it is"
-            " at rest"
+            f"retriever: {', '.join(retriever.sources)} changed while it was read; run it again"
         )
-    index = Bm25.build(passages, node)
+    index = Bm25.build(passages, retriever)
     try:
         write_folder(folder, index.save)
     except OSError as error:
@@ -106,4 +103,4 @@ def _kept(folder: Path, corpus: Callable[[], Iterable[Passage]], node: Bm25Retri
             "retriever: the index cannot be kept in %s (%s); it stays in memory", folder, error
         )
         return index
-    return Bm25.load(folder, node)
+    return Bm25.load(folder, retriever)

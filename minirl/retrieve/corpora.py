@@ -1,12 +1,11 @@
 """Corpora: passages out of files, folders, the hub or a task's own paragraphs.
 
 Invariant: data is parsed, never executed; the same content gives the same passages in the same
-order, wherever its files lie; a row that is no passage is named by file and line.
+order, wherever its files are; a malformed row is named by file and line.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import reprlib
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minirl.errors import UserError
-from minirl.io.rows import SUFFIXES, decode, read_dataset
+from minirl.io.rows import SUFFIXES, decode, parse_json, read_dataset
 from minirl.recipe.retriever import Bm25Retriever
 from minirl.retrieve.passage import Passage
 
@@ -28,31 +27,31 @@ _BLANK_LINES = re.compile(r"\n\s*\n")
 _QUOTED_TITLE = re.compile(r'"([^\n]*)"\n')
 
 
-def read(node: Bm25Retriever, context: Sequence[Passage]) -> Iterator[Passage]:
-    """All passages of `node.sources` in order; `context` stands where that source is named, a title
-    and text that repeat taken once.
+def read(retriever: Bm25Retriever, context: Sequence[Passage]) -> Iterator[Passage]:
+    """All passages of the sources in order; `context` stands for the source of that name, without
+    repeats.
 
-    Raises UserError for a source that cannot be had and for the first row that is no passage.
+    Raises UserError for a source that cannot be read and for the first malformed row.
     """
     number = 0
-    for source in node.sources:
-        for passage in pool(context) if source == CONTEXT else _source(source, node):
+    for source in retriever.sources:
+        for passage in pool(context) if source == CONTEXT else _source(source, retriever):
             yield passage if passage.id else replace(passage, id=str(number))
             number += 1
 
 
 def pool(passages: Iterable[Passage]) -> list[Passage]:
-    """Each title and text once, at its first place."""
+    """The passages without repeats: each title and text once, at its first place."""
     seen: dict[tuple[str, str], Passage] = {}
     for passage in passages:
         seen.setdefault((passage.title, passage.text), passage)
     return list(seen.values())
 
 
-def _source(source: str, node: Bm25Retriever) -> Iterator[Passage]:
+def _source(source: str, retriever: Bm25Retriever) -> Iterator[Passage]:
     path = Path(source).expanduser()
     if not path.is_dir():
-        yield from _file(path, source, path.name, node)
+        yield from _file(path, source, path.name, retriever)
         return
     files = sorted(_files(path), key=lambda file: file.relative_to(path).as_posix())
     if not files:
@@ -62,11 +61,11 @@ def _source(source: str, node: Bm25Retriever) -> Iterator[Passage]:
             f" `--set {SETTING}`"
         )
     for file in files:
-        yield from _file(file, str(file), file.relative_to(path).as_posix(), node)
+        yield from _file(file, str(file), file.relative_to(path).as_posix(), retriever)
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The data files below a folder; hidden ones are left out, links to folders not followed."""
+    """The data files below a folder; without hidden ones; links to folders are not followed."""
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
@@ -74,11 +73,11 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield Path(parent) / name
 
 
-def _file(path: Path, source: str, name: str, node: Bm25Retriever) -> Iterator[Passage]:
-    """name: what a plain-text file is called in its passages' ids."""
+def _file(path: Path, source: str, name: str, retriever: Bm25Retriever) -> Iterator[Passage]:
+    """name: the name of a plain-text file in its passages' ids."""
     suffix = path.suffix.lower()
     if suffix in TEXT_SUFFIXES:
-        for number, text in enumerate(_cut(decode(_bytes(path, source), source), node.words)):
+        for number, text in enumerate(_cut(decode(_bytes(path, source), source), retriever.words)):
             yield Passage(path.stem, text, f"{name}#{number}")
     elif (
         suffix == ".json"
@@ -87,65 +86,57 @@ def _file(path: Path, source: str, name: str, node: Bm25Retriever) -> Iterator[P
     ):
         for number, (title, value) in enumerate(_pairs(data, source), 1):
             yield _passage(
-                {node.title: title, node.text: value},
+                {retriever.title: title, retriever.text: value},
                 f"{source}, key {number} ({title[:40]!r})",
-                node,
+                retriever,
             )
     else:
-        for where, row in read_dataset(source, (node.text,), node.split, setting=SETTING):
-            yield _passage(row, where, node)
+        for where, row in read_dataset(source, (retriever.text,), retriever.split, setting=SETTING):
+            yield _passage(row, where, retriever)
 
 
-def _passage(row: Mapping[str, Any], where: str, node: Bm25Retriever) -> Passage:
-    title, text, identifier = row.get(node.title), row[node.text], row.get(node.id)
+def _passage(row: Mapping[str, Any], where: str, retriever: Bm25Retriever) -> Passage:
+    title, text, identifier = row.get(retriever.title), row[retriever.text], row.get(retriever.id)
     if isinstance(text, list) and all(isinstance(sentence, str) for sentence in text):
         text = " ".join(sentence.strip() for sentence in text)
     if not isinstance(text, str):
         raise UserError(
-            f"{where}: {node.text}: got {reprlib.repr(text)}, expected a text or a list of"
-            " sentences; mend or delete the row"
+            f"{where}: {retriever.text}: got {reprlib.repr(text)}, expected a text or a list of"
+            " sentences; correct or delete the row"
         )
     if title is None and (quoted := _QUOTED_TITLE.match(text)):
-        title, text = (
-            quoted[1],
-            text[quoted.end() :],
-        )  # how Search-R1's and FlashRAG's Wikipedia writes a title
+        # How Search-R1's and FlashRAG's Wikipedia writes a title.
+        title, text = quoted[1], text[quoted.end() :]
     if not isinstance(title, str | None):
-        raise UserError(
-            f"{where}: {node.title}: got {reprlib.repr(title)}, expected a text; mend or delete"
-            " the row"
-        )
+        raise UserError(f"{where}: {retriever.title}: got {reprlib.repr(title)}, expected a text")
     if isinstance(identifier, bool) or not isinstance(identifier, str | int | None):
         raise UserError(
-            f"{where}: {node.id}: got {reprlib.repr(identifier)}, expected a text or a whole"
-            " number; mend or delete the row"
+            f"{where}: {retriever.id}: got {reprlib.repr(identifier)}, expected a text or a whole"
+            " number; correct or delete the row"
         )
     passage = Passage(title or "", text.strip(), "" if identifier is None else str(identifier))
     if not (passage.title.strip() or passage.text):
         raise UserError(
-            f"{where}: an empty passage, expected words in {node.title} or {node.text}; delete"
-            " the row"
+            f"{where}: an empty passage, expected words in {retriever.title} or {retriever.text}"
         )
     try:
         (passage.title + passage.text + passage.id).encode()
     except UnicodeEncodeError as error:
         raise UserError(
             f"{where}: half of a surrogate pair ({error.object[error.start]!r}) is no character;"
-            " mend the row"
+            " correct the row"
         ) from error
     return passage
 
 
 def _pairs(data: bytes, source: str) -> list[tuple[str, Any]]:
-    """The pairs of one JSON object {title: text}, a title that is there twice too (HippoRAG's form
-    of the HotpotQA corpus)."""
-    try:
-        pairs: list[tuple[str, Any]] = json.loads(decode(data, source), object_pairs_hook=list)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{source}: not valid JSON ({error}), expected {{title: text}} or a list of objects;"
-            " mend the file"
-        ) from error
+    """The pairs of one JSON object {title: text}, repeated titles included (HippoRAG's form of the
+    HotpotQA corpus)."""
+    expected = "one object {title: text} or a list of objects"
+    text = decode(data, source)
+    pairs: list[tuple[str, Any]] = parse_json(
+        text, source, expected=expected, object_pairs_hook=list
+    )
     return pairs
 
 
@@ -159,8 +150,8 @@ def _bytes(path: Path, source: str) -> bytes:
 
 
 def _cut(text: str, limit: int) -> Iterator[str]:
-    """Passages of at most `limit` words: whole paragraphs as long as they fit together, a longer
-    one cut where it reaches the limit."""
+    """Passages of at most `limit` words: as many whole paragraphs as fit; a longer paragraph is cut
+    at the limit."""
     words: list[str] = []
     for paragraph in map(str.split, _BLANK_LINES.split(text)):
         if words and len(words) + len(paragraph) > limit:

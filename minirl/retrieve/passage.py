@@ -1,4 +1,4 @@
-"""Passages, and the one interface of everything that finds them."""
+"""Passages, and the interface of whatever finds them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """What a search finds; `title` may be empty. `id` is the source's own, else the passage's
-    number in the corpus, from 0."""
+    """A piece of text that a search finds; `title` may be empty. `id` is the source's own, else the
+    passage's number in the corpus, from 0."""
 
     title: str
     text: str
@@ -26,9 +26,7 @@ class Passages(Protocol):
 
 
 class Retriever(Protocol):
-    """The one interface of them all; whatever has this method can stand in, such as a dense
-    retriever."""
+    """Any object with this method is a retriever, such as a dense one."""
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        """The best `k` (>= 1) passages for each query, best first; fewer, or none, where no more
-        match."""
+        """At most `k` (>= 1) passages for each query, best first."""

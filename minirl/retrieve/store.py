@@ -1,7 +1,6 @@
-"""Passages in a folder, read one at a time: a corpus of any size costs no memory but what the
-system caches.
+"""Passages in a folder, read one at a time, so that a corpus of any size needs no memory.
 
-Invariant: `Stored` gives the passages that `store` was given, in their order.
+Invariant: `Stored` gives the passages that `store` wrote, in their order.
 """
 
 from __future__ import annotations

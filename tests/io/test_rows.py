@@ -73,7 +73,7 @@ GOOD = '{"a": 1, "b": 2}'
         (
             "d.jsonl",
             f"{GOOD}\n{GOOD} {GOOD}\n",
-            'd.jsonl, line 2: got \'{"a": 1, "b": 2}\' after the object',
+            "d.jsonl, line 2: not valid JSON (Extra data at column 18), expected one object a line",
         ),
         (
             "d.jsonl",
@@ -96,14 +96,14 @@ GOOD = '{"a": 1, "b": 2}'
         (
             "d.json",
             f"[{GOOD},\n{GOOD},\n{{'a'}}]",
-            "d.json, row 3: not valid JSON (Expecting property name",
+            "d.json, line 3: not valid JSON (Expecting property name",
         ),
         ("d.json", f"[{GOOD},\n 7]", "d.json, row 2: got a number, expected an object"),
-        ("d.json", f"[{GOOD},\n {GOOD}\n {GOOD}]", "d.json, row 2: got"),
-        ("d.json", f"[{GOOD},]", "d.json, row 2: not valid JSON"),
-        ("d.json", f"[{GOOD}", "d.json, row 1: got 'the end of the file'"),
-        ("d.json", f"[{GOOD}] {GOOD}", "d.json: text after the list (after row 1)"),
-        ("d.json", f"{GOOD}\n{GOOD}", "expected a list of objects; call the file .jsonl"),
+        ("d.json", f"[{GOOD},\n {GOOD}\n {GOOD}]", "d.json, line 3: not valid JSON (Expecting ','"),
+        ("d.json", f"[{GOOD},]", "d.json, line 1: not valid JSON"),
+        ("d.json", f"[{GOOD}", "d.json, line 1: not valid JSON"),
+        ("d.json", f"[{GOOD}] {GOOD}", "d.json, line 1: not valid JSON (Extra data"),
+        ("d.json", f"{GOOD}\n{GOOD}", "expected a list of objects; name the file .jsonl"),
         ("d.json", "", "expected a list of objects"),
         (
             "d.csv",
@@ -218,7 +218,8 @@ writer = ArrowWriter(path=str(folder / "some-rows-train.arrow"), features=featur
 writer.write({"a": "x"})
 count, size = writer.finalize()
 split = {"name": "train", "num_bytes": size, "num_examples": count, "dataset_name": "some-rows"}
-names = {"builder_name": "parquet", "dataset_name": "some-rows", "config_name": "default", "version": "0.0.0"}
+names = {"builder_name": "parquet", "dataset_name": "some-rows", "config_name": "default"}
+names["version"] = "0.0.0"
 DatasetInfo(features=features, splits={"train": split}, **names).write_to_directory(str(folder))
 from minirl.errors import UserError
 from minirl.io.rows import read_dataset

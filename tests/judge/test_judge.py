@@ -27,13 +27,14 @@ from minirl.episode import Ask, Completion, Problem
 from minirl.errors import UserError
 from minirl.io.files import read_rows
 from minirl.judge.endpoint import GIVE_UP, EndpointSampler, Messages
-from minirl.judge.judge import Case, Judge, parse, prompt
+from minirl.judge.judge import Asker, Case, Judge, parse, prompt
 from minirl.loop import trial
 from minirl.loop.evaluate import Evaluator
 from minirl.loop.judges import BaseSampler, JudgeModels, without_adapter
 from minirl.loop.table import format_table
 from minirl.record.closed_run import LATER
 from minirl.record.progress import Progress
+from minirl.rollout import Sampler
 from minirl.tasks.qa import SearchTask
 from minirl.verify.qa import verify
 
@@ -44,6 +45,10 @@ RIGHT, WRONG = (
 )
 LONDON = Case("Where?", ("London",), "London, England")
 ROME = Case("Where?", ("London",), "Rome")
+
+
+def answer_judge(chat: Chat, sampler: Sampler, *, max_tokens: int) -> Judge:
+    return Judge(Asker(chat, sampler, max_tokens=max_tokens))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +84,7 @@ def judging(text: str, ask: Ask) -> str:
 
 def test_equal_cases_are_asked_once_and_the_unreadable_are_counted() -> None:
     sampler = Scripted(CHAT, judging)
-    judge = Judge(CHAT, sampler, max_tokens=100)
+    judge = answer_judge(CHAT, sampler, max_tokens=100)
     paris, none = ROME._replace(answer="Paris"), ROME._replace(answer=None)
     assert judge([LONDON, ROME, LONDON, paris, none]) == [True, False, True, None, False]
     assert judge([ROME, LONDON]) == [False, True]
@@ -121,7 +126,7 @@ def test_evaluations_are_judged() -> None:
         place = "Rome" if "Where is a" in text else "London town"
         return f"<think></think><answer>{place}</answer>"  # in no box: bad form, but an answer
 
-    judge = Judge(CHAT, Scripted(CHAT, judging), max_tokens=100)
+    judge = answer_judge(CHAT, Scripted(CHAT, judging), max_tokens=100)
     evaluator = Evaluator(task, CHAT, recipe.Sampling(), recipe.Eval(), 0, judge)
     rows, _ = evaluator.evaluate(problems, Scripted(CHAT, script))
     assert [row["scores"]["judged"] for row in rows] == [[0.0], [1.0]]
@@ -172,7 +177,8 @@ def tried(
     config = recipe.parse(whole | {"eval": {"judge": judge, "problems": len(answers)}}, "r.yaml")
 
     def script(text: str, ask: Ask) -> str:
-        return f"<think></think><answer>\\boxed{{{answers[int(text.partition('Question ')[2][:3])]}}}</answer>"
+        answer = answers[int(text.partition("Question ")[2][:3])]
+        return f"<think></think><answer>\\boxed{{{answer}}}</answer>"
 
     sampler: Any = Resettable(CHAT, script)
     judges, heard = JudgeModels(None, CHAT, config.sampling), Heard()  # type: ignore[arg-type]
@@ -234,7 +240,7 @@ def test_a_judge_is_given_another_chance_at_each_evaluation(
 ) -> None:
     up = False
     server = serve(lambda body: completion(RIGHT) if up else (503, b""))
-    judge = Judge(
+    judge = answer_judge(
         Messages(),
         EndpointSampler(node(server.url, concurrency=1, retries=0), patient=True),
         max_tokens=9,
@@ -257,7 +263,7 @@ def test_an_endpoint_judges(
 ) -> None:
     monkeypatch.setenv("A_KEY", "secret")
     server = serve(lambda body: completion(judging(body["messages"][1]["content"], None)))  # type: ignore[arg-type]
-    judge = Judge(
+    judge = answer_judge(
         Messages(), EndpointSampler(node(server.url, concurrency=3, key_env="A_KEY")), max_tokens=77
     )
     cases = [LONDON, ROME, *(LONDON._replace(question=str(n)) for n in range(10))]
@@ -290,7 +296,7 @@ def test_half_of_a_surrogate_pair_breaks_no_tokenizer(serve: Callable[[Reply], S
 
 def test_passing_faults_are_asked_again_and_others_told(serve: Callable[[Reply], Server]) -> None:
     replies = iter([(503, b""), completion(RIGHT)])
-    assert Judge(
+    assert answer_judge(
         Messages(), EndpointSampler(node(serve(lambda body: next(replies)).url)), max_tokens=9
     )([LONDON]) == [True]
     for reply, said in [
@@ -302,7 +308,7 @@ def test_passing_faults_are_asked_again_and_others_told(serve: Callable[[Reply],
     ]:
         server = serve(lambda body, reply=reply: reply)  # type: ignore[misc]
         with pytest.raises(UserError, match=said):
-            Judge(Messages(), EndpointSampler(node(server.url)), max_tokens=9)([LONDON])
+            answer_judge(Messages(), EndpointSampler(node(server.url)), max_tokens=9)([LONDON])
 
 
 def test_a_slow_server_is_not_waited_for(serve: Callable[[Reply], Server]) -> None:
@@ -312,7 +318,7 @@ def test_a_slow_server_is_not_waited_for(serve: Callable[[Reply], Server]) -> No
 
     began = time.monotonic()
     with pytest.raises(UserError, match=r"no whole answer within 0\.1 s"):
-        Judge(
+        answer_judge(
             Messages(),
             EndpointSampler(node(serve(slow).url, timeout_s=0.1, retries=0)),
             max_tokens=9,

@@ -100,7 +100,6 @@ def check_against_reference(
 
 
 # --- words
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -112,10 +111,8 @@ def check_against_reference(
         ("Straße ﬁne Ⅳ ①", ["strasse", "fine", "iv", "1"]),
         ("İstanbul I\u0307", ["istanbul", "i"]),
         ("Война и мир; 東京 서울", ["воина", "и", "мир", "東京", *words("서울")]),
-        (
-            "हिन्दी",
-            ["हनद"],
-        ),  # vowel signs are marks: without them a word stays one word, the same in query and passage
+        # Vowel signs are marks: without them a word stays one word, the same in query and passage.
+        ("हिन्दी", ["हनद"]),
         ("\ud800 \x00 \u2028 !?… 🙂", []),
         ("", []),
     ],
@@ -155,7 +152,6 @@ def test_a_query_is_read_no_further_than_its_limit() -> None:
 
 
 # --- scores
-# --------------------------------------------------------------------------------------------------------------------------
 
 
 def hotpotqa(**changes: Any) -> tuple[Bm25, list[dict[str, Any]]]:
@@ -351,7 +347,6 @@ def test_ten_thousand_random_strings() -> None:
 
 
 # --- corpora
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def _jsonl(path: Path, rows: Sequence[Any]) -> str:
@@ -536,7 +531,7 @@ def test_the_published_corpora(name: str, count: int, title: str) -> None:
         (
             "c.json",
             '{"A": "a",\n "B"}',
-            "c.json: not valid JSON (Expecting ':' delimiter: line 2 column 5",
+            "c.json, line 2: not valid JSON (Expecting ':' delimiter at column 5",
         ),
         ("c.json", '{"A": ' + "[" * 100_000, "c.json: not valid JSON"),
         ("c.txt", b"ab\xff", "c.txt: not UTF-8 text (invalid start byte at byte 2)"),
@@ -582,7 +577,6 @@ def test_a_corpus_without_words_is_the_users_mistake(cached: bool, context: list
 
 
 # --- the cache
-# -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -759,7 +753,8 @@ bm25.Bm25.build = classmethod(slow)
 Path(sys.argv[1]).touch()
 while not Path(sys.argv[2]).exists():
     time.sleep(0.01)
-index = open_retriever(Bm25Retriever(kind="bm25"), [Passage("", f"word{i} common", str(i)) for i in range(500)])
+passages = [Passage("", f"word{i} common", str(i)) for i in range(500)]
+index = open_retriever(Bm25Retriever(kind="bm25"), passages)
 print(index.search(["word77"], 5)[0][0].id, len(index.search(["common"], 9)[0]))
 """
 
@@ -784,7 +779,6 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
 
 
 # --- the recipe
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_nodes_of_a_recipe() -> None:
@@ -814,7 +808,6 @@ def test_nodes_of_a_recipe() -> None:
 
 
 # --- servers
-# -------------------------------------------------------------------------------------------------------------------------
 
 Reply = Callable[["_Handler", dict[str, Any]], None]
 

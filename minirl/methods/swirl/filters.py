@@ -58,7 +58,7 @@ def marked(judged: Judged, at: float) -> Episode:
     G, B, ? unreadable or ! unanswered."""
     parts = {**judged.episode.parts, "outcome": judged.right}
     if judged.opinions is not None:
-        letters = (_MARKS.get(o.came, "G" if approved(o, at) else "B") for o in judged.opinions)
+        letters = (_MARKS.get(o.status, "G" if approved(o, at) else "B") for o in judged.opinions)
         parts |= {"process": process(judged, at), "verdicts": "".join(letters)}
     return replace(judged.episode, parts=parts)
 
@@ -91,8 +91,8 @@ def tally(trajectories: Sequence[Judged], keep: str, at: float) -> dict[str, int
         counts["trajectories"] += 1
         counts["states"] += sum(turn.trained for turn in judged.episode.turns)
         counts["good_steps"] += sum(approved(o, at) for o in opinions)
-        counts["unreadable"] += sum(o.came == "unreadable" for o in opinions)
-        counts["unanswered"] += sum(o.came == "unanswered" for o in opinions)
+        counts["unreadable"] += sum(o.status == "unreadable" for o in opinions)
+        counts["unanswered"] += sum(o.status == "unanswered" for o in opinions)
         counts["process"] += fine
         counts["outcome"] += right
         counts["outcome_unknown"] += judged.right is None
