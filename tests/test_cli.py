@@ -427,7 +427,7 @@ def test_a_gpu_that_torch_does_not_see(
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC"
         " 2024\nGCC version:  12.2.0\n"
     )
-    monkeypatch.setattr("minirl.cli.DRIVER", driver)
+    monkeypatch.setattr("minirl.loop.machine.DRIVER", driver)
     monkeypatch.setattr("torch.version.cuda", cuda)
     monkeypatch.setattr("torch.__version__", "9.9")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -125,9 +125,7 @@ def make_answer_judge(
 ) -> Judge:
     """A judge of answers."""
     return Judge(
-        Asker(
-            model.chat, model.sampler, max_tokens=judge.max_tokens, known=known, name=model.name
-        )
+        Asker(model.chat, model.sampler, max_tokens=judge.max_tokens, known=known, name=model.name)
     )
 
 

@@ -51,3 +51,21 @@ def _cell(name: str, summary: dict[str, Any]) -> str:
     if name != "judged":
         return share
     return f"{share} ({summary['counted'][name]} of {summary['problems'] * summary['samples']})"
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """One evaluation in lines: what several samples give, then the counts of error kinds."""
+    shares = {
+        f"{name}@{summary['samples']}": summary["scores"][name]
+        for name in ("majority", "reranked")
+        if name in summary["scores"]
+    } | {f"pass@{k}": share for k, share in summary["pass_at_k"].items()}
+    lines = [
+        f"{name} {share.value:.1%} [{share.low:.1%}, {share.high:.1%}]"
+        for name, share in shares.items()
+    ]
+    for attempt in ("first", "second"):
+        if attempt == "first" or summary["second"] is not None:
+            errors = (f"{kind} {n}" for kind, n in summary[f"{attempt}_errors"].items())
+            lines.append(f"{attempt} errors: {', '.join(errors) or 'none'}")
+    return lines
