@@ -9,6 +9,7 @@ from minirl.recipe.judge import Judge, Other
 from minirl.recipe.learner import PRESETS, Learner
 from minirl.recipe.maths import Gsm8k, Mathqa, Maths, MathsCredit, ProgramLimits, Svamp
 from minirl.recipe.methods import METHODS, MethodFacts
+from minirl.recipe.model import Lora, Model
 from minirl.recipe.qa import QA, Bamboogle, HotpotQA, MuSiQue, TwoWikiMultiHopQA
 from minirl.recipe.read import cpu_form, load, override, parse
 from minirl.recipe.retriever import Bm25Retriever, RemoteRetriever, Retriever
@@ -22,7 +23,7 @@ from minirl.recipe.tasks import (
     Own,
     Task,
 )
-from minirl.recipe.tree import Eval, Lora, Model, Recipe, Save
+from minirl.recipe.tree import Eval, Recipe, Save
 
 __all__ = [
     "METHODS",

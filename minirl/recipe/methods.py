@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from minirl.recipe.own import load_function
+from pydantic import AfterValidator
+
+from minirl.recipe.own import is_own, load_function
 from minirl.recipe.sampling import Sampling
 
 Use = Literal["collect", "train", "eval"]
@@ -152,3 +154,15 @@ def names(use: str, kind: Kind | None = None) -> list[str]:
         for name, facts in METHODS.items()
         if use in facts.uses and (kind is None or kind in facts.plays)
     ]
+
+
+def method_for(use: Use) -> AfterValidator:
+    """Refuses a method that is not known, or that has no place in such a part of a recipe."""
+
+    def check(method: str) -> str:
+        if method not in names(use) and not is_own(method):
+            known = ", ".join(names(use))
+            raise ValueError(f"got {method!r}, expected one of {known}, or my_file.py:my_method")
+        return method
+
+    return AfterValidator(check)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -17,21 +16,7 @@ from pydantic import (
 from minirl.recipe.base import Check, Frozen, Probability, refuse
 from minirl.recipe.judge import Judge
 from minirl.recipe.learner import Learner
-from minirl.recipe.methods import METHODS, MethodFacts, Use, facts_of, names
-from minirl.recipe.own import is_own
-
-
-def method_for(use: Use) -> AfterValidator:
-    """Refuses a method that is not known, or that has no place in such a part of a recipe."""
-
-    def check(method: str) -> str:
-        if method not in names(use) and not is_own(method):
-            known = ", ".join(names(use))
-            raise ValueError(f"got {method!r}, expected one of {known}, or my_file.py:my_method")
-        return method
-
-    return AfterValidator(check)
-
+from minirl.recipe.methods import METHODS, MethodFacts, facts_of, method_for
 
 _OPTIONS = sorted({option for facts in METHODS.values() for option in facts.options})
 

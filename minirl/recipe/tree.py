@@ -7,47 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from minirl.recipe.base import Check, Dtype, Frozen, NonNegative, refuse
+from minirl.recipe.base import Check, Frozen, NonNegative, refuse
 from minirl.recipe.judge import Judge
 from minirl.recipe.maths import Maths
-from minirl.recipe.methods import EVALUATED_BY, METHODS, MethodFacts, names
+from minirl.recipe.methods import EVALUATED_BY, METHODS, MethodFacts, method_for, names
+from minirl.recipe.model import Model
 from minirl.recipe.own import copies, label_of
 from minirl.recipe.sampling import Sampling
-from minirl.recipe.stages import Collect, Filter, RewardModel, Stage, Train, method_for
+from minirl.recipe.stages import Collect, Filter, RewardModel, Stage, Train
 from minirl.recipe.tasks import Own, Task, kind_of
-
-
-class Lora(Frozen):
-    """A LoRA adapter (arXiv 2106.09685)."""
-
-    rank: PositiveInt = 16
-    """Rank of the two factors."""
-    alpha: PositiveFloat = 32.0
-    """The update is scaled by alpha / rank."""
-    targets: str | tuple[str, ...] = "all-linear"
-    """Module names that get an adapter; "all-linear" is every linear layer but the output head."""
-
-
-class Model(Frozen):
-    """Which language model, and how it is held in memory."""
-
-    name: str
-    """A hub id, a local folder, or `smollm2-135m` (the embedded default, which needs no hub)."""
-    quantize: Literal["none", "nf4", "int8"] = "none"
-    """bitsandbytes quantisation of the frozen base weights."""
-    template: Literal["chat", "plain"] = "chat"
-    """chat: the model's own chat template. plain: a transcript of user and assistant, for base
-    models."""
-    dtype: Dtype = "auto"
-    """What the model computes in; auto takes the fastest that the device does well."""
-    lora: Lora = Lora()
-    """The adapter that is trained."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    adapter: str | None = None
-    """Folder of a peft adapter to start from, e.g. `runs/a/adapter`."""
 
 
 class Eval(Frozen):

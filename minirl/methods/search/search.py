@@ -20,24 +20,28 @@ from minirl.verify.qa import SearchTags, defuse, write_answer
 EMPTY = "There was no query. Write the words to look for between the two search tags."
 NO_MORE = "No searches are left. Answer with what you know."
 
-PROMPT = """\
-Answer the user's question. You can look things up with a search tool: as often as you need to, one thing at a time, or not at all.
-
-Write what you think between <{think}> and </{think}>. To search, write a query between <{search}> and </{search}>; what the search \
-finds is then shown to you between <{result}> and </{result}>, and you think on from there. Once you know the answer, write it between \
-<{answer}> and </{answer}>{form}, and stop.
-
-For example:
-<{think}> To say where its director was born I must know who directed The Third Man. </{think}>
-<{search}> director of The Third Man </{search}> <{result}>
-(what was found)
-</{result}>
-<{think}> It was directed by Carol Reed. Where was Carol Reed born? </{think}>
-<{search}> Carol Reed place of birth </{search}> <{result}>
-(what was found)
-</{result}>
-<{think}> Carol Reed was born in Putney. </{think}>
-{shown}"""
+PROMPT = (
+    "Answer the user's question. You can look things up with a search tool: as often as you need"
+    " to, one thing at a time, or not at all.\n"
+    "\n"
+    "Write what you think between <{think}> and </{think}>. To search, write a query between"
+    " <{search}> and </{search}>; what the search finds is then shown to you between <{result}>"
+    " and </{result}>, and you think on from there. Once you know the answer, write it between"
+    " <{answer}> and </{answer}>{form}, and stop.\n"
+    "\n"
+    "For example:\n"
+    "<{think}> To say where its director was born I must know who directed The Third Man."
+    " </{think}>\n"
+    "<{search}> director of The Third Man </{search}> <{result}>\n"
+    "(what was found)\n"
+    "</{result}>\n"
+    "<{think}> It was directed by Carol Reed. Where was Carol Reed born? </{think}>\n"
+    "<{search}> Carol Reed place of birth </{search}> <{result}>\n"
+    "(what was found)\n"
+    "</{result}>\n"
+    "<{think}> Carol Reed was born in Putney. </{think}>\n"
+    "{shown}"
+)
 
 
 def instructions(tags: SearchTags) -> str:

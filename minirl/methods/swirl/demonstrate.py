@@ -18,7 +18,6 @@ from minirl.methods.swirl.stepwise import ACTION, RESULT, Tags, found, result, t
 from minirl.rollout import Lookup, Play, Talk
 from minirl.tasks import Task
 from minirl.tasks.calls import read_chain
-from minirl.tasks.qa import SearchTask
 from minirl.verify import calculator
 
 
@@ -27,7 +26,7 @@ def demonstrate_stepwise(talk: Talk, task: Task) -> Play:
     reply; then thought and answer."""
     tags = tags_of(task, talk.sampling.stepwise)
     talk.begin(talk.problem.prompt, system=tags.instructions())
-    if isinstance(task, SearchTask):
+    if task.kind == "search":
         steps = yield from _searches(talk, task, tags)
     else:
         steps = _calculations(talk, task, tags)
@@ -48,7 +47,7 @@ def _calculations(talk: Talk, task: Task, tags: Tags) -> int:
     return len(chain.calls) + 1
 
 
-def _searches(talk: Talk, task: SearchTask, tags: Tags) -> Generator[Lookup, Any, int]:
+def _searches(talk: Talk, task: Task, tags: Tags) -> Generator[Lookup, Any, int]:
     qa, retriever = corpus_of(task)
     if qa.plan is None:
         raise UserError(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 from minirl.episode import Problem
 from minirl.judge.judge import Opinion, StepCase
@@ -32,36 +33,9 @@ from minirl.verify import calculator, qa
 from minirl.verify.numeric import read_number
 
 Reader = Callable[[str], Action | None]
-KNOWN = frozenset(
-    map(
-        Fraction,
-        (
-            *range(13),
-            15,
-            16,
-            20,
-            24,
-            25,
-            30,
-            36,
-            48,
-            50,
-            52,
-            60,
-            75,
-            90,
-            100,
-            144,
-            180,
-            360,
-            365,
-            1000,
-            1760,
-            3600,
-            5280,
-        ),
-    )
-)
+_SMALL = (*range(13), 15, 16, 20, 24, 25, 30, 36, 48, 50, 52, 60, 75, 90, 100, 144, 180, 360, 365)
+KNOWN = frozenset(map(Fraction, (*_SMALL, 1000, 1760, 3600, 5280)))
+"""Numbers that people know, and need not be told."""
 _FIGURE = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]*\.?[0-9]+")
 _PERCENT = re.compile(rf"({_FIGURE.pattern})\s*(?:%|per\s?cent)")
 _EITHER = ("yes", "no")
@@ -85,6 +59,17 @@ def search_reader(task: SearchTask) -> Reader:
     return action
 
 
+class ToolRules(NamedTuple):
+    """The rules that differ by tool. plain: a call without what makes no difference. asks: whether
+    it is sensible after what was told. gains: whether it gets something that the gold answer needs.
+    supports: whether what was told supports an answer."""
+
+    plain: Callable[[str], str]
+    asks: Callable[[str, Sequence[str]], bool]
+    gains: Callable[[str, Problem, Sequence[str]], bool]
+    supports: Callable[[str, Sequence[str]], bool]
+
+
 class Rules:
     """Opinions on steps by rule; see the module's words. read: how a turn is read. steps: most
     turns there can be."""
@@ -93,6 +78,7 @@ class Rules:
         self, task: Task, read: Reader, *, gold: bool = False, steps: int | None = None
     ) -> None:
         self._task = task
+        self._tool = TOOLS[task.kind]
         self._read = read
         self._gold = gold
         self._steps = steps
@@ -119,20 +105,16 @@ class Rules:
             )
         told = self._replies(case)
         if action.kind == "answer":
-            return self._supports(action.content, told)
+            return self._tool.supports(action.content, told)
         before = [self._read(text) for author, text in case.said if author == "model"]
         if len(before) + 1 == self._steps:
             return False  # nobody will answer this call
-        searches = isinstance(self._task, SearchTask)
-        plain = _plain_query if searches else _plain_expression
-        if any(
-            a is not None and a.kind == "call" and plain(a.content) == plain(action.content)
-            for a in before
-        ):
+        plain = self._tool.plain(action.content)
+        calls = [a.content for a in before if a is not None and a.kind == "call"]
+        if plain in map(self._tool.plain, calls):
             return False
-        asks = _asks_for_words if searches else _asks_for_numbers
-        return asks(action.content, [case.question, *told]) and (
-            not self._gold or self._gains(action.content, problem, told)
+        return self._tool.asks(action.content, [case.question, *told]) and (
+            not self._gold or self._tool.gains(action.content, problem, told)
         )
 
     def _replies(self, case: StepCase) -> list[str]:
@@ -146,31 +128,37 @@ class Rules:
                 found.append(text.removeprefix(result(action.content, "").lstrip()).strip())
         return [text for text in found if text not in ("", NOTHING)]
 
-    def _gains(self, call: str, problem: Problem, told: Sequence[str]) -> bool:
-        """Whether a sensible call gets what the gold answer needs and nobody has been told; True
-        where what it needs is not known."""
-        if isinstance(self._task, SearchTask):
-            return coverage([problem], (line for text in told for line in text.splitlines())) != 1.0
-        if problem.solution is None or not (steps := read_values(problem.solution)):
-            return True
-        final = read_number(
-            str(problem.answer["value"])
-        )  # chains leave the mark of their last step out at times
-        value, known = calculator.evaluate(call), _values(told)
-        needed = [*steps, *([] if final is None else [final.value])]
-        return any(_same(value, n) and not any(_same(n, k) for k in known) for n in needed)
 
-    def _supports(self, answer: str, told: Sequence[str]) -> bool:
-        if isinstance(self._task, SearchTask):
-            words = qa.normalise(answer)
-            where = [qa.normalise(text) for text in told]
-            return (
-                bool(words)
-                and bool(where)
-                and (words in _EITHER or any(f" {words} " in f" {text} " for text in where))
-            )
-        stated = read_number(answer)
-        return stated is not None and any(_same(value, stated.value) for value in _values(told))
+def _gains_paragraph(query: str, problem: Problem, told: Sequence[str]) -> bool:
+    """Whether a paragraph that the gold answer needs has not been shown; True if none is known."""
+    return coverage([problem], (line for text in told for line in text.splitlines())) != 1.0
+
+
+def _gains_value(expression: str, problem: Problem, told: Sequence[str]) -> bool:
+    """Whether it has a value that the gold solution needs and nobody has been told; True if no
+    solution is known."""
+    if problem.solution is None or not (steps := read_values(problem.solution)):
+        return True
+    # The answer too: chains leave the mark of their last step out at times.
+    final = read_number(str(problem.answer["value"]))
+    value, known = calculator.evaluate(expression), _values(told)
+    needed = [*steps, *([] if final is None else [final.value])]
+    return any(_same(value, n) and not any(_same(n, k) for k in known) for n in needed)
+
+
+def _is_said(answer: str, told: Sequence[str]) -> bool:
+    """Whether the words of an answer stand in what was found; yes and no count where something
+    was."""
+    words, found = qa.normalise(answer), [f" {qa.normalise(text)} " for text in told]
+    if not words or not found:
+        return False
+    return words in _EITHER or any(f" {words} " in text for text in found)
+
+
+def _is_worked_out(answer: str, told: Sequence[str]) -> bool:
+    """Whether an answer is a number that the calculator gave."""
+    stated = read_number(answer)
+    return stated is not None and any(_same(value, stated.value) for value in _values(told))
 
 
 def _values(told: Sequence[str]) -> list[Fraction]:
@@ -218,3 +206,10 @@ def _asks_for_words(query: str, known: Sequence[str]) -> bool:
     words = set(qa.normalise(query).split())
     there = {word for text in known for word in qa.normalise(text).split()}
     return bool(words) and 2 * len(words & there) >= len(words)
+
+
+TOOLS: dict[str, ToolRules] = {
+    "search": ToolRules(_plain_query, _asks_for_words, _gains_paragraph, _is_said),
+    "calls": ToolRules(_plain_expression, _asks_for_numbers, _gains_value, _is_worked_out),
+}
+"""By the kind of a task."""

@@ -22,7 +22,6 @@ from minirl.recipe import Stepwise
 from minirl.retrieve import Passage
 from minirl.rollout import Lookup, Play, Talk
 from minirl.tasks import Task
-from minirl.tasks.qa import SearchTask
 from minirl.verify import calculator
 
 ACTION, RESULT = "action", "result"
@@ -31,16 +30,21 @@ EMPTY = "there is nothing between the tags"
 ARROW = " -> "
 MOST_SHOWN = 300  # characters of a query that are shown again before its result
 
-SEARCH = """\
-Answer the question step by step. In each of your turns think in a sentence or two, then do ONE thing: look something up, with a query \
-between <{call}> and </{call}>, or give the answer, as short as it can be, between <{answer}> and </{answer}>. What is found is told to \
-you in the next message. You have at most {steps} turns. For example:
-To say where its director was born I must know who directed The Third Man. <{call}>director of The Third Man</{call}>"""
-CALCULATE = """\
-Solve the problem step by step. In each of your turns think in a sentence or two, then do ONE thing: have an expression of numbers worked \
-out, between <{call}> and </{call}>, or give the answer, a number alone, between <{answer}> and </{answer}>. The value is told to you in \
-the next message. You have at most {steps} turns. For example:
-Each of the 4 boxes holds 12 eggs. <{call}>4 * 12</{call}>"""
+SEARCH = (
+    "Answer the question step by step. In each of your turns think in a sentence or two, then do"
+    " ONE thing: look something up, with a query between <{call}> and </{call}>, or give the"
+    " answer, as short as it can be, between <{answer}> and </{answer}>. What is found is told to"
+    " you in the next message. You have at most {steps} turns. For example:\n"
+    "To say where its director was born I must know who directed The Third Man. <{call}>director"
+    " of The Third Man</{call}>"
+)
+CALCULATE = (
+    "Solve the problem step by step. In each of your turns think in a sentence or two, then do"
+    " ONE thing: have an expression of numbers worked out, between <{call}> and </{call}>, or"
+    " give the answer, a number alone, between <{answer}> and </{answer}>. The value is told to"
+    " you in the next message. You have at most {steps} turns. For example:\n"
+    "Each of the 4 boxes holds 12 eggs. <{call}>4 * 12</{call}>"
+)
 
 
 class Tags(NamedTuple):
@@ -88,7 +92,7 @@ def tags_of(task: Task, node: Stepwise) -> Tags:
             f"task {task.name!r} cannot be played step by step; expected question answering, or"
             " maths with task.chain=calls"
         )
-    if isinstance(task, SearchTask):
+    if task.kind == "search":
         return Tags("search", node.query, node.answer, node.steps)
     return Tags("calculator", node.expression, node.answer, node.steps)
 
@@ -178,7 +182,7 @@ def _call(
     if not content:
         talk.tell(RESULT, result("", f"error: {EMPTY}"))
         return True
-    if not isinstance(task, SearchTask):
+    if task.kind == "calls":
         said = calculator.reply(content)
         talk.tell(RESULT, result(content, said))
         return said.startswith("error")
