@@ -171,6 +171,7 @@ def compare_weights(folder: Path) -> None:
         assert "value" not in one or one["value"].abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_whole_run_under_accelerate_launch(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     path = recipe(
         tmp_path / "r.yaml", tiny, STAGES, eval={"tries": 2, "start": True}, save={"episodes": 12}
@@ -224,6 +225,7 @@ def test_whole_run_under_accelerate_launch(cli: Cli, tiny: Path, tmp_path: Path)
     assert two["evals"][0]["problems"] == one["evals"][0]["problems"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_one_process_stops_both_and_both_resume(
     start: Start, tiny: Path, tmp_path: Path
 ) -> None:

@@ -98,6 +98,7 @@ def written(folder: Path) -> int:
     )
 
 
+@pytest.mark.slow
 def test_kill_at_twenty_moments(
     start: Start, cli: Cli, whole: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -271,6 +271,7 @@ def test_best_checkpoint_stays(whole: Path) -> None:
     assert there == {best["checkpoint"], "03-000000"}
 
 
+@pytest.mark.slow
 def test_adapter_loads_in_plain_peft(start: Start, tiny: Path, whole: Path) -> None:
     outcome = start(compare_with_peft, tiny, whole).wait()
     assert outcome.code == 0, outcome.err
@@ -503,6 +504,7 @@ def test_what_was_cut_is_not_kept_as_right() -> None:
     assert kept("all") == [2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_run_is_not_taken_up_with_other_weights(
     start: Start, cli: Cli, tiny: Path, tmp_path: Path
 ) -> None:
@@ -551,6 +553,7 @@ def test_a_run_is_not_taken_up_in_another_dtype(cli: Cli, tiny: Path, tmp_path: 
     assert json.loads((folder / "model.json").read_text()) == known
 
 
+@pytest.mark.slow
 def test_a_run_is_not_taken_up_with_other_problems(
     start: Start, cli: Cli, tiny: Path, tmp_path: Path
 ) -> None:
@@ -611,6 +614,7 @@ def test_a_damaged_note_of_the_problems_is_named(
         run.check_task("digest", 1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["policy.safetensors", "learner.safetensors", "learner.json"])
 @pytest.mark.parametrize("held", [None, b"", b"{"])
 def test_a_torn_checkpoint_is_named(
@@ -635,6 +639,7 @@ def test_a_torn_checkpoint_is_named(
     assert "start again with another --out" in outcome.err
 
 
+@pytest.mark.slow
 def test_every_loss_trains(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     """One run of plain single-attempt stages, one for each preset of the loss."""
     losses = ["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce"]
@@ -673,6 +678,7 @@ def unstopped(cli: Cli, tiny: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return path, folder / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "done"), [(1, 2), (2, 1)])
 def test_ctrl_c_saves_and_resuming_gives_the_same(
     start: Start, cli: Cli, unstopped: tuple[Path, Path], tmp_path: Path, stage: int, done: int
@@ -705,6 +711,7 @@ def test_ctrl_c_saves_and_resuming_gives_the_same(
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_second_ctrl_c_stops_at_once(start: Start, tiny: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path / "r.yaml", tiny, [SINGLE | {"steps": 1000, "group": 64, "batch": 32}])
     job = start(minirl, "run", str(path), "--out", str(tmp_path / "run"))
@@ -734,6 +741,7 @@ def test_missing_tracker_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_metrics(start: Start, cli: Cli, tiny: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("tensorboard") is None:
         pytest.skip("tensorboard is not installed; it comes with the extra tensorboard")
