@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -13,7 +12,6 @@ from rich.table import Table
 
 from minirl.bench.measure import Report, Spread
 from minirl.bench.setup import Bench
-from minirl.engine.cpu.compiled import kernels
 
 
 def render(report: Report) -> Table:
@@ -65,8 +63,6 @@ def machine(bench: Bench) -> dict[str, str]:
         f"torch {torch.__version__}, transformers {transformers.__version__}, python"
         f" {platform.python_version()}"
     )
-    if kernels(torch.empty(0, dtype=bench.policy.dtype, device=device)) is not None:
-        found["versions"] += f", numba {importlib.metadata.version('numba')}"
     base = "" if options.quantize == "none" else f" over {options.quantize}"
     found["dtype"] = str(bench.policy.dtype).removeprefix("torch.") + base
     if hasattr(os, "getloadavg"):

@@ -38,19 +38,6 @@ class Backend:
             query, key, value, is_causal=is_causal, scale=scale, enable_gqa=True
         )
 
-    def decode(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        positions: Tensor,
-        window: int | None,
-        scale: float,
-    ) -> Tensor | None:
-        """Attention of one new token a row, at `positions` (B, 1), to the cached keys up to it, at
-        most `window` of them; None where `attention` with a bias has to do it."""
-        return None
-
     def view_keys(self, memory: Tensor, shape: Sequence[int]) -> Tensor:
         """Flat memory as a cache of keys, (..., T, D), in whatever order of memory serves best."""
         return memory.view(*shape)

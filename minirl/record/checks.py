@@ -18,7 +18,7 @@ from minirl.errors import UserError
 from minirl.io.files import read_rows, write_rows
 from minirl.recipe.own import beside
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numba")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def refuse_foreign(folder: Path) -> None:

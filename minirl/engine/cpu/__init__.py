@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from minirl.engine.backend import Backend, Product
-from minirl.engine.cpu import attention, compiled, packed
+from minirl.engine.cpu import attention, packed
 from minirl.engine.cpu.allocator import keep_freed_memory
 from minirl.engine.cpu.norm import lean_norms
 
 
 def prepare() -> None:
-    """The process's settings: memory that was freed is kept, numba takes torch's threads."""
+    """The process's settings: freed memory is kept."""
     keep_freed_memory()
-    compiled.share_threads()
 
 
 def install(model: nn.Module) -> Backend:
@@ -26,7 +25,7 @@ def install(model: nn.Module) -> Backend:
 
 
 class Cpu(Backend):
-    """Attention written out as matrix kernels, decoding by compiled ones, packed products."""
+    """Attention written out as matrix kernels, and packed products."""
 
     prefill_tokens = 1024  # the padding of larger passes costs more than it saves
     chunk_logits = 2**22  # 16 MiB, which the cache may hold
@@ -45,17 +44,6 @@ class Cpu(Backend):
         if query.dtype == torch.bfloat16:
             return None
         return super().unmasked(query, key, value, scale, is_causal=is_causal)
-
-    def decode(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        positions: Tensor,
-        window: int | None,
-        scale: float,
-    ) -> Tensor | None:
-        return attention.decode(query, key, value, positions, window, scale)
 
     def view_keys(self, memory: Tensor, shape: Sequence[int]) -> Tensor:
         """By column: one query meets them in a third of the time."""

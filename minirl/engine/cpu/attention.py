@@ -11,11 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from minirl.engine.cpu.compiled import array, kernels
 
 CHUNK_SCORES = 2**20  # scores alive at once, 2 MiB: what follows finds them in the cache
 
@@ -29,38 +26,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: fl
     if not torch.is_grad_enabled():
         return _forward(query, key, value, bias, scale)
     out: Tensor = _Attention.apply(query, key, value, bias, scale)
-    return out
-
-
-def decode(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, window: int | None, scale: float
-) -> Tensor | None:
-    """One new token's attention to its row's own cached keys, by compiled kernels; None where they
-    do not serve.
-
-    query (B, K, S, D), S query heads to a key head; key and value (B, K, T', D), part of a cache
-    with keys by column; positions (B, 1) of the new tokens, each of which sees at most `window`
-    keys. Returns (B, K, S, D).
-    """
-    found = kernels(query)
-    if found is None or torch.is_grad_enabled() or query.shape[-1] % 4:
-        return None
-    (batch, heads, _, size), capacity = query.shape, key.stride(-1)
-    outer = heads * size * capacity, size * capacity
-    if key.stride() != (*outer, 1, capacity) or value.stride() != (*outer, size, 1):
-        return None
-    key = key.as_strided((batch, heads, size, capacity), (*outer, capacity, 1))
-    value = value.as_strided((batch, heads, capacity, size), (*outer, size, 1))
-    query, out = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
-    found.attend(
-        array(query),
-        array(key),
-        array(value),
-        positions.contiguous().numpy(),
-        window or capacity,
-        np.float32(scale),
-        array(out),
-    )
     return out
 
 

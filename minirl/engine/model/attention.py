@@ -180,11 +180,6 @@ class Cached:
 
     def attend(self, rule: Rule, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(B, H, T, D), where query is (B, H, T, D) and key and value are (B, K, width, D)."""
-        if query.shape[2] == 1 and rule.softcap is None:
-            longer = query.reshape(len(query), key.shape[1], -1, query.shape[3])
-            out = rule.backend.decode(longer, key, value, self.positions, rule.window, rule.scale)
-            if out is not None:
-                return out.view(query.shape)
         return rule.attention(query, key, value, self.bias(rule, query, key))
 
     def bias(self, rule: Rule, query: Tensor, key: Tensor) -> Tensor:
