@@ -673,8 +673,8 @@ def test_a_whole_run_and_its_table(cli: Callable[..., Any], tmp_path: Path) -> N
         title in page
         for title in (
             "<h3>Answers</h3>",
-            "Held-out answers",
-            "Held-out searches",
+            "Answers, held out",
+            "Searches an episode, held out",
             "Response with results",
         )
     )
