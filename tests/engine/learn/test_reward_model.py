@@ -303,7 +303,7 @@ def test_a_run_with_a_reward_model(cli: Cli, whole: tuple[Path, Path], tmp_path:
     folder = tmp_path / "run"
     shutil.copytree(whole[1], folder)
     assert cli("report", folder).code == 0
-    assert "Reward model on held-out samples" in (folder / "report.html").read_text()
+    assert "Reward model, new samples" in (folder / "report.html").read_text()
     outcome = cli("eval", folder, "--samples", 3, "--rerank", folder)
     assert outcome.code == 0, outcome.err
     (row,) = rows(folder, "later_evals")
