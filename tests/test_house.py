@@ -107,9 +107,8 @@ def test_the_engine_knows_nothing_of_the_play_wing() -> None:
     "name", sorted(name for name in FILES if _room(name) not in MAY_IMPORT_TORCH)
 )
 def test_only_the_learn_wing_and_the_loop_import_torch(name: str) -> None:
-    allowed_lazily = ("torch",) if name == "minirl.cli" else ()
     heavy = [i for i in IMPORTS[name] if i.module.split(".")[0] in HEAVY]
-    assert [i for i in heavy if not (i.is_lazy and i.module in allowed_lazily)] == []
+    assert heavy == []
 
 
 def test_only_chat_imports_transformers_outside_the_engine() -> None:
