@@ -5,7 +5,7 @@ Invariant: parameters, names and everything but `forward` stay the library's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -16,9 +16,13 @@ class Lean(nn.Module):
     """A `forward` to be put before that of a module's own class."""
 
 
-def swap(module: nn.Module, forward: type[Lean]) -> None:
-    """Let a module compute by the `forward` of a Lean class; `super()` there is its own class."""
-    module.__class__ = _subclass(forward, type(module))  # type: ignore[arg-type]
+def swap(model: nn.Module, forward: type[Lean], fits: Callable[[nn.Module], bool]) -> int:
+    """Let every module that `fits` compute by the `forward` of a Lean class, where `super()` is
+    its own class; returns how many were changed."""
+    modules = [module for module in model.modules() if not is_lean(module) and fits(module)]
+    for module in modules:
+        module.__class__ = _subclass(forward, type(module))  # type: ignore[arg-type]
+    return len(modules)
 
 
 def is_lean(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minirl.engine.lean import Lean, is_lean, swap
+from minirl.engine.lean import Lean, swap
 
 PROBE_ROWS = 4
 
@@ -21,10 +21,7 @@ PROBE_ROWS = 4
 def lean_norms(model: nn.Module) -> int:
     """Let a model's RMSNorms on a CPU compute here; returns how many. One whose weight is trained
     or that computes anything else stays."""
-    norms = [module for module in model.modules() if not is_lean(module) and _is_plain(module)]
-    for module in norms:
-        swap(module, LeanNorm)
-    return len(norms)
+    return swap(model, LeanNorm, _is_plain)
 
 
 class LeanNorm(Lean):

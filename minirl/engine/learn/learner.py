@@ -86,13 +86,9 @@ class Learner:
         self.updates_planned = steps * updates_a_step - self.updates_frozen
         self.updates = 0
         self.micro_tokens = settings.micro_tokens
-        self.optimizer = optim.Optimizer(
-            settings,
-            list(policy.trainable.values()),
-            list(policy.add_value_head().parameters()) if settings.loss == "ppo" else [],
-            policy.device,
-            half=policy.dtype == torch.float16,
-        )
+        adapter, is_half = list(policy.trainable.values()), policy.dtype == torch.float16
+        head = list(policy.add_value_head().parameters()) if settings.loss == "ppo" else []
+        self.optimizer = optim.Optimizer(settings, adapter, head, policy.device, half=is_half)
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         """Train on this process's share of a step's groups; the step's means over all processes.
@@ -146,11 +142,9 @@ class Learner:
         """The live episodes of a minibatch with their token weights; dead groups only count in the
         denominators."""
         counted = [(g, *item) for g in minibatch for item in g.counted()]
+        episodes = [episode for _, _, episode, _ in counted]
         weights = token_weights(
-            [episode for _, _, episode, _ in counted],
-            self.settings,
-            limit_tokens=self.limit_tokens,
-            total=self._total,
+            episodes, self.settings, limit_tokens=self.limit_tokens, total=self._total
         )
         return [
             row(episode, advantage=advantage, weight=weight, number=number, group=g.number)
@@ -163,26 +157,18 @@ class Learner:
         rows = self._rows(step)
 
         def estimate() -> ppo.Estimates:
+            batches = self.policy.batches(rows, self.micro_tokens, pad=self.pad)
+            with_reference = self.settings.beta > 0
             return ppo.estimate_tokens(
-                self.policy,
-                rows,
-                self.policy.batches(rows, self.micro_tokens, pad=self.pad),
-                temperature=self.temperature,
-                reference=self.settings.beta > 0,
+                self.policy, rows, batches, temperature=self.temperature, reference=with_reference
             )
 
-        scores = {
-            number: episode.reward
-            for g in step
-            for number, episode, _ in g.counted()
-            if episode.reward is not None
-        }
+        counted = [item for g in step for item in g.counted()]
+        scores = {number: e.reward for number, e, _ in counted if e.reward is not None}
+        estimates = self._within_memory(estimate)
+        is_frozen = self.updates < self.updates_frozen
         return ppo.build_experience(
-            self._within_memory(estimate),
-            scores,
-            self.settings,
-            self._total,
-            value_only=self.updates < self.updates_frozen,
+            estimates, scores, self.settings, self._total, value_only=is_frozen
         )
 
     def _backward(

@@ -111,13 +111,8 @@ def _value_term(
 ) -> tuple[Tensor, Sums]:
     where = experience.index.of(batch)
     values = policy.values(batch, states=states.detach() if learner.value_detach else states)
-    loss, clipped = losses.value_loss(
-        values,
-        experience.values[where],
-        experience.returns[where],
-        batch.weights,
-        clip=learner.value_clip,
-    )
+    old, returns = experience.values[where], experience.returns[where]
+    loss, clipped = losses.value_loss(values, old, returns, batch.weights, clip=learner.value_clip)
     return learner.value_coef * loss, {"value_loss": _sum(loss), "value_clipped": _sum(clipped)}
 
 

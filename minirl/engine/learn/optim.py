@@ -38,7 +38,11 @@ class Optimizer:
         self.parameters = parameters
         self.value_parameters = value_parameters
         self.adapter = build(learner, parameters, device)
-        self.value_head = build_value(learner, value_parameters) if value_parameters else None
+        self.value_head: torch.optim.Optimizer | None = None
+        if value_parameters:  # few numbers, worth float32 whatever the adapter's optimizer is
+            self.value_head = torch.optim.AdamW(
+                value_parameters, lr=learner.value_lr, betas=learner.betas, weight_decay=0.0
+            )
         self.skipped = 0
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
         # The scaler starts to exist with its first loss; a process with only dead groups has none.
@@ -95,15 +99,12 @@ class Optimizer:
 
     def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         """Load tensors and values that `state` gave."""
-        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(VALUE)}
+        values = {name: value for name, value in tensors.items() if name.startswith(VALUE)}
+        own = {name: tensor for name, tensor in tensors.items() if name not in values}
         unflatten(self.adapter, own, plain["optimizer"])
         if self.value_head is not None:
-            theirs = {
-                name.removeprefix(VALUE): tensor
-                for name, tensor in tensors.items()
-                if name not in own
-            }
-            unflatten(self.value_head, theirs, {})
+            values = {name.removeprefix(VALUE): value for name, value in values.items()}
+            unflatten(self.value_head, values, {})
         self.scaler.load_state_dict(plain["scaler"])
         self.skipped = plain["skipped"]
 
@@ -148,12 +149,6 @@ def build(
     }
     optimizer: torch.optim.Optimizer = kinds[learner.optimizer](parameters, **common)
     return optimizer
-
-
-def build_value(learner: Learner, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The value head's AdamW. Its few numbers are worth float32, whatever the adapter's optimizer
-    is."""
-    return torch.optim.AdamW(parameters, lr=learner.value_lr, betas=learner.betas, weight_decay=0.0)
 
 
 def learning_rate(learner: Learner, update: int, planned: int) -> float:

@@ -139,12 +139,8 @@ def build_experience(
         penalty = (estimates.old - estimates.reference).tolist()
         stats["kl"] = moments(kl, total)[0]
         stats["kl_penalty"] = learner.beta * moments(penalty, total)[0]
-    device = estimates.values.device
-    return Experience(
-        index,
-        estimates.values,
-        torch.tensor(returns, device=device),
-        torch.tensor(whiten(advantages, total), device=device),
-        value_only,
-        stats,
+    targets, whitened = (
+        torch.tensor(numbers, device=estimates.values.device)
+        for numbers in (returns, whiten(advantages, total))
     )
+    return Experience(index, estimates.values, targets, whitened, value_only, stats)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -23,6 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from minirl import recipe
 from minirl.engine.model import load as models
 from minirl.engine.model.adapter import adapter_state, load_adapter_state, save_adapter
+from minirl.engine.model.batch import pad_rows
 from minirl.engine.model.chunks import chunks
 from minirl.engine.model.source import public_name
 from minirl.errors import UserError
@@ -102,12 +104,7 @@ class RewardModel:
 
     def _collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Padded on the right: (B, T) ids and mask, and (B,) labels if the samples have them."""
-        width = max(len(sample["tokens"]) for sample in samples)
-        ids = torch.full((len(samples), width), self._pad)
-        mask = torch.zeros_like(ids)
-        for i, sample in enumerate(samples):
-            ids[i, : len(sample["tokens"])] = torch.tensor(sample["tokens"])
-            mask[i, : len(sample["tokens"])] = 1
+        ids, mask = pad_rows([sample["tokens"] for sample in samples], self._pad)
         batch = {"input_ids": ids, "attention_mask": mask}
         if "right" in samples[0]:
             batch["labels"] = torch.tensor([int(sample["right"]) for sample in samples])
@@ -173,32 +170,28 @@ class RewardModel:
         return facts | ({"auc": auc(chances, right)} if 0 < sum(right) < len(right) else {})
 
 
+@dataclass(eq=False)
 class _Watch(TrainerCallback):  # type: ignore[misc]
     """Measures and reports at the end of each epoch, and stops the training when asked to."""
 
-    def __init__(
-        self,
-        model: RewardModel,
-        held_out: Sequence[Sample],
-        log: Callable[[dict[str, float]], None],
-        stop: Callable[[], bool],
-        scale: float,
-    ) -> None:
-        self.last: dict[str, float] = {}
-        self.stopped = False
-        self._model, self._held_out = model, held_out
-        self._log, self._stop, self._scale = log, stop, scale
+    model: RewardModel
+    held_out: Sequence[Sample]
+    log: Callable[[dict[str, float]], None]
+    stop: Callable[[], bool]
+    scale: float
+    last: dict[str, float] = field(default_factory=dict)
+    stopped: bool = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Drop a gradient that is not finite (float16 overflows): clipped it would be NaN, and so
         would the weights be from then on."""
-        gradients = [p.grad for p in self._model.loaded.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.model.loaded.model.parameters() if p.grad is not None]
         if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
             for gradient in gradients:
                 gradient.zero_()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step < state.max_steps and self._stop():
+        if state.global_step < state.max_steps and self.stop():
             self.stopped = control.should_training_stop = True
 
     def on_log(
@@ -206,10 +199,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if self.stopped or not logs or "loss" not in logs:
             return
-        loss = float(logs["loss"]) / self._scale
-        self.last = {"loss": loss, **self._model.assess(self._held_out)}
-        self._log({"step": round(state.epoch) - 1, **self.last})
-        self._model.loaded.model.train()
+        loss = float(logs["loss"]) / self.scale
+        self.last = {"loss": loss, **self.model.assess(self.held_out)}
+        self.log({"step": round(state.epoch) - 1, **self.last})
+        self.model.loaded.model.train()
 
 
 def _arguments(

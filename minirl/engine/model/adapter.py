@@ -46,8 +46,6 @@ def fresh_adapter(
         # Readers of adapter_config.json expect a whole number.
         "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
         "target_modules": lora.targets if isinstance(lora.targets, str) else list(lora.targets),
-        "lora_dropout": 0.0,
-        "bias": "none",
         "task_type": "CAUSAL_LM",
         **more,
     }

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from minirl.engine.model.attention import Bundle, Layout
 from minirl.engine.model.chunks import chunks
@@ -112,13 +113,16 @@ def pack(rows: Sequence[Row], budget_tokens: int) -> Iterator[list[Shared]]:
     bundles: list[Shared] = []
     loose: list[Row] = []
     for _, same in groupby(sorted(rows, key=lambda r: (r.group, r.episode)), key=lambda r: r.group):
-        members = tuple(same)
-        prefix = common_prefix([r.tokens for r in members]) if len(members) > 1 else 0
-        if prefix >= MIN_SHARED:
-            bundles += _fit(Shared(prefix, members), budget_tokens)
+        members = list(same)
+        if prefix := common_prefix(members):
+            cut = chunks(members, lambda part: Shared(prefix, tuple(part)).cost, budget_tokens)
+            bundles += [Shared(prefix, tuple(part)) for part in cut]
         else:
             loose += members
-    bundles += _fit_loose(loose, budget_tokens)
+    # Those of like length together: their attention is padded to the longest. They may still begin
+    # alike, with a system prompt.
+    for part in pack_plain(loose, budget_tokens):
+        bundles.append(Shared(common_prefix(part), tuple(part)))
     return chunks(bundles, lambda chunk: sum(b.cost for b in chunk), budget_tokens)
 
 
@@ -129,11 +133,16 @@ def pack_plain(rows: Sequence[Row], budget_tokens: int) -> Iterator[list[Row]]:
     return chunks(by_length, lambda chunk: len(chunk) * chunk[-1].length, budget_tokens)
 
 
-def common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
-    """Length of the longest prefix that all share, which leaves the shortest a token of its own."""
+def common_prefix(rows: Sequence[Row]) -> int:
+    """Length of the longest prefix that rows share, which leaves the shortest a token of its own;
+    0 for a single row, and where sharing is not worth it."""
+    if len(rows) == 1:
+        return 0
+    sequences = [r.tokens for r in rows]
     first, last = min(sequences), max(sequences)
     limit = min(map(len, sequences)) - 1
-    return next((i for i in range(limit) if first[i] != last[i]), limit)
+    length = next((i for i in range(limit) if first[i] != last[i]), limit)
+    return length if length >= MIN_SHARED else 0
 
 
 def collate(bundles: Sequence[Shared], device: torch.device) -> Batch:
@@ -169,11 +178,7 @@ def collate(bundles: Sequence[Shared], device: torch.device) -> Batch:
 def collate_plain(rows: Sequence[Row], *, pad: int, device: torch.device) -> Batch:
     """Rows padded on the right, for models whose attention cannot share a prefix."""
     width = max(r.length for r in rows)
-    tokens = torch.full((len(rows), width), pad)
-    present = torch.zeros((len(rows), width), dtype=torch.int64)
-    for i, r in enumerate(rows):
-        tokens[i, : r.length] = torch.tensor(r.tokens)
-        present[i, : r.length] = 1
+    tokens, present = pad_rows([r.tokens for r in rows], pad)
     before = [i * width + t - 1 for i, r in enumerate(rows) for t in r.trained]
     return Batch(
         tokens.to(device),
@@ -182,6 +187,16 @@ def collate_plain(rows: Sequence[Row], *, pad: int, device: torch.device) -> Bat
         None,
         torch.tensor(before).to(device),
         *_of_trained(rows, device),
+    )
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad: int, side: str = "right") -> tuple[Tensor, Tensor]:
+    """Token ids padded to the longest row, and 1 where they are present; both (B, T) int64."""
+    ids = [torch.tensor(row) for row in rows]
+    ones = [torch.ones_like(row) for row in ids]
+    return (
+        pad_sequence(ids, batch_first=True, padding_value=pad, padding_side=side),
+        pad_sequence(ones, batch_first=True, padding_side=side),
     )
 
 
@@ -200,19 +215,3 @@ def _of_trained(rows: Sequence[Row], device: torch.device) -> list[Tensor]:
 
 def _advantages(r: Row) -> tuple[float, ...]:
     return r.advantage if isinstance(r.advantage, tuple) else (r.advantage,) * sum(r.mask)
-
-
-def _fit(bundle: Shared, budget: int) -> list[Shared]:
-    """A bundle cut into ones that fit the budget, the prefix computed again in each."""
-    cut = chunks(bundle.rows, lambda rows: Shared(bundle.prefix, tuple(rows)).cost, budget)
-    return [Shared(bundle.prefix, tuple(rows)) for rows in cut]
-
-
-def _fit_loose(rows: Sequence[Row], budget: int) -> list[Shared]:
-    """Rows of different problems, those of like length together: their attention is padded to the
-    longest. They may still begin alike, with a system prompt."""
-    bundles = []
-    for chunk in pack_plain(rows, budget):
-        prefix = common_prefix([r.tokens for r in chunk]) if len(chunk) > 1 else 0
-        bundles.append(Shared(prefix if prefix >= MIN_SHARED else 0, tuple(chunk)))
-    return bundles

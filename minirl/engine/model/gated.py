@@ -15,16 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from minirl.engine.lean import Lean, is_lean, swap
+from minirl.engine.lean import Lean, swap
 
 
 def lean_gates(model: nn.Module) -> int:
     """Let a model's gated MLPs compute here; returns how many. One that computes anything else
     stays."""
-    gates = [module for module in model.modules() if not is_lean(module) and _is_plain(module)]
-    for module in gates:
-        swap(module, LeanGate)
-    return len(gates)
+    return swap(model, LeanGate, _is_plain)
 
 
 class LeanGate(Lean):

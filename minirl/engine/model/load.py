@@ -77,17 +77,11 @@ def load_model(
     Raises UserError if the model cannot be had, has no chat template or cannot be quantised here,
     or if the adapter does not fit.
     """
-    device = device or pick_device()
-    dtype = pick_dtype(settings.dtype, device)
-    base, tokenizer = _load_base(settings, device, dtype)
-    model = fresh_adapter(base, settings, seed)
+    loaded = _load(settings, seed, device)
     if settings.adapter is not None:
-        start_from(model, settings)
-    model.peft_config[ADAPTER].base_model_name_or_path = public_name(settings.name)
-    lean_lora(model)
-    lean_gates(model)
-    _checkpoint(base, settings)
-    return LoadedModel(model.eval(), tokenizer, device, dtype, settings)
+        start_from(loaded.model, settings)
+    lean_gates(loaded.model)
+    return loaded
 
 
 def load_classifier(
@@ -98,19 +92,7 @@ def load_classifier(
 
     Raises UserError as `load_model` does. `settings.adapter` is left to the caller.
     """
-    device = device or pick_device()
-    dtype = pick_dtype(settings.dtype, device)
-    base, tokenizer = _load_base(settings, device, dtype, labels)
-    for config in (base.config, base.config.get_text_config()):
-        config.pad_token_id = tokenizer.pad_token_id
-    head = getattr(base, HEAD).float()
-    torch.nn.init.zeros_(head.weight)
-    head.register_forward_pre_hook(_in_float32)
-    model = fresh_adapter(base, settings, seed, task_type="SEQ_CLS", modules_to_save=[HEAD])
-    model.peft_config[ADAPTER].base_model_name_or_path = public_name(settings.name)
-    lean_lora(model)
-    _checkpoint(base, settings)
-    return LoadedModel(model.eval(), tokenizer, device, dtype, settings)
+    return _load(settings, seed, device, labels)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -147,10 +129,28 @@ def describe(loaded: LoadedModel) -> str:
     )
 
 
-def _checkpoint(base: PreTrainedModel, settings: recipe.Model) -> None:
+def _load(
+    settings: recipe.Model, seed: int, device: torch.device | None, labels: int = 0
+) -> LoadedModel:
+    """The model with a fresh adapter. labels: of a sequence classifier; 0 for a language model."""
+    device = device or pick_device()
+    dtype = pick_dtype(settings.dtype, device)
+    base, tokenizer = _load_base(settings, device, dtype, labels)
+    more: dict[str, Any] = {}
+    if labels:
+        for config in (base.config, base.config.get_text_config()):
+            config.pad_token_id = tokenizer.pad_token_id
+        head = getattr(base, HEAD).float()
+        torch.nn.init.zeros_(head.weight)
+        head.register_forward_pre_hook(_in_float32)
+        more = {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
+    model = fresh_adapter(base, settings, seed, **more)
+    model.peft_config[ADAPTER].base_model_name_or_path = public_name(settings.name)
+    lean_lora(model)
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
+    return LoadedModel(model.eval(), tokenizer, device, dtype, settings)
 
 
 def _in_float32(module: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -158,10 +158,9 @@ def _in_float32(module: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, 
 
 
 def _load_base(
-    settings: recipe.Model, device: torch.device, dtype: torch.dtype, labels: int = 0
+    settings: recipe.Model, device: torch.device, dtype: torch.dtype, labels: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen base model and its tokenizer. labels: of a sequence classifier; 0 for a language
-    model."""
+    """The frozen base model and its tokenizer."""
     prepare()
     path = resolve(settings.name)
     tokenizer = load_tokenizer(path, settings.name)

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from minirl.engine.backend import Backend
-from minirl.engine.lean import Lean, is_lean, swap
+from minirl.engine.lean import Lean, swap
 from minirl.engine.model.adapter import ADAPTER
 
 # Layers that are given the same input, in the order of their calls.
@@ -28,10 +28,7 @@ def lean_lora(model: nn.Module) -> int:
     peft casts the input up to the adapter's float32, which on a bf16 CPU makes a training step 1.2
     to 1.3 times as long. Layers with DoRA, a LoRA bias or dropout keep peft's own.
     """
-    layers = [module for module in model.modules() if not is_lean(module) and _is_plain(module)]
-    for layer in layers:
-        swap(layer, LeanLora)
-    return len(layers)
+    return swap(model, LeanLora, _is_plain)
 
 
 class LeanLora(Lean):

@@ -30,17 +30,19 @@ class Policy:
     """model: a peft model with one adapter, on `device`, computing in `dtype`; only the adapter's
     parameters require a gradient.
 
-    trainable: the adapter's weights. value_head: None until PPO adds one or a saved one is loaded.
+    config: of its text model. trainable: the adapter's weights. value_head: None until PPO adds one
+    or a saved one is loaded.
     """
 
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.model = model
         self.device = device
         self.dtype = dtype
-        base = model.get_base_model()
+        self._base = base = model.get_base_model()
         self._decoder = base.get_decoder()
+        self.config = base.config.get_text_config()
         self.backend = install(model, device)
-        self.head = Head(base.get_output_embeddings(), base.config.get_text_config(), self.backend)
+        self.head = Head(base.get_output_embeddings(), self.config, self.backend)
         self.shares_prefixes = attention.supports(base.config)
         if self.shares_prefixes:
             base.set_attn_implementation(attention.NAME)
@@ -71,12 +73,9 @@ class Policy:
 
         states: those of this batch, if they are known already.
         """
+        at = self.states(batch) if states is None else states
         return self.head.logprobs(
-            self.states(batch) if states is None else states,
-            batch.target,
-            temperature=temperature,
-            entropy=entropy,
-            entropy_grad=entropy_grad,
+            at, batch.target, temperature=temperature, entropy=entropy, entropy_grad=entropy_grad
         )
 
     def values(self, batch: Batch, *, states: Tensor | None = None) -> Tensor:
@@ -90,8 +89,7 @@ class Policy:
     def add_value_head(self) -> ValueHead:
         """The value head; a fresh one if there was none."""
         if self.value_head is None:
-            config = self.model.get_base_model().config.get_text_config()
-            self.value_head = ValueHead(config.hidden_size, self.device)
+            self.value_head = ValueHead(self.config.hidden_size, self.device)
         return self.value_head
 
     def load_value_head(self, folder: Path) -> None:
@@ -127,19 +125,17 @@ class Policy:
     def plain_attention(self) -> Iterator[None]:
         """Inside, the model computes its attention by the library's own function, without a
         layout."""
-        base = self.model.get_base_model()
-        ours = base.config._attn_implementation
-        base.set_attn_implementation(attention.stock_attention(base.config))
+        ours = self._base.config._attn_implementation
+        self._base.set_attn_implementation(attention.stock_attention(self._base.config))
         try:
             yield
         finally:
-            base.set_attn_implementation(ours)
+            self._base.set_attn_implementation(ours)
 
     def give_up_sharing(self) -> None:
         """Take plain rows and the library's own attention from now on."""
         self.shares_prefixes = False
-        base = self.model.get_base_model()
-        base.set_attn_implementation(attention.stock_attention(base.config))
+        self._base.set_attn_implementation(attention.stock_attention(self._base.config))
 
     def batches(self, rows: Sequence[Row], budget_tokens: int, *, pad: int) -> Iterator[Batch]:
         """Micro-batches of at most `budget_tokens` computed tokens: packed with shared prefixes if

@@ -53,9 +53,9 @@ def measure_agreement(
     layout = None
     if policy.shares_prefixes:
         (bundles,) = pack(rows, budget_tokens=sum(r.length for r in rows))
-        ordered = [r for bundle in bundles for r in bundle.rows]
-        shared, _ = policy.logprobs(collate(bundles, policy.device), temperature=temperature)
-        layout = _distance(_by_episode(shared, ordered), plain)
+        packed = collate(bundles, policy.device)
+        shared, _ = policy.logprobs(packed, temperature=temperature)
+        layout = _distance(shared[packed.episode.argsort(stable=True)], plain)
     return Agreement(_distance(batch.old, plain) if sampled else None, layout, limit)
 
 
@@ -68,12 +68,6 @@ def _some_rows(groups: Sequence[Group]) -> tuple[list[Row], bool]:
             rows.append(row(episode, advantage=0.0, weight=0.0, number=len(rows), group=number))
             sampled &= all(turn.sampled for turn in episode.turns if turn.trained)
     return rows, sampled and bool(rows)
-
-
-def _by_episode(values: Tensor, rows: Sequence[Row]) -> Tensor:
-    """One value a trained token of `rows`, put in the order of the rows' numbers."""
-    parts = zip(rows, torch.split(values, [sum(r.mask) for r in rows]), strict=True)
-    return torch.cat([part for _, part in sorted(parts, key=lambda pair: pair[0].episode)])
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

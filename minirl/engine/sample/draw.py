@@ -53,6 +53,17 @@ class Reply:
         return self.key, Completion(tuple(self.tokens), tuple(self.logprobs), text, self.finish)
 
 
+def draw(replies: Sequence[Reply], logits: Tensor, uniform: Tensor, chat: Chat) -> Tensor:
+    """Give each reply that goes on its next token, drawn from logits (B, V) by uniform (B,); the
+    tokens, (B,). Raises UserError if the logits are not finite."""
+    chosen, logprobs = pick(logits, [reply.ask.temperature for reply in replies], uniform)
+    check_finite(found := logprobs.tolist())
+    for reply, token, logprob in zip(replies, chosen.tolist(), found, strict=True):
+        if reply.finish is None:
+            reply.append(token, logprob, chat)
+    return chosen
+
+
 def uniforms(ask: Ask) -> list[float]:
     """An ask's stream of uniform numbers in [0, 1), one a token, from its own seed."""
     stream: list[float] = torch.rand(

@@ -8,6 +8,7 @@ changes which tokens a slot holds. Whoever updates the weights must call `clear`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -180,9 +181,7 @@ class KVCache:
         memory, for keys (B, K, T, D) `like` these."""
         if not self._blocks:
             self._spare = self._spare or [like.new_zeros(0), like.new_zeros(0)]
-            self._blocks = [
-                self._make(which, like, heads=like.shape[1], size=like.shape[3]) for which in (0, 1)
-            ]
+            self._blocks = [self._make(which, like) for which in (0, 1)]
         keys, values = self._blocks
         return keys[number], values[number]
 
@@ -190,13 +189,10 @@ class KVCache:
         """Give the keys (0) or values (1) of the slots `kept` the present capacity: in the memory
         they have, if it is large enough."""
         old = self._blocks[which]
-        heads, size = old.shape[2], old.shape[4]
-        is_in_place = (
-            self._spare[which].numel() >= self._layers * self.count * heads * self.capacity * size
-        )
+        is_in_place = self._spare[which].numel() >= prod(self._shape(old))
         if not is_in_place:
             self._spare[which] = old.new_zeros(0)  # in use by the old block, which is read here
-        new = self._make(which, old, heads=heads, size=size)
+        new = self._make(which, old)
         # A layer's new place may lie over its own old one and those of layers that have moved
         # already, never over one that has not.
         grows = new[0].numel() > old[0].numel()
@@ -207,10 +203,14 @@ class KVCache:
                 new[layer, slot, :, :length] = held[source, :, :length]
         self._blocks[which] = new
 
-    def _make(self, which: int, like: Tensor, *, heads: int, size: int) -> Tensor:
+    def _shape(self, like: Tensor) -> tuple[int, ...]:
+        """(layers, slots, K, capacity, D), for keys or values (..., K, T, D) `like` these."""
+        return self._layers, self.count, like.shape[-3], self.capacity, like.shape[-1]
+
+    def _make(self, which: int, like: Tensor) -> Tensor:
         """Empty keys (0) or values (1)."""
-        shape = self._layers, self.count, heads, self.capacity, size
-        wanted = self._layers * self.count * heads * self.capacity * size
+        shape = self._shape(like)
+        wanted = prod(shape)
         if self._spare[which].numel() < wanted:
             self._spare[which] = like.new_zeros(0)  # before the new memory is taken
             self._spare[which] = like.new_zeros(wanted)
@@ -225,12 +225,7 @@ class KVView(Cache):  # type: ignore[misc]
         super().__init__(layers=[])
         self._cache = cache
         self._rows, self._positions, self._width = rows, positions, width
-        numbers = (
-            torch.arange(rows.start, rows.stop, device=cache.device)
-            if isinstance(rows, slice)
-            else rows
-        )
-        self._numbers = numbers[:, None]  # (B, 1)
+        self._numbers = torch.arange(cache.count, device=cache.device)[rows, None]  # (B, 1)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any

@@ -15,7 +15,7 @@ import torch
 from minirl.chat import Chat
 from minirl.engine.model.lora import FixedLora
 from minirl.engine.model.policy import Policy
-from minirl.engine.sample.draw import Reply, check_finite, pick
+from minirl.engine.sample.draw import Reply, draw
 from minirl.engine.sample.kv_cache import KVCache
 from minirl.engine.sample.plain import PlainSampler
 from minirl.engine.sample.runner import GraphRunner, ModelRunner
@@ -37,9 +37,9 @@ def open_sampler(
         return LiveSampler(
             policy, chat, rows=rows, cache_tokens=cache_tokens, cuda_graphs=cuda_graphs
         )
-    kind = policy.model.get_base_model().config.get_text_config().model_type
     logging.getLogger("minirl").info(
-        "%s models cannot share prefixes here: sampling by `generate`, learning on plain rows", kind
+        "%s models cannot share prefixes here: sampling by `generate`, learning on plain rows",
+        policy.config.model_type,
     )
     return PlainSampler(policy, chat, rows=rows)
 
@@ -66,13 +66,9 @@ class LiveSampler:
         self._lora = FixedLora(policy.model, rows, policy.backend)
         policy.head.pack(rows)
         captures = cuda_graphs and policy.device.type == "cuda"
+        layers = policy.config.num_hidden_layers
         self.cache = KVCache(
-            policy.model.get_base_model().config.get_text_config().num_hidden_layers,
-            rows,
-            policy.device,
-            policy.backend,
-            cache_tokens,
-            keeps_memory=captures,
+            layers, rows, policy.device, policy.backend, cache_tokens, keeps_memory=captures
         )
         self.runner = (GraphRunner if captures else ModelRunner)(policy, self.cache)
         self.scheduler = Scheduler(self.cache, rows)
@@ -118,8 +114,5 @@ class LiveSampler:
             logits = self.runner.prefill(prompts)
         else:
             logits = self.runner.decode([reply.tokens[-1] for reply in replies])
-        chosen, logprobs = pick(logits, [reply.ask.temperature for reply in replies], uniform)
-        check_finite(found := logprobs.tolist())
-        for reply, token, logprob in zip(replies, chosen.tolist(), found, strict=True):
-            reply.append(token, logprob, self.chat)
+        draw(replies, logits, uniform, self.chat)
         self.tokens += len(replies)

@@ -8,6 +8,7 @@ log-probability, is decided as in every sampler.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from transformers import (
 )
 
 from minirl.chat import Chat
+from minirl.engine.model.batch import pad_rows
 from minirl.engine.model.policy import Policy
-from minirl.engine.sample.draw import Reply, check_finite, pick
+from minirl.engine.sample.draw import Reply, draw
 from minirl.episode import Ask, Completion
 
 
@@ -37,11 +39,7 @@ def generate(
     """transformers' `generate` on left-padded prompts, with these settings alone; the new tokens,
     (B, T). extra: further arguments of `generate`."""
     longest = max(map(len, prompts))
-    tokens = torch.full((len(prompts), longest), settings.pad_token_id)
-    present = torch.zeros_like(tokens)
-    for i, prompt in enumerate(prompts):
-        tokens[i, longest - len(prompt) :] = torch.tensor(prompt)
-        present[i, longest - len(prompt) :] = 1
+    tokens, present = pad_rows(prompts, settings.pad_token_id, side="left")
     # The model's own generation config may hold an end token or a repetition penalty, which are
     # taken wherever ours is silent and would bias every ratio.
     kept, model.generation_config = model.generation_config, GenerationConfig()
@@ -111,26 +109,20 @@ class Picker(LogitsProcessor):  # type: ignore[misc]
         longest = max(len(reply.uniforms) for reply in replies)
         streams = [[*r.uniforms, *[0.0] * (longest - len(r.uniforms))] for r in replies]
         self._uniforms = torch.tensor(streams, device=device)  # (B, most tokens)
-        self._temperature = [reply.ask.temperature for reply in replies]
         self._step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, T), (B, V) -> (B, V)
-        uniform = self._uniforms[:, self._step]
-        chosen, logprobs = pick(scores.float(), self._temperature, uniform)
-        check_finite(found := logprobs.tolist())
-        for reply, token, logprob in zip(self._replies, chosen.tolist(), found, strict=True):
-            if reply.finish is None:
-                reply.append(token, logprob, self._chat)
+        chosen = draw(self._replies, scores.float(), self._uniforms[:, self._step], self._chat)
         self._step += 1
         return torch.full_like(scores, float("-inf")).scatter_(1, chosen[:, None], 0.0)
 
 
+@dataclass
 class Ended(StoppingCriteria):  # type: ignore[misc]
     """Tells `generate` which rows have ended."""
 
-    def __init__(self, replies: Sequence[Reply]) -> None:
-        self._replies = replies
+    replies: Sequence[Reply]
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        ended = [reply.finish is not None for reply in self._replies]
+        ended = [reply.finish is not None for reply in self.replies]
         return torch.tensor(ended, device=input_ids.device)

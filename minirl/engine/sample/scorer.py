@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
@@ -18,20 +19,14 @@ from minirl.engine.model.policy import Policy
 MICRO_TOKENS = 8192
 
 
+@dataclass(frozen=True)
 class Scorer:
     """See `judge.Chances`. inside: a context in which the policy computes as the judging model
     (without its adapter, say)."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        *,
-        pad: int,
-        inside: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
-        self._policy = policy
-        self._pad = pad
-        self._inside = inside
+    policy: Policy
+    pad: int
+    inside: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @torch.no_grad()
     def __call__(
@@ -41,24 +36,16 @@ class Scorer:
         groups: Sequence[int],
     ) -> list[float]:
         """P(options[0]) / (P(options[0]) + P(options[1])) after each prompt, at temperature 1."""
-        rows = [
-            Row(
-                (*prompt, *option),
-                (False,) * len(prompt) + (True,) * len(option),
-                (0.0,) * (len(prompt) + len(option)),
-                0.0,
-                0.0,
-                n,
-                group,
-            )
-            for n, (prompt, group, option) in enumerate(
-                (p, g, o) for p, g in zip(prompts, groups, strict=True) for o in options
-            )
-        ]
-        total = torch.zeros(len(rows), device=self._policy.device)
-        with self._inside():
-            for batch in self._policy.batches(rows, MICRO_TOKENS, pad=self._pad):
-                logprobs, _ = self._policy.logprobs(batch, temperature=1.0)
+        rows: list[Row] = []
+        for prompt, group in zip(prompts, groups, strict=True):
+            for option in options:
+                tokens = (*prompt, *option)
+                mask = (False,) * len(prompt) + (True,) * len(option)
+                rows.append(Row(tokens, mask, (0.0,) * len(tokens), 0.0, 0.0, len(rows), group))
+        total = torch.zeros(len(rows), device=self.policy.device)
+        with self.inside():
+            for batch in self.policy.batches(rows, MICRO_TOKENS, pad=self.pad):
+                logprobs, _ = self.policy.logprobs(batch, temperature=1.0)
                 total.index_add_(0, batch.episode, logprobs.float())
         chances: list[float] = torch.sigmoid(total[0::2] - total[1::2]).tolist()
         return chances

@@ -129,8 +129,8 @@ def test_a_mask_that_shows_the_future_is_seen(
     monkeypatch.setattr(
         Layout,
         "bias",
-        lambda _, prefix, width, window, shared, like: like.new_zeros(
-            shared * width, prefix + width
+        lambda _, prefix, width, rule, query, key: query.new_zeros(
+            query.shape[1] // key.shape[1] * width, prefix + width
         ),
     )
     found = measure_agreement(policy, groups(policy), temperature=0.7, pad=tiny.PAD)
