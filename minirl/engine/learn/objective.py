@@ -58,13 +58,8 @@ def objective(
             reference, _ = policy.logprobs(batch, temperature=temperature)
     with torch.set_grad_enabled(experience is None or not experience.value_only):
         states = policy.states(batch)
-        logprobs, entropy = policy.logprobs(
-            batch,
-            temperature=temperature,
-            entropy=learner.loss != "nll",
-            entropy_grad=learner.entropy != 0,
-            states=states,
-        )
+        wanted = {"entropy": learner.loss != "nll", "entropy_grad": learner.entropy != 0}
+        logprobs, entropy = policy.logprobs(batch, temperature=temperature, states=states, **wanted)
     sums: Sums = {"tokens": float(batch.old.numel())}
     if learner.loss == "nll":
         loss = losses.nll(logprobs, batch.weights)
@@ -94,14 +89,10 @@ def _policy_term(
     advantages = batch.advantages
     if experience is not None:
         advantages = experience.advantages[experience.index.of(batch)]
+    episode = batch.episode if learner.ratio == "sequence" else None
+    clips = {"clip_low": learner.clip_low, "clip_high": learner.clip_high}
     loss, clipped = losses.policy_loss(
-        logprobs,
-        batch.old,
-        advantages,
-        batch.weights,
-        clip_low=learner.clip_low,
-        clip_high=learner.clip_high,
-        episode=batch.episode if learner.ratio == "sequence" else None,
+        logprobs, batch.old, advantages, batch.weights, episode=episode, **clips
     )
     return loss, _sum(clipped)
 

@@ -72,11 +72,9 @@ class Rule:
             scores = (longer @ key.transpose(-1, -2)).float() * self.scale
             scores = self.softcap * torch.tanh(scores / self.softcap)
             # A padded row sees nothing: the least number, not minus infinity, keeps it from NaN.
-            scores = (
-                scores.masked_fill(~bias, torch.finfo(scores.dtype).min)
-                if bias.dtype == torch.bool
-                else scores + bias
-            )
+            least = torch.finfo(scores.dtype).min
+            is_mask = bias.dtype == torch.bool
+            scores = scores.masked_fill(~bias, least) if is_mask else scores + bias
             out = torch.softmax(scores, dim=-1).to(query.dtype) @ value
         return out.reshape(query.shape)
 
