@@ -152,9 +152,9 @@ def test_a_growing_cache_is_never_there_twice(
     runner.prefill({(1,) * 16: [0, 1]})
     keys, make, seen = weakref.ref(cache._blocks[0].untyped_storage()), cache._make, []
 
-    def watched(which: int, like: Tensor, *, heads: int, size: int) -> Tensor:
+    def watched(which: int, like: Tensor) -> Tensor:
         seen.append((which, keys() is None))
-        return make(which, like, heads=heads, size=size)
+        return make(which, like)
 
     monkeypatch.setattr(cache, "_make", watched)
     cache.reserve(200, 2)

@@ -3,6 +3,7 @@ that meets one goes on without it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,9 @@ def test_a_run_goes_on_without_a_sampler_that_is_wrong(
         )
         expected, _ = run(folder, tmp_path, "plain", capsys)
     bias = Cached.bias
-    monkeypatch.setattr(Cached, "bias", lambda self, _, *rest: bias(self, 3, *rest))
+    monkeypatch.setattr(
+        Cached, "bias", lambda self, rule, *rest: bias(self, replace(rule, window=3), *rest)
+    )
     rows, shown = run(folder, tmp_path, "broken", capsys)
     assert shown.count("WARNING: the live sampler does not agree with plain rows") == 1
     assert [row["sampled"] for row in rows] == [row["sampled"] for row in expected]
