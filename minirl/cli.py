@@ -224,7 +224,7 @@ def bench(
     ] = False,
     sections: Annotated[
         str, typer.Option("--sections", help="Which parts to measure")
-    ] = "rollout,update,step,ceilings,retrieval",
+    ] = "rollout,update,step,ceilings",
     repeats: Annotated[
         int, typer.Option("--repeats", help="Counted rounds, after one to warm up")
     ] = 3,

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from minirl.bench.ceilings import measure_ceilings
 from minirl.bench.measure import Measurement, Report
-from minirl.bench.retrieval import measure_retrieval
 from minirl.bench.rollouts import measure_rollouts
 from minirl.bench.setup import SECTIONS, Bench, Options, open_bench
 from minirl.bench.steps import measure_steps
@@ -29,7 +28,6 @@ MEASURES: dict[str, Callable[[Bench], list[Measurement]]] = {
     "update": measure_updates,
     "step": measure_steps,
     "ceilings": measure_ceilings,
-    "retrieval": measure_retrieval,
 }
 
 

@@ -28,7 +28,7 @@ from minirl.engine.sample.plain import PlainSampler
 from minirl.episode import Problem
 from minirl.errors import UserError
 
-SECTIONS = ("rollout", "update", "step", "ceilings", "retrieval")
+SECTIONS = ("rollout", "update", "step", "ceilings")
 WORDS = (
     "river stone cloud paper green house light table water apple night cover seven music plant"
     " train story field"

@@ -15,6 +15,7 @@ from minirl.episode import Episode
 from minirl.loop.session import Session
 from minirl.recipe import Collect, Filter, RewardModel, Stage
 from minirl.record.evals import summarise
+from minirl.record.measures import OUTCOMES
 
 
 def log_step(
@@ -47,7 +48,7 @@ def evaluate_policy(s: Session, label: str, *, stage: int, step: int) -> float:
     s.run.log_time(where | {"label": label, "eval_s": time.monotonic() - began})
     _log_episodes(s, episodes[: s.recipe.save.episodes], **where, label=label)
     s.progress.evaluation(label, summary)
-    shares = {name: summary[name] for name in ("first", "second", "fixed") if summary[name]}
+    shares = {m.key: summary[m.key] for m in OUTCOMES if summary[m.key]}
     values = {f"eval/{name}": share.value for name, share in (shares | summary["scores"]).items()}
     _track(s, values, stage, step)
     return float(summary["second" if evaluation.tries == 2 else "first"].value)

@@ -502,7 +502,7 @@ def test_random_weights_are_drawn_in_parts(
     [
         (
             ["--sections", "rollout,steps"],
-            "--sections: got 'steps', expected one of rollout, update, step, ceilings, retrieval",
+            "--sections: got 'steps', expected one of rollout, update, step, ceilings",
         ),
         (["--sections", ""], "--sections: got ''"),
         (["--quantize", "int4"], "--quantize: got 'int4', expected one of none, nf4, int8"),
@@ -566,7 +566,6 @@ def test_the_command_writes_every_number(
         "update",
         "step",
         "ceilings",
-        "retrieval",
     ]
     assert {"processor", "threads", "versions", "dtype"} <= set(found["machine"])
     assert found["machine"]["dtype"] == "float32"
@@ -574,9 +573,8 @@ def test_the_command_writes_every_number(
     for row in lines:
         values = row["ours"]["values"]
         assert row["ours"]["min"] <= row["ours"]["median"] <= row["ours"]["max"]
-        # A difference of two short times may come out anywhere, and a small index fits into what a
-        # process has left over.
-        assert min(values) > 0 or row["what"].startswith("decode") or "memory" in row["what"]
+        # A difference of two short times may come out anywhere.
+        assert min(values) > 0 or row["what"].startswith("decode")
         assert (row["ratio"] is None) == (row["theirs"] is None)
         if row["theirs"]:
             assert row["ratio"] == pytest.approx(row["ours"]["median"] / row["theirs"]["median"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from math import exp
@@ -19,6 +20,7 @@ from minirl.episode import Episode, Problem, Turn
 from minirl.errors import UserError
 from minirl.record.closed_run import add_later_eval
 from minirl.record.evals import compare, summarise
+from minirl.record.measures import MEASURES
 from minirl.record.report import curves_html, episode_html, write_report
 from minirl.record.report.chart import ticks as _ticks
 from minirl.record.run import Run
@@ -294,6 +296,11 @@ def test_curves_break_at_stages_and_skip_what_is_missing(page: tuple[str, Page])
     assert [len(run.split()) for run in re.findall(r'class="curve s1" points="([^"]+)"', norm)] == [
         59
     ]  # NaN was stored as null
+
+
+def test_every_line_of_a_chart_has_a_colour(page: tuple[str, Page]) -> None:
+    most = max(Counter(m.curve for m in MEASURES if m.curve).values())
+    assert all(f".s{line} {{ stroke:" in page[0] for line in range(1, most + 1))
 
 
 def test_line_points_sit_where_the_axes_say(tmp_path: Path) -> None:
