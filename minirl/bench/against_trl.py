@@ -24,10 +24,9 @@ from transformers import PrinterCallback, TrainerCallback
 
 from minirl.bench.generate import Generate
 from minirl.bench.measure import MEGA, synchronize, timed
+from minirl.bench.rollouts import Play
 from minirl.bench.setup import Bench
 from minirl.engine.model import load as models
-from minirl.episode import Episode
-from minirl.rollout import Sampler
 
 WANTED = "1.16."
 INSTALL = "pip install 'trl>=1.16,<1.17'"
@@ -53,9 +52,7 @@ def missing() -> str:
 
 
 def by_turns_with_trl(
-    bench: Bench,
-    ours: Callable[[], float],
-    rollout: Callable[[Bench, Sampler], list[Episode]] | None,
+    bench: Bench, ours: Callable[[], float], rollout: Play | None
 ) -> tuple[Runs, Runs, float | None]:
     """(seconds, completions) of our steps and of TRL's, and TRL's peak memory in MB on CUDA.
 
@@ -110,9 +107,7 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         self._warm = True
 
 
-def _trainer(
-    bench: Bench, folder: Path, rollout: Callable[[Bench, Sampler], list[Episode]] | None
-) -> Any:
+def _trainer(bench: Bench, folder: Path, rollout: Play | None) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
     sizes, lora, tokenizer = bench.sizes, bench.model.lora, copy.deepcopy(bench.loaded.tokenizer)
@@ -166,9 +161,7 @@ def _trainer(
     )
 
 
-def _rollout_func(
-    bench: Bench, rollout: Callable[[Bench, Sampler], list[Episode]]
-) -> Callable[[Any, Any], dict[str, Any]]:
+def _rollout_func(bench: Bench, rollout: Play) -> Callable[[Any, Any], dict[str, Any]]:
     """An R3 rollout for TRL: all before the reflection is the prompt, the reflection the
     completion, and the retry for the reward alone."""
 

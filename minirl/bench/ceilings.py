@@ -24,12 +24,12 @@ def measure_ceilings(bench: Bench) -> list[Measurement]:
     """Bandwidth; the decode step against its bandwidth and matmul floors; the update against the
     matmul ceiling."""
     read, copy = bandwidths(bench)
-    notes = {"reading": "a sum over float32", "copying": "bytes read and bytes written"}
-    lines = [
-        Measurement("ceilings", f"memory, {what}", "GB/s", rate, note=notes[what])
-        for what, rate in {"reading": read, "copying": copy}.items()
+    return [
+        Measurement("ceilings", "memory, reading", "GB/s", read, note="a sum over float32"),
+        Measurement("ceilings", "memory, copying", "GB/s", copy, note="bytes read and written"),
+        *decode(bench, max(read.median, copy.median)),
+        update(bench),
     ]
-    return [*lines, *decode(bench, max(read.median, copy.median)), *update(bench)]
 
 
 def bandwidths(bench: Bench) -> tuple[Spread, Spread]:
@@ -60,7 +60,7 @@ def decode(bench: Bench, gigabytes_per_s: float) -> list[Measurement]:
     def rollout(tokens: int) -> Callable[[], float]:
         def run() -> float:
             live.reset()
-            return sampled(planned(bench, [[(tokens, "")]] * rows, live))
+            return sampled(planned(bench, live, [[(tokens, "")]] * rows))
 
         return run
 
@@ -76,17 +76,15 @@ def decode(bench: Bench, gigabytes_per_s: float) -> list[Measurement]:
     bandwidth = Spread((1e3 * (weights + cache) / gigabytes_per_s / GIGA,))
     what = f"decode step, {rows} rows"
     read = f"weights {weights / MEGA:,.0f} MB + keys and values {cache / MEGA:,.0f} MB"
-    floors = {
-        "bandwidth floor": (bandwidth, f"{read} at {gigabytes_per_s:.1f} GB/s"),
-        "matmul floor": (floor, "the model's matrices alone, without attention and adapter"),
-    }
+    read += f" at {gigabytes_per_s:.1f} GB/s"
+    alone = "the model's matrices alone, without attention and adapter"
     return [
-        Measurement("ceilings", what, "ms", step, least, against, note)
-        for against, (least, note) in floors.items()
+        Measurement("ceilings", what, "ms", step, bandwidth, "bandwidth floor", read),
+        Measurement("ceilings", what, "ms", step, floor, "matmul floor", alone),
     ]
 
 
-def update(bench: Bench) -> list[Measurement]:
+def update(bench: Bench) -> Measurement:
     """TFLOP/s of an update (forward and backward through the frozen matrices; adapters and
     attention not counted) against matmuls alone."""
     prompt, completion = bench.sizes.grid[min(2, len(bench.sizes.grid) - 1)]
@@ -108,7 +106,7 @@ def update(bench: Bench) -> list[Measurement]:
     what = f"update {prompt}/{completion}, {tokens} tokens computed"
     note = "the model's matrices alone, forward, in the compute dtype"
     ours_rate, ceiling = rates(runs["ours"]), rates(runs["matrices"])
-    return [Measurement("ceilings", what, "TFLOP/s", ours_rate, ceiling, "matmul ceiling", note)]
+    return Measurement("ceilings", what, "TFLOP/s", ours_rate, ceiling, "matmul ceiling", note)
 
 
 def products(bench: Bench, rows: int) -> Callable[[], float]:

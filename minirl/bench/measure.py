@@ -6,18 +6,13 @@ counted: the first pass over new shapes builds their kernels and is slow once.
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 MEGA, GIGA = 1e6, 1e9
 
@@ -125,32 +120,11 @@ def rates(runs: list[tuple[float, float]]) -> Spread:
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """Most bytes of tensors that `work` holds at once, above what is held when it begins.
-
-    CUDA: torch's own high-water mark. CPU: the same quantity, from the allocations that torch's
-    profiler records; the resident size of the process would count what an allocator keeps for
-    later, and the peak of loading the model. Scratch memory inside matrix kernels is not counted.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        start = torch.cuda.memory_allocated(device)
-        work()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - start
-    # Else the profiler writes a line about each start and stop to standard error.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "10")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    allocations = [event["args"] for event in events if event["name"] == "[memory]"]
-    held = most = 0
-    for allocation in sorted(allocations, key=lambda args: int(args["Ev Idx"])):
-        held += int(allocation["Bytes"])
-        most = max(most, held)
-    return most
+    """Most bytes of tensors on a GPU while `work` runs, with those that were there before."""
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
 
 
 def synchronize(device: torch.device) -> None:

@@ -20,6 +20,7 @@ from minirl.bench.setup import WORDS, Bench
 from minirl.episode import Ask, Completion, Episode, Problem, Verdict
 from minirl.methods.reflect import failed, reflect
 from minirl.methods.single import single
+from minirl.recipe import Sampling
 from minirl.rollout import Sampler, Talk, play
 from minirl.tasks import Task
 
@@ -28,8 +29,8 @@ FAIL = Task("bench", (), (), lambda problem, text: Verdict(0.0, False, {"error_k
 GENERATE, AS_TRAINED = "generate", "generate, float32 adapter as in training"
 Plan = Sequence[tuple[int, str]]
 """Tokens to sample in each turn, and the text told after it (none after the last)."""
-Episodes = Callable[[Sampler], list[Episode]]
-"""Plays its episodes against a sampler."""
+Play = Callable[[Bench, Sampler], list[Episode]]
+"""Plays the episodes of a step against a sampler."""
 
 
 def measure_rollouts(bench: Bench) -> list[Measurement]:
@@ -37,23 +38,23 @@ def measure_rollouts(bench: Bench) -> list[Measurement]:
     rows, new = bench.sizes.rows, bench.sizes.new_tokens
     live = bench.sampler()
     generate = Generate(bench.policy.model.get_base_model(), bench.chat, bench.device, rows=rows)
-    kinds: dict[str, Episodes] = {
-        f"single turn, {new} new": partial(planned, bench, [[(new, "")]] * rows),
-        f"single turn, {uneven(new)[0]}-{new} new": partial(planned, bench, uneven_plans(bench)),
-        f"R3, 3 turns of {new}": partial(r3_from_scratch, bench),
-        "search-like, 1-4 uneven turns": partial(planned, bench, search_plans(bench)),
+    kinds: dict[str, Play] = {
+        f"single turn, {new} new": partial(planned, plans=[[(new, "")]] * rows),
+        f"single turn, {uneven(new)[0]}-{new} new": partial(planned, plans=uneven_plans(bench)),
+        f"R3, 3 turns of {new}": r3_from_scratch,
+        "search-like, 1-4 uneven turns": partial(planned, plans=search_plans(bench)),
     }
     adapters = {GENERATE: bench.policy.dtype}
     if bench.policy.dtype != torch.float32:
         adapters[AS_TRAINED] = torch.float32
 
-    def ours(episodes: Episodes) -> float:
+    def ours(episodes: Play) -> float:
         live.reset()
-        return sampled(episodes(live))
+        return sampled(episodes(bench, live))
 
-    def theirs(episodes: Episodes, dtype: torch.dtype) -> float:
+    def theirs(episodes: Play, dtype: torch.dtype) -> float:
         with stock(bench.policy, bench.stock_attention, adapter=dtype):
-            return sampled(episodes(generate))
+            return sampled(episodes(bench, generate))
 
     found = []
     for what, episodes in kinds.items():
@@ -82,8 +83,10 @@ def sampled(episodes: Sequence[Episode]) -> int:
 
 def talks(bench: Bench, problems: Sequence[Problem], each: int) -> list[Talk]:
     """`each` conversations about each problem."""
+    new, rows = bench.sizes.new_tokens, bench.sizes.rows
+    sampling = Sampling(attempt_tokens=new, reflection_tokens=new, rows=rows)
     return [
-        Talk(problem, bench.chat, bench.sampling(), temperature=1.0, seed=f"{i}/{k}")
+        Talk(problem, bench.chat, sampling, temperature=1.0, seed=f"{i}/{k}")
         for i, problem in enumerate(problems)
         for k in range(each)
     ]
@@ -98,7 +101,7 @@ def converse(talk: Talk, plan: Plan) -> Generator[Ask, Completion, Episode]:
     return talk.end(None)
 
 
-def planned(bench: Bench, plans: Sequence[Plan], sampler: Sampler) -> list[Episode]:
+def planned(bench: Bench, sampler: Sampler, plans: Sequence[Plan]) -> list[Episode]:
     """One conversation a plan, the group's on each prompt."""
     started = talks(bench, bench.problems, bench.sizes.group)
     return play([converse(talk, plan) for talk, plan in zip(started, plans, strict=True)], sampler)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, Self
@@ -107,7 +107,6 @@ class Bench:
     loaded: models.LoadedModel
     policy: Policy
     chat: Chat
-    accelerator: Accelerator
     stock_attention: str
     problems: tuple[Problem, ...]
 
@@ -115,15 +114,6 @@ class Bench:
     def device(self) -> torch.device:
         """Where the model stands."""
         return self.policy.device
-
-    def resized(self, sizes: Sizes) -> Bench:
-        """The same model with other sizes."""
-        return replace(self, sizes=sizes, problems=problems_of(self.chat, sizes))
-
-    def sampling(self) -> recipe.Sampling:
-        """The recipe's numbers that fit these sizes."""
-        new, rows = self.sizes.new_tokens, self.sizes.rows
-        return recipe.Sampling(attempt_tokens=new, reflection_tokens=new, rows=rows)
 
     def sampler(self) -> LiveSampler | PlainSampler:
         """A live sampler of as many rows as one step has."""
@@ -140,7 +130,7 @@ class Bench:
         return Learner(
             self.policy,
             recipe.Learner.model_validate(settings),
-            self.accelerator,
+            Accelerator(cpu=self.device.type == "cpu"),
             steps=10**6,
             limit_tokens=self.sizes.new_tokens,
             temperature=1.0,
@@ -167,12 +157,9 @@ def open_bench(options: Options, folder: Path) -> Bench:
     chat = Chat(loaded.tokenizer)
     chat.eos = frozenset()
     policy = Policy(loaded.model, loaded.device, loaded.dtype)
-    accelerator = Accelerator(cpu=loaded.device.type == "cpu")
     sizes = QUICK if options.quick else Sizes()
     problems = problems_of(chat, sizes)
-    return Bench(
-        options, sizes, model, loaded, policy, chat, accelerator, stock_attention, problems
-    )
+    return Bench(options, sizes, model, loaded, policy, chat, stock_attention, problems)
 
 
 def problems_of(chat: Chat, sizes: Sizes) -> tuple[Problem, ...]:

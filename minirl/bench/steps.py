@@ -9,19 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-
 from minirl.bench.against_trl import by_turns_with_trl, missing, version
-from minirl.bench.measure import MEGA, Measurement, Spread, rates, timed
-from minirl.bench.rollouts import grpo_step, r3_step
-from minirl.bench.setup import Bench
-from minirl.episode import Episode, regroup
-from minirl.rollout import Sampler
+from minirl.bench.measure import MEGA, Measurement, Spread, peak_bytes, rates, timed
+from minirl.bench.rollouts import Play, grpo_step, r3_step
+from minirl.bench.setup import Bench, problems_of
+from minirl.episode import regroup
 
-STEPS: dict[str, Callable[[Bench, Sampler], list[Episode]]] = {
-    "GRPO step": grpo_step,
-    "R3 step": r3_step,
-}
+STEPS: dict[str, Play] = {"GRPO step": grpo_step, "R3 step": r3_step}
 
 
 def measure_steps(bench: Bench) -> list[Measurement]:
@@ -29,12 +23,17 @@ def measure_steps(bench: Bench) -> list[Measurement]:
     and why."""
     if bench.options.step_tokens is not None:
         prompt, new = bench.options.step_tokens
-        bench = bench.resized(replace(bench.sizes, prompt_tokens=(prompt, prompt), new_tokens=new))
+        sizes = replace(bench.sizes, prompt_tokens=(prompt, prompt), new_tokens=new)
+        bench = replace(bench, sizes=sizes, problems=problems_of(bench.chat, sizes))
     without, rows = missing(), bench.sizes.rows
     found = []
     for what, episodes in STEPS.items():
         step = our_step(bench, episodes)
-        peak = _peak_mb(bench, step)  # also warms up, while the machine's memory is ours alone
+        peak = None
+        if bench.device.type == "cuda":  # while its memory is ours alone
+            peak = peak_bytes(step, bench.device) / MEGA
+        else:
+            step()  # to warm up
         if without:
             runs = [timed(step, bench.device) for _ in range(bench.options.repeats)]
             theirs, trl_peak, against = None, None, without
@@ -54,9 +53,7 @@ def measure_steps(bench: Bench) -> list[Measurement]:
     return found
 
 
-def our_step(
-    bench: Bench, episodes: Callable[[Bench, Sampler], list[Episode]]
-) -> Callable[[], float]:
+def our_step(bench: Bench, episodes: Play) -> Callable[[], float]:
     """One step as the loop makes it; returns how many completions it trained on."""
     sampler, learner = bench.sampler(), bench.learner()
 
@@ -73,14 +70,3 @@ def our_step(
         return float(bench.sizes.rows)
 
     return step
-
-
-def _peak_mb(bench: Bench, step: Callable[[], float]) -> float | None:
-    """Run a step; the most megabytes of tensors meanwhile, weights included. None on a CPU, where
-    nobody counts along."""
-    if bench.device.type != "cuda":
-        step()
-        return None
-    torch.cuda.reset_peak_memory_stats(bench.device)
-    step()
-    return torch.cuda.max_memory_allocated(bench.device) / MEGA

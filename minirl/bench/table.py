@@ -74,9 +74,4 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    has = torch.cpu.get_capabilities()
-    for instructions in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2"):
-        if has.get(instructions):
-            return f"{name} with {instructions.upper().replace('_', '-')}"
-    return name
+    return names[0] if names else platform.processor() or platform.machine()

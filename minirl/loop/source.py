@@ -17,7 +17,7 @@ from minirl.io.files import read_rows
 from minirl.loop.session import Session
 from minirl.recipe import METHODS, Collect, Filter, Recipe, load
 from minirl.recipe.methods import USUAL
-from minirl.record.closed_run import read_position, weights_digest
+from minirl.record.state import read_note, read_state
 
 
 def read_trajectories(s: Session, index: int, stage: Filter) -> list[Episode]:
@@ -52,7 +52,7 @@ def find_source(source: str, where: str) -> tuple[Recipe, int]:
         for number, stage in enumerate(other.stages)
         if isinstance(stage, Collect) and METHODS.get(stage.method, USUAL).makes_states
     ]
-    if not numbers or read_position(folder)[0].stage <= numbers[-1]:
+    if not numbers or read_state(folder).position.stage <= numbers[-1]:
         raise UserError(
             f"{where} has no finished stepwise collect stage; run its recipe to the end of one"
         )
@@ -80,7 +80,8 @@ def _check_settings(s: Session, other: Recipe, where: str) -> None:
 
 
 def _check_weights(s: Session, folder: Path, where: str) -> None:
-    got, expected = weights_digest(folder), models.fingerprint(s.policy.model)
+    got = read_note(folder / "model.json", "weights").get("weights")
+    expected = models.fingerprint(s.policy.model)
     if got != expected:
         raise UserError(
             f"{where} has trajectories of other base weights (got {str(got)[:8]}, expected"

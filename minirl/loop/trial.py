@@ -25,9 +25,9 @@ from minirl.loop.trial_recipe import read_recipe, sampling_recipe, trial_recipe
 from minirl.methods import use_own
 from minirl.recipe import Recipe
 from minirl.recipe.own import OWN
-from minirl.record.closed_run import add_later_eval, problems_digest
-from minirl.record.evals import summarise
+from minirl.record.evals import add_later_eval, summarise
 from minirl.record.progress import Progress
+from minirl.record.state import read_note
 from minirl.tasks import Task, fingerprint, open_task
 
 RECORDED = ("eval.tries", "eval.samples", "eval.temperature", "eval.problems", "eval.vote")
@@ -189,7 +189,8 @@ def _open_reward_model(folder: Path, recipe: Recipe) -> RewardModel:
 def _warn_of_other_problems(folder: Path, recipe: Recipe, task: Task, progress: Progress) -> None:
     """Warn if the run's own task has other problems now than when it was trained: some that are
     held out now may have been trained on."""
-    own, known = read_recipe(folder), problems_digest(folder)
+    own = read_recipe(folder)
+    known = read_note(folder / "task.json", "problems").get("problems")
     is_own = (recipe.task, recipe.seed) == (own.task, own.seed)
     if is_own and known not in (None, now := fingerprint(task)):
         progress.say(

@@ -1,4 +1,5 @@
-"""Statistics of evals.jsonl: one row summarised, rows of several seeds pooled, two rows compared.
+"""Rows of evals.jsonl: one summarised, those of several seeds pooled, two compared; and where
+`minirl eval` puts its own.
 
 Invariant: the unit of evidence is the problem, never the sample. A malformed row is rejected,
 naming its label.
@@ -8,9 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
+
 from minirl.errors import UserError
+from minirl.io.files import read_rows, write_rows
 from minirl.record.measures import OUTCOMES, measure
 from minirl.record.statistics import (
     Difference,
@@ -23,6 +28,7 @@ from minirl.record.statistics import (
 )
 
 Row = Mapping[str, Any]
+LATER = "later_evals.jsonl"  # the evaluations of `minirl eval`
 
 
 class _Tries(NamedTuple):
@@ -122,6 +128,24 @@ def compare(before: Row, after: Row) -> dict[str, Difference | None]:
     scores = dict.fromkeys(name for t, _ in common for name in t.scores)
     keys = both + [key for key in scores if measure(key).kind == "fraction"]
     return {m.key: None for m in OUTCOMES} | {key: _difference(key, common) for key in keys}
+
+
+def add_later_eval(folder: Path, row: Row) -> None:
+    """Put an evaluation that `minirl eval` made beside the run's own, in place of one of the same
+    label, settings and number of problems. Needs no open run, and does not wait for its lock."""
+
+    def kind(row: Row) -> tuple[Any, ...]:
+        return row.get("label"), len(row["problems"]), settings(row)
+
+    try:
+        with filelock.FileLock(folder / ".evals.lock"):
+            others = [old for old in read_rows(folder / LATER) if kind(old) != kind(row)]
+            write_rows(folder / LATER, [*others, row])
+    except OSError as error:
+        raise UserError(
+            f"{folder / LATER}: cannot be written ({error}), so this evaluation is lost; make the"
+            " folder writable and evaluate again"
+        ) from error
 
 
 def _read(row: Row) -> dict[str, _Tries]:

@@ -39,13 +39,13 @@ from minirl.io.files import (
 from minirl.recipe import Recipe
 from minirl.recipe.own import beside
 from minirl.record.checks import check_recipe, note_versions, refuse_foreign
-from minirl.record.closed_run import read_note
 from minirl.record.state import (
     NAMES,
     Position,
     State,
     append_only,
     check_files,
+    read_note,
     read_state,
     restore,
 )

@@ -1,4 +1,5 @@
-"""state.json: the position of a run, and how its folder is brought back to that point.
+"""state.json: the position of a run, and how its folder is brought back to that point; and the
+notes that are checked on resume.
 
 Invariant: what state.json does not name never happened. Opening a folder cuts every append-only
 file back to the length recorded there and removes the checkpoints not named there; without a
@@ -13,7 +14,7 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from minirl.errors import UserError
 from minirl.io.files import compact
@@ -93,6 +94,23 @@ def read_state(folder: Path) -> State:
             " and run again"
         )
     return State()
+
+
+def read_note(path: Path, key: str) -> dict[str, Any]:
+    """The JSON object of model.json or task.json, with text under `key`; empty if there is no file
+    yet. Raises UserError for a damaged one."""
+    if not path.exists():
+        return {}
+    advice = "restore it, or delete it to resume unchecked"
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {advice}") from error
+    if not isinstance(note, dict) or not isinstance(note.get(key), str):
+        raise UserError(
+            f"{path}: got {str(note)[:60]!r}, expected an object with {key!r}; {advice}"
+        )
+    return note
 
 
 def check_files(folder: Path, state: State) -> None:

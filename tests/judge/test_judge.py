@@ -32,7 +32,7 @@ from minirl.loop import trial
 from minirl.loop.evaluate import Evaluator
 from minirl.loop.judges import BaseSampler, JudgeModels, without_adapter
 from minirl.loop.table import format_table
-from minirl.record.closed_run import LATER
+from minirl.record.evals import LATER
 from minirl.record.progress import Progress
 from minirl.rollout import Sampler
 from minirl.tasks.qa import SearchTask

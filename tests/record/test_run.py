@@ -19,7 +19,7 @@ from minirl import recipe as recipes
 from minirl.episode import Episode, Problem, Turn
 from minirl.errors import UserError
 from minirl.io import files
-from minirl.record import closed_run, state
+from minirl.record import evals, state
 from minirl.record import run as rundir
 from minirl.record.run import Run
 from minirl.record.state import Position
@@ -303,8 +303,8 @@ def test_later_evaluations_replace_their_own_kind_only(tmp_path: Path) -> None:
         {"changed": ["sampling.rows=4"]},
         {"problems": [2]},
     ):
-        closed_run.add_later_eval(tmp_path / "run", row | change)
-    kept = files.read_rows(tmp_path / "run" / closed_run.LATER)
+        evals.add_later_eval(tmp_path / "run", row | change)
+    kept = files.read_rows(tmp_path / "run" / evals.LATER)
     assert [(r["label"], r["samples"], r["changed"], r["problems"]) for r in kept] == [
         ("base", 1, [], [1]),
         ("adapter", 8, [], [1]),
@@ -312,7 +312,7 @@ def test_later_evaluations_replace_their_own_kind_only(tmp_path: Path) -> None:
         ("adapter", 1, [], [2]),
     ]
     play(tmp_path / "run")  # a run that goes on leaves them alone
-    assert len(files.read_rows(tmp_path / "run" / closed_run.LATER)) == 4
+    assert len(files.read_rows(tmp_path / "run" / evals.LATER)) == 4
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:

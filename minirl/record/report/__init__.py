@@ -12,8 +12,7 @@ from pathlib import Path
 from minirl import recipe as recipes
 from minirl.errors import UserError
 from minirl.io.files import write_file
-from minirl.record.closed_run import LATER, read_position
-from minirl.record.evals import Row
+from minirl.record.evals import LATER, Row
 from minirl.record.measures import MEASURES, OUTCOMES
 from minirl.record.report.chart import AREA, draw_charts
 from minirl.record.report.episodes import EPISODES_EACH, choose_episodes, show_episode
@@ -21,6 +20,7 @@ from minirl.record.report.evaluations import show_evaluations, show_later_evalua
 from minirl.record.report.filters import show_filters
 from minirl.record.report.render import render
 from minirl.record.report.rows import Rows, is_number, read_checked
+from minirl.record.state import read_state
 
 
 def write_report(folder: str | Path) -> Path:
@@ -72,11 +72,10 @@ def curves_html(folder: str | Path) -> str:
 
 
 def _facts(folder: Path, recipe: recipes.Recipe) -> list[tuple[str, str]]:
-    position, finished = read_position(folder)
-    if finished or position.stage >= len(recipe.stages):
+    state, stages = read_state(folder), len(recipe.stages)
+    where = f"at stage {state.position.stage} of {stages}, step {state.position.step}"
+    if state.finished or state.position.stage >= stages:
         where = "all stages done"
-    else:
-        where = f"at stage {position.stage} of {len(recipe.stages)}, step {position.step}"
     return [
         ("model", recipe.model.name),
         ("task", recipe.task.name),

@@ -15,16 +15,8 @@ from minirl.record.measures import MEASURES, Measure
 from minirl.record.report.rows import Rows, is_number
 
 Point = tuple[float, float]
-WIDTH, HEIGHT = 360, 190
-LEFT, RIGHT, TOP, BOTTOM = 44, 350, 12, 168  # of the plot inside the picture
-AREA = {
-    "width": WIDTH,
-    "height": HEIGHT,
-    "left": LEFT,
-    "right": RIGHT,
-    "top": TOP,
-    "bottom": BOTTOM,
-}
+AREA = {"width": 360, "height": 190, "left": 44, "right": 350, "top": 12, "bottom": 168}
+"""The picture, and where the plot stands in it."""
 SMOOTHED = 30
 """A line of more points is drawn faintly under its running mean."""
 
@@ -141,9 +133,12 @@ def _draw(
     marked = ticks(min(0.0, *values), top)
     low, high = marked[0], marked[-1]
 
+    left, bottom = AREA["left"], AREA["bottom"]
+    width, height = AREA["right"] - left, bottom - AREA["top"]
+
     def place(x: float, y: float) -> tuple[str, str]:
-        across = LEFT + (RIGHT - LEFT) * x / max(1, steps)
-        return f"{across:.1f}", f"{BOTTOM - (BOTTOM - TOP) * (y - low) / (high - low):.1f}"
+        across, up = width * x / max(1, steps), height * (y - low) / (high - low)
+        return f"{left + across:.1f}", f"{bottom - up:.1f}"
 
     return Chart(
         title,

@@ -33,8 +33,7 @@ from minirl.methods import method_of
 from minirl.methods.demonstrate import demonstrate
 from minirl.methods.search.search import EMPTY, NO_MORE, called, instructions, search
 from minirl.recipe import Sampling
-from minirl.record.closed_run import LATER
-from minirl.record.evals import summarise
+from minirl.record.evals import LATER, summarise
 from minirl.record.metrics import EpisodeStats, average
 from minirl.record.progress import Progress
 from minirl.retrieve import Passage

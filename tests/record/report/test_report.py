@@ -18,8 +18,7 @@ import pytest
 from minirl import recipe as recipes
 from minirl.episode import Episode, Problem, Turn
 from minirl.errors import UserError
-from minirl.record.closed_run import add_later_eval
-from minirl.record.evals import compare, summarise
+from minirl.record.evals import add_later_eval, compare, summarise
 from minirl.record.measures import MEASURES
 from minirl.record.report import curves_html, episode_html, write_report
 from minirl.record.report.chart import ticks as _ticks
