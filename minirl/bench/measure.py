@@ -84,9 +84,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `--json`."""
-        lines = [measurement.to_json() for measurement in self.measurements]
-        about = {"machine": self.machine, "model": self.model, "settings": self.settings}
-        return about | {"measurements": lines}
+        return asdict(self) | {"measurements": [line.to_json() for line in self.measurements]}
 
 
 def by_turns(

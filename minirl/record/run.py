@@ -19,7 +19,7 @@ the last save, and these are played again to the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any, Self
@@ -40,7 +40,6 @@ from minirl.recipe import Recipe
 from minirl.recipe.own import beside
 from minirl.record.checks import check_recipe, note_versions, refuse_foreign
 from minirl.record.state import (
-    NAMES,
     Position,
     State,
     append_only,
@@ -161,23 +160,12 @@ class Run:
         self._append("evals.jsonl", row)
 
     def log_episodes(
-        self,
-        episodes: Iterable[Episode],
-        texts: Sequence[Sequence[str]] | None = None,
-        **labels: Any,
+        self, episodes: Iterable[Episode], texts: Iterable[list[str]], **labels: Any
     ) -> None:
         """Rows of episodes.jsonl. texts: the decoded text of each turn of each episode, so that the
         report needs no tokenizer."""
-        for number, episode in enumerate(episodes):
-            row = {**labels, **episode.to_json()}
-            if texts is not None:
-                if len(texts[number]) != len(episode.turns):
-                    raise ValueError(
-                        f"episode {number}: {len(texts[number])} texts for {len(episode.turns)}"
-                        " turns"
-                    )
-                row["texts"] = list(texts[number])
-            self._append("episodes.jsonl", row)
+        for episode, turns in zip(episodes, texts, strict=True):
+            self._append("episodes.jsonl", labels | episode.to_json() | {"texts": turns})
 
     def keep(self, stage: int, episodes: Iterable[Episode]) -> None:
         """Append the episodes that a collect stage keeps to kept/<stage>.jsonl."""
@@ -196,8 +184,6 @@ class Run:
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The rows of "metrics", "timings", "episodes" or "evals"; a last line that is still being
         written is left out."""
-        if name not in NAMES:
-            raise ValueError(f"rows: got {name!r}, expected one of {NAMES}")
         return read_rows(self.folder / f"{name}.jsonl")
 
     def checkpoint(

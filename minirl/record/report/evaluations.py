@@ -100,14 +100,12 @@ def _errors(summaries: Sequence[Summary]) -> dict[str, Any] | None:
     ]
     kinds = dict.fromkeys(kind for key, _ in tries for s in summaries for kind in s[key])
     columns = [(s, key, title) for s in summaries for key, title in tries]
-    return (
-        {
-            "columns": [f"{s['label']}, {title}" for s, _, title in columns],
-            "kinds": [(kind, [s[key].get(kind, 0) for s, key, _ in columns]) for kind in kinds],
-        }
-        if kinds
-        else None
-    )
+    if not kinds:
+        return None
+    return {
+        "columns": [f"{s['label']}, {title}" for s, _, title in columns],
+        "kinds": [(kind, [s[key].get(kind, 0) for s, key, _ in columns]) for kind in kinds],
+    }
 
 
 def _powers_of_two(most: int) -> list[int]:
