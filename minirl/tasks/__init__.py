@@ -12,6 +12,7 @@ from random import Random
 from minirl import recipe
 from minirl.episode import Problem
 from minirl.errors import UserError
+from minirl.tasks import countdown, function_calling, maths, own, qa
 from minirl.tasks.task import Demonstration, Task, fingerprint
 
 __all__ = ["Demonstration", "Task", "draw", "fingerprint", "open_task"]
@@ -21,29 +22,21 @@ def open_task(config: recipe.Task, seed: int, given: Task | None = None) -> Task
     """The task that a recipe names; `given` in Python if that is `own`. Raises UserError for data
     or code that cannot be had or read."""
     if isinstance(config, recipe.Own):
-        from minirl.tasks import own
-
         return own.open_task(config, seed, given)
     if given is not None:
         raise UserError(
             f"task: got a Task beside task.name {config.name!r}, expected the recipe to say task:"
             " {name: own}"
         )
-    if isinstance(config, recipe.Countdown):
-        from minirl.tasks import countdown
-
-        return countdown.open_task(config, seed)
-    if isinstance(config, recipe.QA):
-        from minirl.tasks import qa
-
-        return qa.open_task(config, seed)
-    if isinstance(config, recipe.Maths):
-        from minirl.tasks import maths
-
-        return maths.open_task(config, seed)
-    from minirl.tasks import function_calling
-
-    return function_calling.open_task(config, seed)
+    match config:
+        case recipe.Countdown():
+            return countdown.open_task(config, seed)
+        case recipe.QA():
+            return qa.open_task(config, seed)
+        case recipe.Maths():
+            return maths.open_task(config, seed)
+        case _:
+            return function_calling.open_task(config, seed)
 
 
 def draw(problems: Sequence[Problem], count: int, position: int, seed: int) -> list[Problem]:

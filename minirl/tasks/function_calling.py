@@ -19,7 +19,7 @@ from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
 from minirl.io.rows import read_dataset
 from minirl.tasks.function_calling_demonstrations import demonstrate
-from minirl.tasks.task import Task
+from minirl.tasks.task import Task, note_left_out
 from minirl.tasks.tool_schemas import tool_schemas
 from minirl.verify.function_calling import CLOSE, OPEN, error_kind, verify, write_calls
 
@@ -48,24 +48,14 @@ def open_task(task: recipe.FunctionCalling, seed: int) -> Task:
             f" expected {task.held_out + 1} or more (task.held_out and one to train on) with"
             " different queries; pass more data, or a smaller `--set task.held_out=N`"
         )
-    if repeated := len(problems) - len(train) - len(held_out):
-        left_out["ask what a held-out row asks"] = repeated
+    left_out["ask what a held-out row asks"] = len(problems) - len(train) - len(held_out)
 
     def check(problem: Problem, text: str) -> Verdict:
         return verify(problem.answer["calls"], problem.answer["tools"], text, task.credit)
 
-    notes = tuple(
-        f"{task.source}: rows left out because they {reason}: {count}"
-        for reason, count in sorted(left_out.items())
-    )
-    return Task(
-        "function_calling",
-        train[: task.train],
-        held_out,
-        check,
-        demonstrate=demonstrate,
-        notes=notes,
-    )
+    notes = note_left_out(task.source, left_out)
+    train = train[: task.train]
+    return Task("function_calling", train, held_out, check, demonstrate=demonstrate, notes=notes)
 
 
 def _read_problems(task: recipe.FunctionCalling, left_out: Counter[str]) -> list[Problem]:

@@ -15,16 +15,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from hashlib import blake2b
-from pathlib import Path
 from random import Random
 
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
-from minirl.io.rows import SUFFIXES, read_dataset
+from minirl.io.rows import read_dataset
 from minirl.recipe.maths import Gsm8k, Mathqa, Maths, Svamp
 from minirl.tasks.calls import has_right_calls
 from minirl.tasks.maths_rows import Row, read_row
-from minirl.tasks.task import Demonstration, Task
+from minirl.tasks.task import Demonstration, Task, divides_source, note_left_out
 from minirl.verify import numeric, option, program
 from minirl.verify.sandbox import Limits, require
 from minirl.verify.statement import PHRASE
@@ -62,9 +61,7 @@ def open_task(task: Gsm8k | Svamp | Mathqa, seed: int) -> Task:
     """
     check = _choose_check(task)
     left_out: Counter[str] = Counter()
-    test_source = task.test_source or task.source
-    one_file = Path(task.source).suffix.lower() in SUFFIXES
-    divided = test_source == task.source and (one_file or task.split == task.test_split)
+    divided = divides_source(task)
     rows = _read_rows(task, task.source, task.split, "train", left_out)
     if divided:
         questions: dict[str, Row] = {}
@@ -72,17 +69,18 @@ def open_task(task: Gsm8k | Svamp | Mathqa, seed: int) -> Task:
             questions.setdefault(_normalise(row), row)
         held_out = list(questions.values())[: task.held_out]
     else:
+        test_source = task.test_source or task.source
         held_out = _read_rows(task, test_source, task.test_split, "test", left_out)[: task.held_out]
     taken = {_normalise(row) for row in held_out}
     free = [row for row in rows if _normalise(row) not in taken]
     left_out["ask what a held-out row asks"] = len(rows) - len(free) - divided * len(held_out)
     train = tuple(_pick_shown(task, free, check, left_out))
-    if not train or len(held_out) < (task.held_out if divided else 1):
+    fewest = task.held_out if divided else 1
+    if not train or len(held_out) < fewest:
         raise UserError(
             f"{task.source}: got {len(train)} training rows and {len(held_out)} held-out questions"
-            f" ({left_out.total()} rows left out), expected at least 1 and"
-            f" {task.held_out if divided else 1}; give more data, a task.test_source or a smaller"
-            " task.held_out"
+            f" ({left_out.total()} rows left out), expected at least 1 and {fewest}; give more"
+            " data, a task.test_source or a smaller task.held_out"
         )
     return Task(
         task.name,
@@ -90,11 +88,7 @@ def open_task(task: Gsm8k | Svamp | Mathqa, seed: int) -> Task:
         tuple(_problem(task, row) for row in held_out),
         check,
         demonstrate=partial(demonstrate, task=task),
-        notes=tuple(
-            f"{task.name}: rows left out because they {reason}: {count}"
-            for reason, count in sorted(left_out.items())
-            if count
-        ),
+        notes=note_left_out(task.name, left_out),
         verify_answer=partial(_check_answer, check) if task.chain == "calls" else None,
     )
 

@@ -19,32 +19,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 from minirl.episode import Problem, Verdict
 from minirl.errors import UserError
-from minirl.io.rows import SUFFIXES, read_dataset
+from minirl.io.rows import read_dataset
 from minirl.recipe.methods import Kind
 from minirl.recipe.qa import QA
 from minirl.retrieve import Retriever
 from minirl.tasks.corpus import Corpus
 from minirl.tasks.qa_rows import Row, digest
-from minirl.tasks.task import Task
-from minirl.verify.qa import (
-    RESEARCH,
-    STYLES,
-    SearchTags,
-    exact_match,
-    f1,
-    normalise,
-    verify,
-    write_answer,
-)
+from minirl.tasks.task import Task, divides_source, note_left_out
+from minirl.verify import qa as verifier
+from minirl.verify.qa import RESEARCH, STYLES, SearchTags, normalise
 
-MOST_NAMED = (
-    0.5  # a title is looked up by its known words only where they are more than this share of it
-)
+# A title is looked up by its known words only where they are more than this share of it.
+MOST_NAMED = 0.5
 _REFERENCE = re.compile(r"#(\d{1,2})")
 _IN_BRACKETS = re.compile(r"\s*\([^()]*\)$")
 _POSSESSIVE = re.compile(r"['’]s\b")
@@ -97,25 +87,16 @@ def open_task(node: QA, seed: int) -> SearchTask:
     search in place of the data's own, that cannot be had or read, or for too few rows.
     """
     left_out: Counter[str] = Counter()
-    test_source, one_file = (
-        node.test_source or node.source,
-        Path(node.source).suffix.lower() in SUFFIXES,
-    )
-    if test_source == node.source and (one_file or node.split == node.test_split):
-        rows = _choose(
-            node.held_out + node.train, _usable(node, node.source, node.split, set(), left_out)
-        )
+    test_source = node.test_source or node.source
+    if divides_source(node):
+        usable = _usable(node, node.source, node.split, set(), left_out)
+        rows = _choose(node.held_out + node.train, usable)
         held_out, train = rows[: node.held_out], rows[node.held_out :]
     else:
-        held_out = _choose(
-            node.held_out, _usable(node, test_source, node.test_split, set(), left_out)
-        )
+        usable = _usable(node, test_source, node.test_split, set(), left_out)
+        held_out = _choose(node.held_out, usable)
         taken = {digest(row.question) for row in held_out}
-        train = (
-            _choose(node.train, _usable(node, node.source, node.split, taken, left_out))
-            if node.train
-            else []
-        )
+        train = _choose(node.train, _usable(node, node.source, node.split, taken, left_out))
     if len(held_out) < node.held_out or (node.train and not train):
         raise UserError(
             f"{test_source}: got {len(held_out)} held-out and {len(train)} training questions"
@@ -124,15 +105,9 @@ def open_task(node: QA, seed: int) -> SearchTask:
             " task.held_out=N`"
         )
     problems = _told_apart([row.problem(node.name) for row in (*train, *held_out)])
-    passages = tuple(
-        dict.fromkeys(passage for row in (*train, *held_out) for passage in row.passages)
-    )
-    notes = [
-        f"rows left out because they {reason}: {count}"
-        for reason, count in sorted(left_out.items())
-    ]
-    corpus = Corpus(node.retriever, passages)
-    notes.append(corpus.note(partial(coverage_note, problems)))
+    pooled = dict.fromkeys(passage for row in (*train, *held_out) for passage in row.passages)
+    corpus = Corpus(node.retriever, passages := tuple(pooled))
+    note = f"{node.name}: {corpus.note(partial(coverage_note, problems))}"
     return SearchTask(
         name=node.name,
         train=tuple(problems[: len(train)]),
@@ -140,7 +115,7 @@ def open_task(node: QA, seed: int) -> SearchTask:
         verify=partial(_verify, node),
         verify_answer=partial(_verify_answer, node),
         stop=(f"</{STYLES[node.tags].answer}>",),
-        notes=tuple(f"{node.name}: {note}" for note in notes),
+        notes=(*note_left_out(node.name, left_out), note),
         passages=passages,
         plan=plan,
         tags=STYLES[node.tags],
@@ -234,14 +209,14 @@ def _words(text: str) -> list[str]:
 
 
 def _verify(node: QA, problem: Problem, text: str) -> Verdict:
-    return verify(
+    return verifier.verify(
         problem.answer["golds"], text, reward=node.reward, floor=node.floor, tags=STYLES[node.tags]
     )
 
 
 def _verify_answer(node: QA, problem: Problem, answer: str) -> Verdict:
     golds = problem.answer["golds"]
-    em, overlap = float(exact_match(answer, golds)), f1(answer, golds)
+    em, overlap = float(verifier.exact_match(answer, golds)), verifier.f1(answer, golds)
     kind = None if em else "partial" if overlap else "wrong"
     return Verdict(
         (overlap if node.reward == "f1" else em) or node.floor,
@@ -273,13 +248,15 @@ def _usable(
             left_out["ask what another row asks"] += 1
         elif not row.answerable:
             left_out["cannot be answered"] += 1
-        elif not verify(
-            row.golds, f"<{tags.think}></{tags.think}>{write_answer(row.golds[0], tags)}", tags=tags
-        ).passed:
+        elif not verifier.verify(row.golds, _gold_text(row, tags), tags=tags).passed:
             left_out["have an answer that the verifier cannot read"] += 1
         else:
             seen.add(key)
             yield row
+
+
+def _gold_text(row: Row, tags: SearchTags) -> str:
+    return f"<{tags.think}></{tags.think}>{verifier.write_answer(row.golds[0], tags)}"
 
 
 def _told_apart(problems: Sequence[Problem]) -> list[Problem]:

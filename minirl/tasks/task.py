@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 from random import Random
 
 from minirl.episode import Problem, Verdict
+from minirl.io.rows import SUFFIXES
+from minirl.recipe.maths import Maths
 from minirl.recipe.methods import Kind
+from minirl.recipe.qa import QA
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,24 @@ class Task:
     def kind(self) -> Kind:
         """How it is played, which decides the methods that can play it (see `MethodFacts`)."""
         return "text" if self.verify_answer is None else "calls"
+
+
+def note_left_out(source: str, left_out: Counter[str]) -> tuple[str, ...]:
+    """The notes of a task on rows that it left out. left_out: how many, by the reason, which goes
+    on after "they"."""
+    return tuple(
+        f"{source}: rows left out because they {reason}: {count}"
+        for reason, count in sorted(left_out.items())
+        if count
+    )
+
+
+def divides_source(config: Maths | QA) -> bool:
+    """Whether training and held-out questions are parts of the same rows: of one file, or one
+    split."""
+    one_file = Path(config.source).suffix.lower() in SUFFIXES
+    one_source = config.test_source in (None, "", config.source)
+    return one_source and (one_file or config.split == config.test_split)
 
 
 def fingerprint(task: Task) -> str:

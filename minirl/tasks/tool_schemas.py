@@ -59,17 +59,11 @@ def type_schema(kind: str, depth: int = 8) -> dict[str, Any]:
 
 def _tool_schema(tool: Mapping[str, Any], marked: bool) -> dict[str, Any]:
     parameters = tool.get("parameters") or {}
-    body = {
-        "type": "object",
-        "properties": {name: _property_schema(spec) for name, spec in parameters.items()},
-        "required": [name for name, spec in parameters.items() if not _is_optional(spec, marked)],
-    }
-    function = {
-        "name": tool["name"],
-        "description": tool.get("description") or "",
-        "parameters": body,
-    }
-    return {"type": "function", "function": function}
+    properties = {name: _property_schema(spec) for name, spec in parameters.items()}
+    required = [name for name, spec in parameters.items() if not _is_optional(spec, marked)]
+    body = {"type": "object", "properties": properties, "required": required}
+    described = {"name": tool["name"], "description": tool.get("description") or ""}
+    return {"type": "function", "function": described | {"parameters": body}}
 
 
 def _property_schema(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,9 @@ ambiguous text is refused rather than guessed at.
 from __future__ import annotations
 
 import ast
+import operator
 import re
+from collections.abc import Callable
 from decimal import Context, Decimal
 from fractions import Fraction
 
@@ -53,7 +55,8 @@ _MONEY = re.compile(rf"{_AMOUNT}\s*\Z")
 _SCALES = SCALES | {"k": 1000, "mn": 10**6, "bn": 10**9}
 _OF_MONEY = {"m": 10**6, "b": 10**9}  # $5m; 5 m are metres
 _WORDED = {"plus": "+", "minus": "-", "times": "*", "x": "*", "of": "*", "over": "/"}
-_WORDED_BY = {"divided": "/", "multiplied": "*"}
+_WORDED_BY = {"divided": "over", "multiplied": "times"}
+_BY = re.compile(r"\s+by\b", re.IGNORECASE)
 _NO_UNITS = frozenset(
     re.findall(
         r"\w+",
@@ -73,6 +76,12 @@ _WORKED = re.compile(
     re.IGNORECASE,
 )
 _OF_HUNDRED = "p"
+_ARITHMETIC: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 _SIGNS = str.maketrans("×·∙÷⁄∕−–—﹣－", "***///-----")
 _BRACKETS = str.maketrans("[]{}", "()()")
 _PER_CENT = re.compile(r"\bper\s+cent\b", re.IGNORECASE)
@@ -100,13 +109,13 @@ def evaluate(expression: str) -> Fraction:
         raise CalculatorError(f"more than {MAX_CHARS} characters")
     text = expression.translate(_SIGNS).translate(_BRACKETS)
     text = text.replace("\\$", "$").replace("\\%", "%").strip(" \t\r\n`").rstrip(".?;: ")
-    code, numbers = _tokenise(pick_side(_PER_CENT.sub("percent", text)))
+    tokens = _Tokens(pick_side(_PER_CENT.sub("percent", text)))
     try:
-        tree = ast.parse(code, mode="eval").body
+        tree = ast.parse("".join(tokens.code), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise CalculatorError("not an expression: see to its operators and brackets") from error
     try:
-        return _value(tree, numbers)
+        return _value(tree, tokens.numbers)
     except ZeroDivisionError as error:
         raise CalculatorError("division by zero") from error
 
@@ -134,97 +143,95 @@ def pick_side(text: str) -> str:
     return next((side for side in sides if _WORKED.search(side)), sides[0] if sides else text)
 
 
-def _tokenise(text: str) -> tuple[str, list[Fraction]]:
-    """An expression of the names n0, n1, ... (p0, p1, ... for a percent sign's 1/100), and the
-    numbers that they stand for; units and currency are gone."""
-    code: list[str] = []
-    numbers: list[Fraction] = []
-    # after: the kind of token before `at`: "start", "value" (a number, a closed bracket) or
-    # "operator"
-    at, after = 0, "start"
-    while at < len(text.rstrip()):
-        token = _TOKEN.match(text, at)
-        if token is None:
-            raise CalculatorError(
-                f"cannot read {text[at:].strip()[:20]!r}; use numbers, + - * / ^ and brackets"
-            )
-        kind = str(token.lastgroup)
-        at, said = token.end(), token[kind]
-        if len(code) > MAX_TOKENS:
-            raise CalculatorError("too many numbers and operators")
+class _Tokens:
+    """The tokens of an expression: `code` over the names n0, n1, ... (p0, p1, ... for a percent
+    sign's 1/100), and the `numbers` that they stand for; units and currency are gone."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text.rstrip()
+        self.code: list[str] = []
+        self.numbers: list[Fraction] = []
+        self.after_value = False  # behind a number or a closed bracket, with its unit
+        at = 0
+        while at < len(self.text):
+            token = _TOKEN.match(self.text, at)
+            if token is None:
+                raise _unreadable(self.text[at:].strip()[:20])
+            if len(self.code) > MAX_TOKENS:
+                raise CalculatorError("too many numbers and operators")
+            kind = str(token.lastgroup)
+            at = self.add(kind, token[kind], token.end())
+        if not self.numbers:
+            raise CalculatorError("no numbers to work with")
+
+    def add(self, kind: str, said: str, end: int) -> int:
+        """Add the token that ends at `end`, and what belongs to it. Gives the position behind."""
         if kind in ("mixed", "number"):
-            if after == "value":
+            if self.after_value:
                 raise CalculatorError(f"an operator is missing before {said!r}")
-            code.append(f"n{len(numbers)}")
-            numbers.append(_read_number(said))
-            after = "value"
+            self.code.append(f"n{len(self.numbers)}")
+            self.numbers.append(_read_number(said))
+            self.after_value = True
         elif kind == "operator":
-            if said == "(" and after == "value":
-                code.append("*")
-            code.append("**" if said == "^" else said)
-            after = "value" if said == ")" else "operator"
+            if said == "(" and self.after_value:
+                self.code.append("*")
+            self.code.append("**" if said == "^" else said)
+            self.after_value = said == ")"
         elif kind == "percent" or said.lower() in _PERCENT:
-            if after != "value":
+            if not self.after_value:
                 raise CalculatorError("a percent sign without a number before it")
-            _scale(code, numbers, Fraction(1, 100), sign=_OF_HUNDRED)
+            self.scale(Fraction(1, 100), sign=_OF_HUNDRED)
         elif kind == "word":
-            at, after = _read_word(text, token.start(kind), said, after, code, numbers)
-    if not numbers:
-        raise CalculatorError("no numbers to work with")
-    return "".join(code), numbers
+            return self.add_word(said, end)
+        return end
+
+    def add_word(self, word: str, end: int) -> int:
+        """Add a word: an operator, a scale (million) or a unit."""
+        low, before = word.lower(), self.text[: end - len(word)]
+        if low in _WORDED_BY and (by := _BY.match(self.text, end)):
+            end, low = by.end(), _WORDED_BY[low]
+        is_letter = word == "x" and not _times(self.text, end)
+        if (low in _WORDED and self.after_value and not is_letter) or (
+            low == "minus" and not self.after_value
+        ):
+            self.code.append(_WORDED[low])
+            self.after_value = False
+            return end
+        scale = _SCALES.get(low.removesuffix("s") if low != "s" else low)
+        if self.after_value and scale is None and low in _OF_MONEY and _MONEY.search(before):
+            scale = _OF_MONEY[low]
+        behind_slash = not self.after_value and scale is None and self.code[1:][-1:] == ["/"]
+        rest = behind_slash and _RATE.search(before)  # of a unit: $5/hour
+        is_part = _PARTS.match(low) and re.match(r"\s+of\b", self.text[end:])
+        no_unit = scale is None and (low in _NO_UNITS or word == "M" or is_part)
+        if low in _WORDED or no_unit or not (self.after_value or rest):
+            raise _unreadable(word)
+        self.after_value = True
+        if scale is not None:
+            self.scale(Fraction(scale), word)
+            return end
+        if rest:
+            self.code.pop()
+        tail = _UNIT_TAIL.match(self.text, end)
+        return tail.end() if tail else end
+
+    def scale(self, factor: Fraction, word: str | None = None, sign: str = "n") -> None:
+        """Multiply the last value, a number or a bracket, so that 1 / 50% is 2.
+
+        word: refused after a slash: 1/2 million is half a million to most.
+        """
+        code, start, depth = self.code, len(self.code), 0
+        while start and (start == len(code) or depth > 0):
+            start -= 1
+            depth += code[start].count(")") - code[start].count("(")
+        if word is not None and code[:start][-1:] == ["/"]:
+            raise CalculatorError(f"put brackets around what belongs to {word!r}")
+        code[start:] = [f"({''.join(code[start:])}*{sign}{len(self.numbers)})"]
+        self.numbers.append(factor)
 
 
-def _scale(
-    code: list[str],
-    numbers: list[Fraction],
-    factor: Fraction,
-    name: str | None = None,
-    sign: str = "n",
-) -> None:
-    """Multiply the last value, a number or a bracket, so that 1 / 50% is 2.
-
-    name: the scale's word, refused after a slash: 1/2 million is half a million to most.
-    """
-    start, depth = len(code), 0
-    while start and (start == len(code) or depth > 0):
-        start -= 1
-        depth += code[start].count(")") - code[start].count("(")
-    if name is not None and code[:start][-1:] == ["/"]:
-        raise CalculatorError(f"put brackets around what belongs to {name!r}")
-    code[start:] = [f"({''.join(code[start:])}*{sign}{len(numbers)})"]
-    numbers.append(factor)
-
-
-def _read_word(
-    text: str, start: int, word: str, after: str, code: list[str], numbers: list[Fraction]
-) -> tuple[int, str]:
-    """Read the word at `start`, an operator, a scale (million) or a unit. Gives the position behind
-    it, and the kind of token that it is to what follows."""
-    low, at = word.lower(), start + len(word)
-    if low in _WORDED_BY and (by := re.compile(r"\s+by\b", re.IGNORECASE).match(text, at)):
-        at, low = by.end(), {"/": "over", "*": "times"}[_WORDED_BY[low]]
-    if low in _WORDED and after == "value" and not (word == "x" and not _times(text, at)):
-        code.append(_WORDED[low])
-        return at, "operator"
-    if low == "minus" and after != "value":
-        code.append("-")
-        return at, "operator"
-    scale = _SCALES.get(low.removesuffix("s") if low != "s" else low)
-    if after == "value" and scale is None and low in _OF_MONEY and _MONEY.search(text[:start]):
-        scale = _OF_MONEY[low]
-    behind_slash = after != "value" and scale is None and len(code) > 1 and code[-1] == "/"
-    rest = behind_slash and _RATE.search(text[:start])  # of a unit: $5/hour
-    is_part = _PARTS.match(low) and re.match(r"\s+of\b", text[at:])
-    no_unit = scale is None and (low in _NO_UNITS or word == "M" or is_part)
-    if low in _WORDED or no_unit or (after != "value" and not rest):
-        raise CalculatorError(f"cannot read {word!r}; use numbers, + - * / ^ and brackets")
-    if rest:
-        code.pop()
-    elif scale is not None:
-        _scale(code, numbers, Fraction(scale), word)
-        return at, "value"
-    tail = _UNIT_TAIL.match(text, at)
-    return (tail.end() if tail else at), "value"
+def _unreadable(text: str) -> CalculatorError:
+    return CalculatorError(f"cannot read {text!r}; use numbers, + - * / ^ and brackets")
 
 
 def _times(text: str, at: int) -> bool:
@@ -275,21 +282,14 @@ def _is_share(node: ast.expr) -> bool:
     return False
 
 
-def _apply(operator: ast.operator, left: Fraction, right: Fraction) -> Fraction:
-    match operator:
-        case ast.Add():
-            return left + right
-        case ast.Sub():
-            return left - right
-        case ast.Mult():
-            return left * right
-        case ast.Div():
-            return left / right
-        case ast.Pow() if right.denominator == 1 and abs(right) <= MAX_POWER:
-            return left ** int(right)
-        case ast.Pow():
+def _apply(operation: ast.operator, left: Fraction, right: Fraction) -> Fraction:
+    if isinstance(operation, ast.Pow):
+        if right.denominator != 1 or abs(right) > MAX_POWER:
             raise CalculatorError(f"a power has to be a whole number of at most {MAX_POWER}")
-    raise CalculatorError("use numbers, + - * / ^ and brackets")
+        return left ** int(right)
+    if type(operation) not in _ARITHMETIC:
+        raise CalculatorError("use numbers, + - * / ^ and brackets")
+    return _ARITHMETIC[type(operation)](left, right)
 
 
 def _check_size(value: Fraction) -> Fraction:

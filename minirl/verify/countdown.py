@@ -62,27 +62,24 @@ def verify(
     The answer may end in `= value`, a whole number that has to be the expression's: an equation
     that does not hold is an invalid one.
     """
-    answer = find_answer(text)
-    if answer is None:
-        return _wrong("invalid_equation", credit)
+    kind = _find_fault(numbers, target, find_answer(text) or "", operators)
+    score = 1.0 if kind is None else float(getattr(credit, kind))
+    return Verdict(score, kind is None, {"error_kind": kind})
+
+
+def _find_fault(numbers: Sequence[int], target: int, answer: str, operators: str) -> str | None:
     expression, equals, stated = answer.partition("=")
     try:
         value, used = evaluate(expression, operators)
-        if equals and not _WHOLE.fullmatch(stated.strip()):
-            raise InvalidEquation("not a whole number after the equals sign")
     except InvalidEquation:
-        return _wrong("invalid_equation", credit)
+        return "invalid_equation"
+    if equals and not _WHOLE.fullmatch(stated.strip()):
+        return "invalid_equation"
     if sorted(used) != sorted(numbers):
-        return _wrong("wrong_numbers", credit)
+        return "wrong_numbers"
     if value != target:
-        return _wrong("missed_target", credit)
-    if equals and int(stated) != value:
-        return _wrong("invalid_equation", credit)
-    return Verdict(1.0, True, {"error_kind": None})
-
-
-def _wrong(kind: str, credit: CountdownCredit) -> Verdict:
-    return Verdict(float(getattr(credit, kind)), False, {"error_kind": kind})
+        return "missed_target"
+    return "invalid_equation" if equals and int(stated) != value else None
 
 
 def _value(node: ast.expr, operators: str, used: list[int]) -> Fraction:

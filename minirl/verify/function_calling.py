@@ -39,9 +39,8 @@ def verify(
     calls and of keys is free; a parameter at its stated default may be written or left out.
     """
     kind = error_kind(answers, tools, text)
-    if kind is None:
-        return Verdict(1.0, True, {"error_kind": None})
-    return Verdict(float(getattr(credit, kind)), False, {"error_kind": kind})
+    score = 1.0 if kind is None else float(getattr(credit, kind))
+    return Verdict(score, kind is None, {"error_kind": kind})
 
 
 def error_kind(
@@ -125,12 +124,9 @@ def _split_blocks(text: str) -> list[str] | None:
     return [fences[1].removeprefix("json")] if len(fences) == 3 else None
 
 
-class _NotStrictError(ValueError):
-    """JSON that Python would read but that means different things to different readers."""
-
-
 def _parse_json(text: str) -> Any:
-    """The JSON value of `text`; None, which is no call either, if it is no strict JSON."""
+    """The JSON value of `text`; None, which is no call either, if it is no strict JSON: Python
+    would read more, which means different things to different readers."""
     try:
         value = _DECODER.decode(text.strip())
     except (ValueError, RecursionError):
@@ -143,25 +139,25 @@ def _parse_json(text: str) -> Any:
 def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        raise _NotStrictError("duplicate key")
+        raise ValueError("duplicate key")
     return members
 
 
 def _read_int(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise _NotStrictError("huge integer")
+        raise ValueError("huge integer")
     return int(digits)
 
 
 def _read_float(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise _NotStrictError("number too large for a float")
+        raise ValueError("number too large for a float")
     return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise _NotStrictError(name)
+    raise ValueError(name)
 
 
 _DECODER = json.JSONDecoder(

@@ -129,12 +129,6 @@ def read_number(text: str) -> Number | None:
     return found
 
 
-def find_number(text: str) -> Number | None:
-    """The number that `text` states as its answer; None if it states none, or not plainly one."""
-    statement = find_statement(text)
-    return None if statement is None else read_number(statement.text)
-
-
 def write_canonical(value: Fraction) -> str:
     """One text for all ways to write a number, so that answers can vote: whole numbers in full,
     others to nine significant digits, because programs return 0.1 + 0.2 where a text says 0.3."""

@@ -44,14 +44,6 @@ _STRAY = re.compile(
 )
 
 
-def read_letter(text: str, options: int = len(LETTERS)) -> str | None:
-    """The letter, in lower case, that `text` states as its answer; None if it states none of the
-    first `options`, or more than one."""
-    statement = find_statement(text)
-    choice = None if statement is None else _read_choice(statement.text)
-    return choice[0] if choice and choice[0] in LETTERS[:options] else None
-
-
 def read_option(option: str) -> Number | None:
     """The number of an option of MathQA; None for a ratio, a formula or "none of these"."""
     return read_number(_STRAY.sub("", option))
@@ -78,7 +70,7 @@ def verify(gold: str, options: Sequence[str], text: str, credit: MathsCredit) ->
     return make_verdict("wrong_answer", letter, credit, value_agrees=agrees, lucky=None)
 
 
-def _read_choice(statement: str, options: Sequence[str] = ()) -> tuple[str, str] | None:
+def _read_choice(statement: str, options: Sequence[str]) -> tuple[str, str] | None:
     """The letter that a statement chooses, and the text after it: ("c", "38") of "(c) 38".
 
     Repeating the text of the chosen one of `options` takes nothing back: "(c) 1 hour and 41

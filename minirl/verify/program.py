@@ -108,7 +108,7 @@ def verify_letter(
 def _split_fences(lines: list[str]) -> Iterator[list[str]]:
     """The blocks between fences, each moved to the margin."""
     block: list[str] | None = None
-    for line in lines:
+    for line in [*lines, FENCE]:  # the last closes a block that a completion cut short left open
         if not line.lstrip().startswith(FENCE):
             if block is not None:
                 block.append(line)
@@ -117,8 +117,6 @@ def _split_fences(lines: list[str]) -> Iterator[list[str]]:
         else:
             yield textwrap.dedent("\n".join(block)).split("\n")
             block = None
-    if block:
-        yield textwrap.dedent("\n".join(block)).split("\n")
 
 
 def _find_bare(lines: list[str]) -> list[str]:

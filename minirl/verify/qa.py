@@ -128,13 +128,8 @@ def verify(
     kind = form.error or (None if em else "partial" if overlap else "wrong")
     gain = overlap if reward == "f1" else em
     score = 0.0 if form.error else gain or float(floor)
-    parts: dict[str, Part] = {
-        "format": form.error is None,
-        "em": em,
-        "f1": overlap,
-        "searches": form.searches,
-        "error_kind": kind,
-    }
+    parts: dict[str, Part] = {"format": form.error is None, "em": em, "f1": overlap}
+    parts |= {"searches": form.searches, "error_kind": kind}
     return Verdict(score, kind is None, parts)
 
 

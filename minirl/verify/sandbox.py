@@ -113,7 +113,12 @@ def run_program(source: str, *, limits: Limits = DEFAULT) -> Result:
         # A death that is no time-out may come from outside (a signal, the kernel's memory killer),
         # and a program may wait for a processor: only a second one is the program's.
         question = {"source": source, **asdict(limits), "patience": patience}
-        kind, text = _ask(question, patience * limits.time_s + GRACE_S + SLACK_S)
+        try:
+            kind, text = _helper.ask(question, patience * limits.time_s + GRACE_S + SLACK_S)
+        except TimeoutError as error:
+            kind, text = "late", str(error)
+        except EOFError as error:
+            kind, text = "gone", str(error)
         if kind not in ("died", "gone", "late", "starved"):
             break
     if kind != "ok":
@@ -145,18 +150,6 @@ def require() -> None:
 def close() -> None:
     """End the helper, if there is one. It also ends by itself with this process."""
     _helper.close()
-
-
-def _ask(question: dict[str, Any], timeout_s: float) -> tuple[str, str]:
-    """The kind of outcome and its text: "late" if no answer came in time, "gone" if the helper
-    ended."""
-    try:
-        kind, text = _helper.ask(question, timeout_s)
-    except TimeoutError as error:
-        return "late", str(error)
-    except EOFError as error:
-        return "gone", str(error)
-    return kind, text
 
 
 def _one_line(text: str) -> str:

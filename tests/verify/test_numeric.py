@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from minirl.recipe.maths import MathsCredit
 from minirl.verify.numeric import (
     Number,
-    find_number,
     read_last_figure,
     read_number,
     verify,
@@ -26,6 +25,12 @@ from minirl.verify.statement import MAX_CHARS, find_statement
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="no ../shared/data")
 CREDIT = MathsCredit(wrong_answer=0.25, no_answer=0.125)
+
+
+def find_number(text: str) -> Number | None:
+    """The number that `text` states as its answer."""
+    statement = find_statement(text)
+    return None if statement is None else read_number(statement.text)
 
 
 def kind(gold: str | float, text: str, tolerance: float = 0.01) -> str | None:

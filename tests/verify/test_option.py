@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minirl.recipe.maths import MathsCredit
-from minirl.verify.option import LETTERS, read_letter, read_option, verify
+from minirl.verify.option import LETTERS, read_option, verify
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "mathqa"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="no mathqa in ../shared/data")
@@ -24,8 +24,8 @@ def kind(gold: str, text: str) -> str | None:
     """The error kind, with the score, `passed` and `letter` checked against it."""
     verdict = verify(gold, OPTIONS, text, CREDIT)
     found = verdict.parts["error_kind"]
-    assert verdict.passed is (found is None) is (read_letter(text) == gold)
-    assert (found == "no_answer") is (read_letter(text) is None)
+    assert verdict.passed is (found is None) is (verdict.parts["answer"] == gold)
+    assert (found == "no_answer") is (verdict.parts["answer"] is None)
     assert verdict.score == {None: 1.0, "wrong_answer": 0.25, "no_answer": 0.125}[found]  # type: ignore[index]
     return found  # type: ignore[return-value]
 
@@ -137,8 +137,8 @@ def test_the_last_statement_counts() -> None:
 
 
 def test_letters_beyond_the_options_are_none() -> None:
-    assert read_letter("The answer is d.", options=4) == "d"
-    assert read_letter("The answer is e.", options=4) is None
+    assert verify("d", OPTIONS[:4], "The answer is d.", CREDIT).passed
+    assert verify("d", OPTIONS[:4], "The answer is e.", CREDIT).parts["answer"] is None
     assert verify("a", OPTIONS[:2], "The answer is c.", CREDIT).parts["error_kind"] == "no_answer"
 
 
@@ -157,8 +157,8 @@ def test_letters_beyond_the_options_are_none() -> None:
     ],
 )
 def test_whether_the_chain_agrees_with_the_letter(text: str, agrees: bool | None) -> None:
-    right = read_letter(text)
-    assert right is not None
+    right = verify("b", OPTIONS, text, CREDIT).parts["answer"]
+    assert isinstance(right, str)
     for gold in {right, "b"}:
         verdict = verify(gold, OPTIONS, text, CREDIT)
         assert verdict.passed is (gold == right)  # it never changes the verdict
