@@ -47,9 +47,8 @@ def evaluate(expression: str, operators: str = "+-*/") -> tuple[Fraction, list[i
         tree = ast.parse(expression.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise InvalidEquation("does not parse") from error
-    used: list[int] = []
     try:
-        return _value(tree, operators, used), used
+        return _value(tree, operators), [int(number) for number in re.findall("[0-9]+", expression)]
     except ZeroDivisionError as error:
         raise InvalidEquation("divides by zero") from error
 
@@ -82,13 +81,12 @@ def _find_fault(numbers: Sequence[int], target: int, answer: str, operators: str
     return "invalid_equation" if equals and int(stated) != value else None
 
 
-def _value(node: ast.expr, operators: str, used: list[int]) -> Fraction:
+def _value(node: ast.expr, operators: str) -> Fraction:
     if isinstance(node, ast.Constant) and type(node.value) is int:
-        used.append(node.value)
         return Fraction(node.value)
     if not isinstance(node, ast.BinOp):
         raise InvalidEquation("only numbers and two-sided operators")
-    left, right = _value(node.left, operators, used), _value(node.right, operators, used)
+    left, right = _value(node.left, operators), _value(node.right, operators)
     match node.op:
         case ast.Add() if "+" in operators:
             return left + right

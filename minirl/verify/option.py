@@ -64,10 +64,9 @@ def verify(gold: str, options: Sequence[str], text: str, credit: MathsCredit) ->
         return make_verdict("no_answer", None, credit, value_agrees=None, lucky=None)
     letter, after = choice
     agrees = _agrees(read_option(options[LETTERS.index(letter)]), after, statement)
-    if letter == gold:
-        lucky = None if agrees is None else not agrees
-        return make_verdict(None, letter, credit, value_agrees=agrees, lucky=lucky)
-    return make_verdict("wrong_answer", letter, credit, value_agrees=agrees, lucky=None)
+    kind = None if letter == gold else "wrong_answer"
+    lucky = None if kind or agrees is None else not agrees
+    return make_verdict(kind, letter, credit, value_agrees=agrees, lucky=lucky)
 
 
 def _read_choice(statement: str, options: Sequence[str]) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ answer. Linear in the text, of which the last MAX_CHARS are looked at.
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 from typing import NamedTuple
 
 MAX_CHARS = 16_384
@@ -74,9 +75,5 @@ def find_statement(text: str) -> Statement | None:
 
 def _closing(text: str) -> int | None:
     """The position at which the brace that was opened before `text` closes; None if it does not."""
-    depth = 1
-    for at, char in enumerate(text):
-        depth += (char == "{") - (char == "}")
-        if depth == 0:
-            return at
-    return None
+    depths = accumulate((char == "{") - (char == "}") for char in text)
+    return next((at for at, depth in enumerate(depths) if depth < 0), None)
