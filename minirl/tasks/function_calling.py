@@ -67,15 +67,9 @@ def _read_problems(task: recipe.FunctionCalling, left_out: Counter[str]) -> list
         if reason := _find_fault(query, tools, calls, task.max_tools):
             left_out[reason] += 1
             continue
-        problem = Problem(
-            f"function_calling/{number}",
-            query,
-            {"calls": calls, "tools": tools},
-            write_calls(calls),
-            system=SYSTEM,
-            tools=tool_schemas(tools),
-        )
-        problems.append(problem)
+        identity, answer = f"function_calling/{number}", {"calls": calls, "tools": tools}
+        gold, schemas = write_calls(calls), tool_schemas(tools)
+        problems.append(Problem(identity, query, answer, gold, system=SYSTEM, tools=schemas))
     return problems
 
 

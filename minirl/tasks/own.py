@@ -151,8 +151,4 @@ def is_part(name: str, value: object) -> bool:
     """Whether a run folder can keep it, and a report count it."""
     if name in SCORES:
         return isinstance(value, bool | int | float) and SCORES[name].accepts(value)
-    return (
-        value is None
-        or isinstance(value, str | bool | int)
-        or (isinstance(value, float) and isfinite(value))
-    )
+    return isfinite(value) if isinstance(value, float) else isinstance(value, str | int | None)

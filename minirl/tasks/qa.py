@@ -216,13 +216,7 @@ def _verify(node: QA, problem: Problem, text: str) -> Verdict:
 
 def _verify_answer(node: QA, problem: Problem, answer: str) -> Verdict:
     golds = problem.answer["golds"]
-    em, overlap = float(verifier.exact_match(answer, golds)), verifier.f1(answer, golds)
-    kind = None if em else "partial" if overlap else "wrong"
-    return Verdict(
-        (overlap if node.reward == "f1" else em) or node.floor,
-        bool(em),
-        {"em": em, "f1": overlap, "error_kind": kind},
-    )
+    return verifier.verify_answer(golds, answer, reward=node.reward, floor=node.floor)
 
 
 def _choose(count: int, rows: Iterator[Row]) -> list[Row]:

@@ -122,15 +122,24 @@ def verify(
     None.
     """
     form = check_form(text, tags)
-    em, overlap = 0.0, 0.0
-    if form.answer is not None:
-        em, overlap = float(exact_match(form.answer, golds)), f1(form.answer, golds)
-    kind = form.error or (None if em else "partial" if overlap else "wrong")
+    answer = verify_answer(golds, form.answer, reward=reward, floor=floor)
+    em, overlap = answer.parts["em"], answer.parts["f1"]
+    kind = form.error or answer.parts["error_kind"]
+    score = 0.0 if form.error else answer.score
+    parts = {"format": form.error is None, "em": em, "f1": overlap, "searches": form.searches}
+    return Verdict(score, kind is None, parts | {"error_kind": kind})
+
+
+def verify_answer(
+    golds: Sequence[str], answer: str | None, *, reward: Literal["f1", "exact_match"], floor: float
+) -> Verdict:
+    """The same of an answer alone, None if there is none; parts: `em`, `f1` and `error_kind`."""
+    em = 0.0 if answer is None else float(exact_match(answer, golds))
+    overlap = 0.0 if answer is None else f1(answer, golds)
+    kind = None if em else "partial" if overlap else "wrong"
     gain = overlap if reward == "f1" else em
-    score = 0.0 if form.error else gain or float(floor)
-    parts: dict[str, Part] = {"format": form.error is None, "em": em, "f1": overlap}
-    parts |= {"searches": form.searches, "error_kind": kind}
-    return Verdict(score, kind is None, parts)
+    parts: dict[str, Part] = {"em": em, "f1": overlap, "error_kind": kind}
+    return Verdict(gain or float(floor), not kind, parts)
 
 
 def write_answer(answer: str, tags: SearchTags = RESEARCH) -> str:
