@@ -37,9 +37,9 @@ def demonstrate(problem: Problem, rng: Random, *, operators: str) -> Demonstrati
     and tries other expressions.
 
     "8 + (3 - 2): 3 - 2 = 1, 8 + 1 = 9, not 13. (8 + 3) + 2: 8 + 3 = 11, 11 + 2 = 13, yes.": a retry
-    can copy that solution. Tries come in random order and are given up at random, so not every
-    reflection finds one. Which kind of reflection helps, and how long to go on, is left for
-    reinforcement learning to find. Raises UserError for a problem without a solution.
+    can copy that solution. Tries come in random order and are given up at random: which kind of
+    reflection helps is for reinforcement learning to find. Raises UserError for a problem without a
+    solution.
     """
     numbers, target = problem.answer["numbers"], problem.answer["target"]
     ways = list(itertools.islice(find_solutions(numbers, target, operators), MAX_WAYS))

@@ -66,12 +66,10 @@ def verify(
     `tolerance`, else by `credit`.
 
     The tolerance is the paper's: absolute, and inclusive for the decimal numbers as written, so
-    1.01 is right for 1. There is no relative one: 0.005 is right for 0.015, and a large number has
-    to be right in every digit before the point. parts["error_kind"]: "wrong_answer"
-    (credit.wrong_answer), or "no_program", "program_error", "timeout", "memory", "no_number" (all
-    of them credit.no_answer), or None. parts["answer"]: the number in a form that equal numbers
-    share, None if there is none. Raises ValueError for a `gold` that is no plain number, UserError
-    if there is no sandbox.
+    1.01 is right for 1. parts["error_kind"]: "wrong_answer" (credit.wrong_answer), or "no_program",
+    "program_error", "timeout", "memory", "no_number" (all of them credit.no_answer), or None.
+    parts["answer"]: the number in a form that equal numbers share, None if there is none. Raises
+    ValueError for a `gold` that is no plain number, UserError if there is no sandbox.
     """
     target = read_plain_number(str(gold).strip())
     if target is None:

@@ -96,10 +96,9 @@ def run_program(source: str, *, limits: Limits = DEFAULT) -> Result:
     and random numbers are fixed) and, if the program needs about as long as it may, of the
     processor's speed.
 
-    Monty's own limit is wall-clock. Where it strikes and the interpreter had less than ENOUGH of
-    `time_s` as CPU time, the machine was busy with something else: the program runs once more with
-    PATIENCE times the wall-clock, and its CPU seconds decide. Without /proc (macOS) they are not
-    known, and the first time-out counts.
+    Monty's own limit is wall-clock. Where it strikes and the program had less than ENOUGH of
+    `time_s` as CPU time, it runs once more with PATIENCE times the wall-clock, and its CPU seconds
+    decide. Without /proc (macOS) they are not known, and the first time-out counts.
 
     Numbers are int, float, Decimal, or text that is one of these ("42"), which the paper's float()
     takes too; True, 3j, a list, "3/4" or "$5" are not. Imports: what Monty has built in (math,
