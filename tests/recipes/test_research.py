@@ -53,9 +53,9 @@ def recited(logits: Tensor, temperature: Sequence[float], uniform: Tensor) -> tu
 
 def run_by_script(*argv: str) -> None:
     """The command line, over a sampler that draws what the script says."""
-    from minirl.engine.sample import draw, live
+    from minirl.engine.sample import draw
 
-    draw.uniforms, live.pick = script, recited
+    draw.uniforms, draw.pick = script, recited
     minirl(*argv)
 
 

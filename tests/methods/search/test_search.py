@@ -533,7 +533,7 @@ def test_three_searches_compute_every_token_once(
 ) -> None:
     policy, chat = opened
     replies = (FIRST, SECOND, SECOND, LAST)
-    monkeypatch.setattr("minirl.engine.sample.live.pick", scripted_draws(chat, *replies))
+    monkeypatch.setattr("minirl.engine.sample.draw.pick", scripted_draws(chat, *replies))
     sampler = LiveSampler(policy, chat, rows=4)
     (episode,) = play(
         [
