@@ -290,9 +290,10 @@ def test_credit_by_step_on_line(cli: Cli, write: Write, tmp_path: Path) -> None:
     outcome = cli("run", write([online | {"learner": {"lr": 5e-3}}]), "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     rows = read_rows(tmp_path / "run/metrics.jsonl")
-    assert all(
-        row["dead"] == 0 and row["trained_tokens"] > 0 and 0 <= row["approved"] <= 1 for row in rows
-    )
+    for row in rows:  # a group whose episodes all read the same is dead, by chance
+        assert row["dead"] < row["groups"]
+        assert row["trained_tokens"] > 0
+        assert 0 <= row["approved"] <= 1
     shown = [
         Episode.from_json(row)
         for row in read_rows(tmp_path / "run/episodes.jsonl")
