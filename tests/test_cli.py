@@ -298,6 +298,7 @@ def test_evaluating_a_run_that_is_not_finished(
     assert cli("eval", folder, "--base").code == 0
 
 
+@pytest.mark.slow
 def test_evaluating_on_other_problems_is_said(
     cli: Cli, finished: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -73,6 +73,7 @@ def test_verdicts_are_strict(text: str, verdict: bool | None) -> None:
     assert parse(text) is verdict
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_no_reply_breaks_the_parser(text: str) -> None:
     assert parse(text) in (True, False, None)

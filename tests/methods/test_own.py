@@ -80,6 +80,7 @@ def test_the_examples_are_short_and_their_recipe_loads() -> None:
     assert open_task(loaded.task, 0).name == "count_letters"
 
 
+@pytest.mark.slow
 def test_a_run_of_own_files(whole: Path) -> None:
     rows = [row for row in read_rows(whole / "episodes.jsonl") if row["label"] == "train"]
     kinds = ["prompt", "draft", "request", "critique", "request", "revision"]
@@ -95,6 +96,7 @@ def test_a_run_of_own_files(whole: Path) -> None:
         assert (whole / name).read_bytes() == (EXAMPLES / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_own_files_resumes_to_the_same_bytes(
     start: Start, cli: Cli, tiny: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -145,6 +147,7 @@ def test_an_edited_file_is_another_run(cli: Cli, tiny: Path, whole: Path, tmp_pa
     assert outcome.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_load_own_files(
     start: Start, whole: Path, tiny: Path, tmp_path: Path
 ) -> None:
@@ -180,6 +183,7 @@ def given(path: str, folder: str) -> None:
     print("found", found.row["problems"] == read_rows(Path(folder) / "evals.jsonl")[0]["problems"])
 
 
+@pytest.mark.slow
 def test_a_function_and_a_task_given_in_python(
     start: Start, tiny: Path, whole: Path, tmp_path: Path
 ) -> None:

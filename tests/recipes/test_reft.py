@@ -99,6 +99,7 @@ def smaller(path: Path, model: Path) -> list[str]:
     return [word for name, value in sets.items() for word in ("--set", f"{name}={value}")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs(start: Start, tiny: Path, tmp_path: Path, path: Path) -> None:
     folder = tmp_path / "run"
@@ -183,6 +184,7 @@ def test_the_baselines_share_their_warm_up() -> None:
         assert all(node == found["reft_svamp"] for node in found.values()), yaml.safe_dump(found)
 
 
+@pytest.mark.slow
 def test_a_warm_up_is_shared_by_its_adapter(start: Start, tiny: Path, tmp_path: Path) -> None:
     path = ROOT / "recipes" / "reft_svamp.yaml"
     options = smaller(path, tiny)

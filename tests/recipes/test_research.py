@@ -59,6 +59,7 @@ def run_by_script(*argv: str) -> None:
     minirl(*argv)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_recipe_runs(start: Start, tiny: Path, tmp_path: Path, name: str) -> None:
     train, test = SOURCES[name]

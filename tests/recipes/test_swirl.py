@@ -129,6 +129,7 @@ def episodes(path: Path) -> list[Episode]:
     return [Episode.from_json(row) for row in read_rows(path)]
 
 
+@pytest.mark.slow
 def test_a_run_of_all_stages(whole: tuple[Path, Path, str]) -> None:
     _, folder, out = whole
     collected, kept = episodes(folder / "kept/1.jsonl"), episodes(folder / "kept/2.jsonl")
@@ -174,6 +175,7 @@ def test_a_run_of_all_stages(whole: tuple[Path, Path, str]) -> None:
         )
 
 
+@pytest.mark.slow
 def test_killed_while_collecting_and_judging(
     start: Start, cli: Cli, whole: tuple[Path, Path, str], tmp_path: Path
 ) -> None:
@@ -214,6 +216,7 @@ def test_killed_while_collecting_and_judging(
     assert struck >= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["none", "both"])
 def test_another_run_is_the_source_and_states_are_equal(
     keep: str, cli: Cli, write: Write, whole: Any, tmp_path: Path
@@ -277,6 +280,7 @@ def test_another_run_is_the_source_and_states_are_equal(
     )
 
 
+@pytest.mark.slow
 def test_credit_by_step_on_line(cli: Cli, write: Write, tmp_path: Path) -> None:
     online = {
         "kind": "train",
@@ -304,6 +308,7 @@ def test_credit_by_step_on_line(cli: Cli, write: Write, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_base_judge_is_the_model_without_its_adapter(
     cli: Cli, write: Write, whole: Any, tmp_path: Path
 ) -> None:
@@ -324,6 +329,7 @@ def test_the_base_judge_is_the_model_without_its_adapter(
     assert said[0] == pytest.approx(said[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_judge_that_never_answers_stops_nothing(cli: Cli, write: Write, tmp_path: Path) -> None:
     """Every step is left without a score: nothing is trained, the run goes on to its end and says
     how many."""
@@ -366,6 +372,7 @@ DEAD = {
 }
 
 
+@pytest.mark.slow
 def test_a_dead_judge_of_a_filter_ends_in_a_warning(cli: Cli, write: Write, tmp_path: Path) -> None:
     """Catches: a run that stops for good, blaming another stage, because its filter could keep
     nothing."""
@@ -384,6 +391,7 @@ def test_a_dead_judge_of_a_filter_ends_in_a_warning(cli: Cli, write: Write, tmp_
     assert [r["stage"] for r in rows] == [0, 1, 1, 3, 3], "the next stage is trained"
 
 
+@pytest.mark.slow
 def test_steps_that_were_not_answered_are_asked_for_once_more(
     cli: Cli, write: Write, serve: Callable[[Reply], Server], tmp_path: Path
 ) -> None:
@@ -519,6 +527,7 @@ def test_wrong_recipes_are_told_in_one_line(write: Write, tiny: Path, data: dict
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_wrong_sources_are_told_in_one_line(
     cli: Cli, write: Write, whole: Any, tmp_path: Path
 ) -> None:

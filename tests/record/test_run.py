@@ -155,6 +155,7 @@ def snapshots(folder: Path, store: Path) -> Iterator[Path]:
     yield from seen.values()
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment_resumes_to_the_same_files(tmp_path: Path) -> None:
     count = 0
     for snapshot in snapshots(tmp_path / "whole", tmp_path / "snapshots"):
@@ -164,6 +165,7 @@ def test_kill_at_any_moment_resumes_to_the_same_files(tmp_path: Path) -> None:
     assert count > 100  # one per write, rename and removal: rows, files of a checkpoint, prunes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 7, 40])
 def test_torn_last_lines_are_cut(tmp_path: Path, cut: int) -> None:
     play(tmp_path / "whole")

@@ -161,6 +161,7 @@ def hotpotqa(**changes: Any) -> tuple[Bm25, list[dict[str, Any]]]:
     return index, json.loads((DATA / "hotpotqa" / "train_100.json").read_text())
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("changes", [{}, {"title_weight": 1, "k1": 0.9, "b": 0.4}])
 def test_hotpotqa_equals_the_reference(changes: dict[str, Any]) -> None:

@@ -71,6 +71,7 @@ def reply(answer: str) -> str:
     return f"<think>hm</think>{write_answer(answer)}"
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize(("name", "of", "rows"), [(*key, rows) for key, rows in FILES.items()])
 def test_every_local_file_loads_whole_and_its_golds_pass(name: str, of: str, rows: int) -> None:
@@ -124,6 +125,7 @@ def questions(problems: Any) -> set[str]:
     return {" ".join(problem.prompt.casefold().split()) for problem in problems}
 
 
+@pytest.mark.slow
 @needs_data
 def test_no_question_is_in_both_splits_and_the_held_out_ones_stay() -> None:
     source = file("hotpotqa", "dev_qa_only_7405.json")
