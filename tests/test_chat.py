@@ -305,7 +305,8 @@ Now solve the task again, with this in mind, and answer in the same form.<|im_en
 <|im_start|>assistant
 
 [retry] <answer>2 * 3 + 1</answer>
-reward 1.0  {"first": false, "second": true, "second_error": null, "first_error": "missed_target"}  finish stop"""
+reward 1.0  {"first": false, "second": true, "second_error": null, \
+"first_error": "missed_target"}  finish stop"""
 
 
 def test_an_r3_episode_as_the_model_sees_it(tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ class Evaluator:
 def _case(episode: Episode, task: SearchTask, chat: Chat) -> Case:
     golds = tuple(episode.problem.answer["golds"])
     if "answer" in episode.parts:  # stepwise and the baselines have read it already
-        return Case(episode.problem.prompt, golds, episode.parts["answer"])  # type: ignore[arg-type]
+        answer: Any = episode.parts["answer"]
+        return Case(episode.problem.prompt, golds, answer)
     said = chat.text([token for turn in episode.turns[1:] for token in turn.tokens])
     return Case(episode.problem.prompt, golds, check_form(said, task.tags).answer)
 

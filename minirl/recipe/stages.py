@@ -158,11 +158,11 @@ class Train(Frozen):
 
     def check_method(self, facts: MethodFacts) -> None:
         """Raises ValueError for what does not go with a method of such facts."""
-        refuse(self._checks_of_method(facts))
+        refuse((*self._checks_of_options(facts), *self._checks_of_loss(facts)))
 
-    def _checks_of_method(self, facts: MethodFacts) -> Iterator[Check]:
+    def _checks_of_options(self, facts: MethodFacts) -> Iterator[Check]:
         method, by_step = f"with method {self.method!r}", self.credit == "step"
-        loss, likely = self.learner.loss, [name for name, of in METHODS.items() if of.takes_nll]
+        loss = self.learner.loss
         yield (
             "credit",
             by_step and (not facts.actions or facts.needs_judge or loss == "ppo"),
@@ -203,6 +203,10 @@ class Train(Frozen):
             f"{self.reflections} with examples {self.examples!r}",
             "0: samples show no reflection",
         )
+
+    def _checks_of_loss(self, facts: MethodFacts) -> Iterator[Check]:
+        method, loss = f"with method {self.method!r}", self.learner.loss
+        likely = [name for name, of in METHODS.items() if of.takes_nll]
         yield (
             "learner.loss",
             facts.takes_nll != (loss == "nll"),

@@ -26,8 +26,8 @@ _CLOSING = re.compile(
 # MathQA's rationales end in "answer : c", "the correct option is (c)", "... = 12 . c" and the like.
 _LETTER = re.compile(r"[\s.,;:>=('\"\[-]*(?<![a-z0-9])(?P<letter>[a-e])[\s.)!'\"\]]*\Z")
 _LEADING_TO_IT = re.compile(
-    r"(?:\b(?:so|hence|therefore|thus|the|our|my|required|correct|right|final|is|are|was|will|should|be|clearly"
-    r"|options?|choices?|answers?|ans|imo)\b|[\s.,;:>=-])+\Z",
+    r"(?:\b(?:so|hence|therefore|thus|the|our|my|required|correct|right|final|is|are|was|will"
+    r"|should|be|clearly|options?|choices?|answers?|ans|imo)\b|[\s.,;:>=-])+\Z",
     re.IGNORECASE,
 )
 MAX_CLOSING = 200  # characters at the end of a chain that are searched for it, in quadratic time

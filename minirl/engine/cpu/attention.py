@@ -60,7 +60,9 @@ class _Attention(torch.autograd.Function):
         return _forward(query, key, value, bias, scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, bias = ctx.saved_tensors
         parts = []
         for c in _chunks(query, key):

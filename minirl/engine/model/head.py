@@ -108,6 +108,8 @@ class _Chosen(torch.autograd.Function):
         return chosen.squeeze(-1), spread
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor, _: Tensor
+    ) -> tuple[Tensor, None, None, None, None]:
         (direction,) = ctx.saved_tensors
         return grad[:, None].to(direction.dtype) * direction, None, None, None, None

@@ -68,7 +68,9 @@ class LeanLora(Lean):
 
     def masters(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r), float32."""
-        return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight  # type: ignore[return-value]
+        a: Tensor = self.lora_A[ADAPTER].weight  # type: ignore[assignment]
+        b: Tensor = self.lora_B[ADAPTER].weight  # type: ignore[assignment]
+        return a, b
 
     def factors(self, dtype: torch.dtype, *, copy: bool = False) -> tuple[Tensor, Tensor]:
         """A and B in the compute dtype."""

@@ -257,7 +257,6 @@ def test_a_source_that_was_made_anew_is_noticed(task: Task) -> None:
 
 
 # --- a judge that fails
-# -----------------------------------------------------------------------------------------------------------
 
 
 def asked(url: str, cases: list[StepCase], **more: Any) -> tuple[list[Opinion], Asker]:
@@ -391,7 +390,6 @@ def test_what_was_not_scored_is_neither_right_nor_wrong() -> None:
 
 
 # --- the filters
-# ------------------------------------------------------------------------------------------------------------------
 
 
 def judged(letters: str, right: bool | None, rules: str = "") -> Judged:
@@ -486,7 +484,6 @@ def test_what_is_kept_says_why() -> None:
 
 
 # --- rules
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def ruled(

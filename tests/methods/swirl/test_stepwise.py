@@ -219,7 +219,6 @@ def test_rows_that_cannot_be_shown(task: Task) -> None:
 
 
 # --- states
-# -----------------------------------------------------------------------------------------------------------------------
 
 
 def trajectory() -> Episode:
@@ -377,7 +376,6 @@ def test_unscored_steps_are_not_trained(opened: tuple[Policy, Chat], task: Task)
 
 
 # --- credit by step
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def online(*rewards: float | None) -> Episode:
